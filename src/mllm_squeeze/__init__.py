@@ -1,0 +1,63 @@
+"""Training-free pruning and merging of visual tokens for any HuggingFace multimodal LLM.
+
+Importing the package loads neither torch nor transformers and changes nothing anywhere; names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mllm_squeeze.api import Handle, applied, apply, check, families, remove
+    from mllm_squeeze.config import describe
+    from mllm_squeeze.engine.session import Cut
+    from mllm_squeeze.errors import SqueezeError, SqueezeWarning
+    from mllm_squeeze.registry import method_names as methods
+    from mllm_squeeze.registry import register_method, register_reducer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "apply": "api",
+    "applied": "api",
+    "remove": "api",
+    "check": "api",
+    "families": "api",
+    "Handle": "api",
+    "methods": "registry",
+    "describe": "config",
+    "Cut": "engine.session",
+    "SqueezeError": "errors",
+    "SqueezeWarning": "errors",
+    "register_method": "registry",
+    "register_reducer": "registry",
+}
+
+_RENAMED = {"methods": "method_names"}
+
+__all__ = [
+    "Cut",
+    "Handle",
+    "SqueezeError",
+    "SqueezeWarning",
+    "applied",
+    "apply",
+    "check",
+    "describe",
+    "families",
+    "methods",
+    "register_method",
+    "register_reducer",
+    "remove",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mllm_squeeze' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"mllm_squeeze.{_HOMES[name]}"), _RENAMED.get(name, name))
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

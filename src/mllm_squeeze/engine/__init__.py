@@ -1,0 +1,1 @@
+"""How a cut is made exact; knows no method and no family by name."""

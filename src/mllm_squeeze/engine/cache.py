@@ -1,0 +1,193 @@
+"""A KV layer that holds fewer entries than the tokens it has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache as memoised
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from mllm_squeeze.errors import UnsupportedInputError
+
+
+@dataclass
+class KeptEntries:
+    """Which of the tokens seen a KV layer holds.
+
+    columns: int64 (B, P), logical place of each held entry, ascending in each row. valid: bool (B, P) or None, False
+    where a shorter row of a batch is padded on the left. seen: tokens seen when these were written; what is appended
+    later is held in full. shift: int64 (B,), cut tokens per row, by which renumbered positions fall behind. tail: number
+    of trailing entries that are consecutive tokens in every row.
+    """
+
+    columns: Tensor
+    valid: Tensor | None
+    seen: int
+    shift: Tensor
+    tail: int
+
+    def rows(self, index: Tensor) -> KeptEntries:
+        """Return the entries of other batch rows, as beam search reorders them."""
+        index = index.to(self.columns.device)
+        valid = None if self.valid is None else self.valid.index_select(0, index)
+        return KeptEntries(self.columns[index], valid, self.seen, self.shift[index], self.tail)
+
+    def extended(self, held: int) -> tuple[Tensor, Tensor | None]:
+        """Return columns and validity of `held` entries, those appended since included."""
+        extra = held - self.columns.shape[1]
+        if extra <= 0:
+            return self.columns, self.valid
+        batch = self.columns.shape[0]
+        new = torch.arange(self.seen, self.seen + extra, device=self.columns.device).expand(batch, -1)
+        columns = torch.cat([self.columns, new], dim=1)
+        if self.valid is None:
+            return columns, None
+        return columns, torch.cat([self.valid, self.valid.new_ones(batch, extra)], dim=1)
+
+
+class CutLayerMixin:
+    """Answers the tokens seen (logical length) while holding only survivors (physical length)."""
+
+    keys: Any
+    values: Any
+    is_initialized: bool
+    entries: KeptEntries | None = None
+    upcoming: KeptEntries | None = None
+
+    @property
+    def held(self) -> int:
+        """Physical entries."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values; what the engine announced as `upcoming` now describes them."""
+        if self.upcoming is not None:
+            self.entries, self.upcoming = self.upcoming, None
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
+        # Not super().update: a sliding layer would trim by entries, but its window counts original positions.
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return the tokens seen."""
+        if self.entries is None:
+            return self.held
+        return self.entries.seen + self.held - self.entries.columns.shape[1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (length, offset) of a mask over all tokens seen; the engine takes the columns that are held."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens (a negative count), or all beyond an absolute length (positive, transformers < 5.18).
+
+        Raises:
+            UnsupportedInputError: the tokens to forget reach back into a part of the prompt that was cut.
+        """
+        seen = self.get_seq_length()
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(seen - tokens_to_remove, 0)
+        if count == 0 or self.entries is None:
+            return
+        appended = self.held - self.entries.columns.shape[1]
+        if count > appended + self.entries.tail:
+            raise UnsupportedInputError(
+                f"Cannot crop {count} tokens from a cache whose last uncut stretch holds {appended + self.entries.tail}: "
+                "the cut before it cannot be undone. Crop less, or prefill again."
+            )
+        into = max(count - appended, 0)
+        if into:
+            old = self.entries
+            valid = None if old.valid is None else old.valid[:, :-into]
+            self.entries = KeptEntries(old.columns[:, :-into], valid, old.seen - into, old.shift, old.tail - into)
+        self.keys = self.keys[..., :-count, :]
+        self.values = self.values[..., :-count, :]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.entries = self.upcoming = None
+        super().reset()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take other batch rows, kept entries included."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self.entries is not None:
+            self.entries = self.entries.rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row, kept entries included."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.entries is not None:
+            rows = torch.arange(self.entries.columns.shape[0], device=self.entries.columns.device)
+            self.entries = self.entries.rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows, kept entries included."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        if self.entries is not None:
+            rows = torch.arange(self.entries.columns.shape[0], device=self.entries.columns.device)
+            self.entries = self.entries.rows(rows[indices.to(rows.device)])
+
+
+@memoised
+def _cut_class(base: type) -> type:
+    # `_layer_type` None keeps transformers from putting the subclass into its own tables.
+    return type(f"Cut{base.__name__}", (CutLayerMixin, base), {"_layer_type": None})
+
+
+_CUTTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def require_cuttable(cache: Any) -> None:
+    """Check that every layer of a cache can hold fewer entries than it has seen.
+
+    Raises:
+        UnsupportedInputError: a static, quantised or unknown cache, whose masks or storage assume equal lengths.
+    """
+    if not isinstance(cache, Cache):
+        raise UnsupportedInputError(
+            f"past_key_values is a {type(cache).__name__}; a squeezed model needs a transformers DynamicCache. Pass "
+            "past_key_values=DynamicCache(config=model.config), or none at all."
+        )
+    for layer in cache.layers:
+        if not isinstance(layer, CutLayerMixin) and type(layer) not in _CUTTABLE:
+            raise UnsupportedInputError(
+                f"The cache holds a {type(layer).__name__}; layers of different length need a dynamic cache. Use "
+                "cache_implementation='dynamic' (the default of generate) instead of a static or quantised one."
+            )
+
+
+def kept_entries(cache: Any, layer: int) -> KeptEntries | None:
+    """Return what a KV layer holds, None where it holds all tokens seen."""
+    if cache is None or layer >= len(cache.layers):
+        return None
+    found = cache.layers[layer]
+    return found.entries if isinstance(found, CutLayerMixin) else None
+
+
+def held_entries(cache: Any, layer: int) -> int:
+    """Return the physical entries of a KV layer."""
+    if cache is None or layer >= len(cache.layers):
+        return 0
+    found = cache.layers[layer]
+    if isinstance(found, CutLayerMixin):
+        return found.held
+    keys = getattr(found, "keys", None)
+    return keys.shape[-2] if keys is not None and keys.numel() else 0
+
+
+def announce(cache: Any, layer: int, entries: KeptEntries) -> None:
+    """Make a KV layer a cut layer and say what it will hold once the coming keys are written."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(cache.layer_class_to_replicate())
+    found = cache.layers[layer]
+    if not isinstance(found, CutLayerMixin):
+        cls = _cut_class(type(found))
+        found = cls.__new__(cls)
+        found.__dict__ = cache.layers[layer].__dict__
+        cache.layers[layer] = found
+    found.upcoming = entries

@@ -1,0 +1,225 @@
+"""One cut: what the reducer gets to see, what it answers, and the sequence that is left."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.engine import signals
+from mllm_squeeze.engine.plan import PlannedCut
+from mllm_squeeze.engine.session import Session, StageTrace, now
+from mllm_squeeze.engine.spans import SpanTable
+from mllm_squeeze.errors import SqueezeWarning
+from mllm_squeeze.reducers.base import Need, VisualTokens
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The tokens a reducer may choose from: some spans (rows of the table), without separators where it asks so.
+
+    rows: spans it reduces. table: those rows. order: int64 (S', N'), slots of the table in which candidates stand. mask:
+    bool (S', N'). current, budget: per row, on the host.
+    """
+
+    rows: list[int]
+    table: SpanTable
+    order: Tensor
+    mask: Tensor
+    current: tuple[int, ...]
+    budget: tuple[int, ...]
+
+    @property
+    def place(self) -> Tensor:
+        return self.table.place.gather(1, self.order)
+
+
+def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Run one cut at the input of a layer; returns the hidden states (B, M', D) of what is left.
+
+    kwargs: of the layer, for signals that preview it. Warns where there was nothing to cut.
+    """
+    found = _candidates(session, planned)
+    if found is None:
+        return hidden
+    start = now(hidden.device)
+    tokens = _tokens(session, planned, found, hidden, kwargs)
+    reduction = planned.reducer.reduce(tokens)
+    hidden = session.merge(hidden, reduction, found.table, found.place, found.mask)
+    chosen = _chosen(session, planned, found, reduction.keep)
+    counts = _counts(session, planned, found, chosen)
+    return _finish(session, planned, planned.layer, hidden, chosen, counts, start)
+
+
+def cut_survivors(session: Session, planned: PlannedCut, hidden: Tensor) -> Tensor:
+    """Cut the duplicates that a reduction inside the encoder left behind; at the input of layer 0."""
+    survivors = {m: f.survivors for m, f in session.features.items() if f.survivors is not None}
+    if not survivors or session.layout is None:
+        return hidden
+    start = now(hidden.device)
+    chosen = torch.ones_like(session.table.mask)
+    counts = list(session.table.current)
+    for row, span in enumerate(session.layout.spans):
+        items = survivors.get(span.modality)
+        if items is not None:
+            kept = torch.cat([items[span.item + n] for n in range(span.items)])
+            chosen[row, : span.length] = kept.to(chosen.device)
+            counts[row] = int(kept.sum())
+    return _finish(session, planned, 0, hidden, chosen, tuple(counts), start)
+
+
+def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
+    """Ask a reducer which text rows it wants to read; at the input of layer 0."""
+    found = _candidates(session, planned)
+    if found is None:
+        return
+    picked = planned.reducer.choose_rows(_tokens(session, planned, found, hidden, {}, read=False))
+    votes = torch.zeros_like(session.text_mask, dtype=torch.float32)
+    votes = votes.index_add(0, found.table.sample, picked.float())
+    session.row_weights[planned.step] = signals.mean_weights((votes > 0) & session.text_mask)
+
+
+def _finish(
+    session: Session,
+    planned: PlannedCut,
+    layer: int,
+    hidden: Tensor,
+    chosen: Tensor,
+    counts: tuple[int, ...],
+    start: Any,
+) -> Tensor:
+    before, length = session.table.current, hidden.shape[1]
+    if counts != before:
+        hidden = session.advance(layer, hidden, chosen, counts)
+    trace = StageTrace(planned, layer, before, counts, length, hidden.shape[1], (start, now(hidden.device)))
+    session.traces.append(trace)
+    return hidden
+
+
+def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
+    """Return what may be chosen from, None where the budget asks for all that is there."""
+    layout = session.layout
+    assert layout is not None
+    reducer, table = planned.reducer, session.table
+    rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.modalities]
+    if not rows:
+        given = sorted({span.modality for span in layout.spans})
+        _warn(
+            f"'{planned.name}' reduces {', '.join(sorted(reducer.modalities))} tokens, the prompt holds only "
+            f"{', '.join(given)}; nothing was cut."
+        )
+        return None
+    cells = [_cells(layout.spans[n].tiles) or layout.spans[n].length for n in rows]
+    lengths = [layout.spans[n].length for n in rows]
+    separators = [length - cell for length, cell in zip(lengths, cells, strict=True)]
+    policy = reducer.separators
+    whole = cells if policy == "keep" else lengths
+    budget = [planned.budget(length) for length in whole]
+    current = [table.current[n] for n in rows]
+    if policy != "compete" and session.stage == 0:
+        current = cells
+    elif policy == "keep":
+        current = [now_there - held for now_there, held in zip(current, separators, strict=True)]
+    _warn_above(planned, budget, whole)
+    if all(b >= w for b, w in zip(budget, whole, strict=True)):
+        return None
+    budget = [min(b, c) for b, c in zip(budget, current, strict=True)]
+    picked = table if len(rows) == len(layout.spans) else _rows(table, rows)
+    may = picked.mask if policy == "compete" else picked.mask & _is_cell(session, picked, rows)
+    order = picked.order(may, max(current))
+    return _Candidates(rows, picked, order, may.gather(1, order), tuple(current), tuple(budget))
+
+
+def _cells(tiles: Sequence[Any]) -> int:
+    return sum(tile.cells for tile in tiles)
+
+
+def _rows(table: SpanTable, rows: list[int]) -> SpanTable:
+    pick = torch.tensor(rows, device=table.sample.device)
+    return SpanTable(
+        table.sample[pick],
+        table.place[pick],
+        table.mask[pick],
+        table.origin[pick],
+        table.grid[pick],
+        tuple(table.current[n] for n in rows),
+    )
+
+
+def _is_cell(session: Session, table: SpanTable, rows: list[int]) -> Tensor:
+    assert session.layout is not None
+    unknown = torch.tensor([not session.layout.spans[n].tiles for n in rows], device=table.mask.device)
+    return (table.grid[..., 0] >= 0) | unknown[:, None]
+
+
+def _tokens(
+    session: Session,
+    planned: PlannedCut,
+    found: _Candidates,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    read: bool = True,
+) -> VisualTokens:
+    assert session.layout is not None
+    spans = [session.layout.spans[n] for n in found.rows]
+    sample = found.table.sample[:, None]
+    place = found.place
+    needs: tuple[Need, ...] = planned.reducer.needs() if read else ()
+    origin = found.table.origin.gather(1, found.order)
+    gathered, text = signals.gather(session, planned, needs, hidden, kwargs, found.table, place, origin, found.rows)
+    grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
+    return VisualTokens(
+        features=hidden[sample, place],
+        mask=found.mask,
+        budget=torch.tensor(found.budget, device=hidden.device),
+        counts=found.budget,
+        grid=torch.where(found.mask[..., None], grid, -1),
+        origin=origin,
+        lengths=tuple(span.length for span in spans),
+        current=found.current,
+        tiles=tuple(span.tiles for span in spans),
+        signals=gathered,
+        text=text,
+    )
+
+
+def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Tensor) -> Tensor:
+    """Return bool (S, N) over all spans: what the reducer keeps, and all it was not asked about."""
+    inside = torch.zeros_like(found.table.mask).scatter(1, found.order, keep & found.mask)
+    asked = torch.zeros_like(found.table.mask).scatter(1, found.order, found.mask)
+    if planned.reducer.separators != "drop":
+        inside = inside | (found.table.mask & ~asked)
+    if len(found.rows) == session.table.mask.shape[0]:
+        return inside
+    chosen = session.table.mask.clone()
+    chosen[torch.tensor(found.rows, device=chosen.device)] = inside
+    return chosen
+
+
+def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
+    """Return the tokens each span keeps; read from the device only where they depend on the content."""
+    assert session.layout is not None
+    if not planned.reducer.known_count:
+        return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
+    counts = list(session.table.current)
+    for row, current, budget in zip(found.rows, found.current, found.budget, strict=True):
+        others = 0 if planned.reducer.separators == "drop" else counts[row] - current
+        counts[row] = others + planned.reducer.count(current, budget, session.layout.spans[row].tiles)
+    return tuple(counts)
+
+
+def _warn_above(planned: PlannedCut, budget: list[int], whole: list[int]) -> None:
+    keep = planned.reducer.keep
+    if isinstance(keep, int) and any(keep > length for length in whole):
+        _warn(
+            f"'{planned.name}' was asked to keep {keep} tokens of a span that has {min(whole)}; all of it is kept. "
+            "Lower keep=, or give ratio= (the fraction removed)."
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, SqueezeWarning, stacklevel=2)

@@ -1,0 +1,89 @@
+"""One call of a family's feature method: what the encoder's taps read in it, carried to the tokens it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.engine.spans import Features
+from mllm_squeeze.engine.taps import score_received, score_rows
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.families.grids import find_tiles
+from mllm_squeeze.families.road import to_llm_tokens
+from mllm_squeeze.families.structure import ModelParts
+
+
+class EncodeCall:
+    """Collects encoder signals while a feature method runs.
+
+    wanted: names of the signals ("saliency", "encoder_keys") that the plan's reducers read.
+    """
+
+    def __init__(self, parts: ModelParts, modality: str, wanted: frozenset[str]) -> None:
+        self.parts, self.modality, self.wanted = parts, modality, wanted
+        self._values: dict[str, list[Tensor]] = {name: [] for name in wanted}
+
+    def read(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+        """Read one attention call of the feature layer; packed towers make one per segment."""
+        lead = self.parts.lead
+        if "saliency" in self._values:
+            self._values["saliency"].append(self._saliency(query, key, mask, kwargs)[:, lead:])
+        if "encoder_keys" in self._values:
+            self._values["encoder_keys"].append(key.float().mean(1)[:, lead:])
+        return False
+
+    def _saliency(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+        heads = query.shape[1]
+        if not self.parts.lead:
+            return score_received(query, key, kwargs)
+        first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
+        weights = torch.full_like(first, heads, dtype=torch.float32)
+        # The encoder sees all tokens: an all-open mask instead of the causal reading of None.
+        open_mask = query.new_ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        return score_rows(query, key, open_mask if mask is None else mask, kwargs, first, weights)
+
+    def features(self, inputs: Mapping[str, Any], output: Any) -> Features:
+        """Return lengths, tiles and signals of the items that the feature method returned.
+
+        Raises:
+            UnsupportedModelError: the features come in a form that is not known, or no signal was read.
+        """
+        lengths = item_lengths(output, self.parts.row.model_type)
+        tiles = find_tiles(self.parts, self.modality, inputs, lengths)
+        return Features(
+            self.modality, tuple(lengths), tuple(tiles), {name: self._carried(name, inputs, lengths) for name in self.wanted}
+        )
+
+    def _carried(self, name: str, inputs: Mapping[str, Any], lengths: list[int]) -> tuple[Tensor, ...]:
+        read = self._values[name]
+        if not read:
+            raise UnsupportedModelError(
+                f"The vision encoder of '{self.parts.row.model_type}' ran without calling the attention that gives "
+                f"'{name}'. Use a method that needs no encoder signal (fastv, divprune)."
+            )
+        packed = self.parts.row.tower == "packed"
+        values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)
+        flat = values.ndim == (1 if packed else 2)
+        values = values.unsqueeze(-1) if flat else values
+        fill = float("-inf") if name == "saliency" else 0.0
+        carried = to_llm_tokens(self.parts, self.modality, inputs, lengths, values.float(), fill)
+        return tuple(item.squeeze(-1) if flat else item for item in carried)
+
+
+def item_lengths(output: Any, model_type: str) -> list[int]:
+    """Return the visual tokens of each item of a feature method's output.
+
+    Raises:
+        UnsupportedModelError: the projected features are not where transformers puts them.
+    """
+    features = getattr(output, "pooler_output", None)
+    if isinstance(features, Tensor) and features.ndim == 3:
+        return [features.shape[1]] * features.shape[0]
+    if isinstance(features, (list, tuple)) and all(isinstance(item, Tensor) for item in features):
+        return [item.numel() // item.shape[-1] for item in features]
+    raise UnsupportedModelError(
+        f"The features of '{model_type}' are a {type(features).__name__}; expected one tensor per image or video."
+    )

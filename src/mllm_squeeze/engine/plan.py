@@ -1,0 +1,57 @@
+"""The steps of a recipe, resolved for one model: which reducer runs where, and how much it may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mllm_squeeze import ops
+from mllm_squeeze.reducers.base import Reducer
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """One cut at the input of a decoder layer.
+
+    step: number of the recipe's step. layer: first layer that runs short. stage, stages: place in a schedule of several
+    cuts. fractions: cumulative kept fraction after each stage, None for a geometric schedule.
+    """
+
+    step: int
+    name: str
+    layer: int
+    reducer: Reducer
+    stage: int = 0
+    stages: int = 1
+    fractions: tuple[float, ...] | None = None
+
+    def budget(self, length: int) -> int:
+        """Return how many of a span's original tokens may be left after this cut."""
+        if self.fractions is not None:
+            return ops.kept_count(length, keep=float(self.fractions[self.stage]))
+        return ops.stage_counts(length, self.stages, self.reducer.ratio, self.reducer.keep)[self.stage]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cuts of a method on one model, in the order of their layers."""
+
+    cuts: tuple[PlannedCut, ...]
+    repack: bool
+    # A reduction inside the encoder, and one of the cache while decoding; each at most once.
+    encoder: PlannedCut | None = None
+    decode: PlannedCut | None = None
+
+    def at(self, layer: int) -> Sequence[PlannedCut]:
+        """Return the cuts at one layer."""
+        return [cut for cut in self.cuts if cut.layer == layer]
+
+    @property
+    def first(self) -> int | None:
+        """First layer with a cut, the duplicates of an encoder reduction included."""
+        layers = [cut.layer for cut in self.cuts] + ([0] if self.encoder is not None else [])
+        return min(layers, default=None)
+
+    def needs(self, name: str) -> list[PlannedCut]:
+        """Return the cuts that ask for a signal."""
+        return [cut for cut in self.cuts if any(need.name == name for need in cut.reducer.needs())]

@@ -1,0 +1,326 @@
+"""Puts the hooks on a model, runs a session in each pass, and takes everything off again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine import cutting, signals
+from mllm_squeeze.engine.encode import EncodeCall
+from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.spans import Features, find_layout
+from mllm_squeeze.engine.taps import Listener, Tap
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
+from mllm_squeeze.families.structure import ModelParts, find_attention
+
+_MARK = "mllm_squeeze_features"
+
+
+@dataclass
+class _Frame:
+    """One call of the inner model: its inputs, and the features that its encoders gave."""
+
+    inputs: Mapping[str, Any]
+    features: dict[str, Features] = field(default_factory=dict)
+
+
+class _Local(threading.local):
+    """What runs in this thread now; threads that share a model do not meet."""
+
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+        self.sessions: list[Session | None] = []
+        self.encode: EncodeCall | None = None
+
+
+class Runtime:
+    """The hooks of one handle on one model."""
+
+    def __init__(self, parts: ModelParts, plan: Plan, publish: Callable[[Session], None]) -> None:
+        self.parts, self.plan = parts, plan
+        self.enabled = True
+        self._publish = publish
+        self._local = _Local()
+        self._hooks: list[RemovableHandle] = []
+        self._taps: list[Tap] = []
+        self._overridden: list[str] = []
+        self._encoder_signals = frozenset(
+            name for name in ("saliency", "encoder_keys") if plan.needs(name)
+        )
+        self._chooses_rows = [
+            cut
+            for cut in plan.cuts
+            if any(need.name == "attention" and need.rows == "chosen" for need in cut.reducer.needs())
+        ]
+
+    # Life
+
+    def attach(self) -> None:
+        """Hook the model; on an error everything is taken off again."""
+        try:
+            self._override_features()
+            self._hook(self.parts.base, self._enter_base, self._leave_base)
+            self._hook(self.parts.decoder, self._enter_decoder, self._leave_decoder)
+            self._hook_layers()
+            self._tap_decoder()
+            self._tap_encoder()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take off all hooks, taps and overrides; the model is as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for tap in reversed(self._taps):
+            tap.close()
+        for name in self._overridden:
+            del self.parts.base.__dict__[name]
+        self._hooks, self._taps, self._overridden = [], [], []
+
+    def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def _hook_layers(self) -> None:
+        first = self.plan.first
+        if first is None:
+            return
+        start = 0 if self._chooses_rows else max(first - 1, 0)
+        layers = self.parts.layers
+        for number in range(start, len(layers)):
+            before = functools.partial(self._before_layer, number)
+            self._hooks.append(layers[number].register_forward_pre_hook(before, with_kwargs=True))
+        # Ahead of hooks that record hidden states, so that they see the full length as HF promises for the last one.
+        self._hooks.append(layers[-1].register_forward_hook(self._after_last_layer, prepend=True))
+
+    def _tap_decoder(self) -> None:
+        tapped: set[int] = set()
+        for cut in self.plan.cuts:
+            for need in cut.reducer.needs():
+                if need.name not in ("attention", "keys"):
+                    continue
+                tapped.add(cut.layer if need.source == "next" else cut.layer - 1)
+        for number in sorted(tapped):
+            attention = find_attention(self.parts.layers[number])
+            if attention is None:
+                raise UnsupportedModelError(
+                    f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another layer."
+                )
+            self._tap(attention, lambda attention=attention: self._decoder_listener(attention))
+
+    def _tap_encoder(self) -> None:
+        block = self.parts.saliency_block
+        if not self._encoder_signals:
+            return
+        attention = None if block is None or self.parts.blocks is None else find_attention(self.parts.blocks[block])
+        if attention is None:
+            raise UnsupportedModelError(
+                f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a method "
+                "that needs no encoder signal (fastv, divprune)."
+            )
+        self._tap(attention, self._encoder_listener)
+
+    def _tap(self, attention: nn.Module, listener: Callable[[], Listener | None]) -> None:
+        self._taps.append(Tap(attention, listener))
+
+    def _decoder_listener(self, attention: nn.Module) -> Listener | None:
+        session = self._session
+        return None if session is None else session.listeners.get(attention)
+
+    def _encoder_listener(self) -> Listener | None:
+        return None if self._local.encode is None else self._local.encode.read
+
+    @property
+    def _session(self) -> Session | None:
+        return self._local.sessions[-1] if self._local.sessions else None
+
+    # Encoders
+
+    def _override_features(self) -> None:
+        for modality in self.parts.ids:
+            name = f"get_{modality}_features"
+            original = getattr(self.parts.base, name, None)
+            if original is None:
+                continue
+            if name in self.parts.base.__dict__:
+                raise UnsupportedModelError(
+                    f"{name} of this model was replaced on the instance by other code. Remove that patch, or squeeze first."
+                )
+            self.parts.base.__dict__[name] = self._recording(modality, original)
+            self._overridden.append(name)
+
+    def _recording(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        # generate() reads the signature, which `wraps` keeps.
+        @functools.wraps(original)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            # Some families encode videos through their image method: the outer call is the one that counts.
+            if not self.enabled or self._local.encode is not None:
+                return original(*args, **kwargs)
+            inputs = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+            inputs = {**inputs.pop("kwargs", {}), **inputs}
+            if modality == "video":
+                inputs.setdefault("pixel_values_videos", inputs.get("pixel_values"))
+            call = EncodeCall(self.parts, modality, self._encoder_signals)
+            self._local.encode = call
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._local.encode = None
+            if not hasattr(output, "pooler_output"):
+                return output
+            found = call.features(inputs, output)
+            setattr(output, _MARK, found)
+            if self._local.frames:
+                self._local.frames[-1].features[modality] = found
+            return output
+
+        return record
+
+    # The inner model
+
+    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs if args else kwargs
+        frame = _Frame(inputs)
+        self._local.frames.append(frame)
+        for modality, output in (inputs.get("mm_encoder_outputs") or {}).items():
+            if output is None or not self.enabled:
+                continue
+            found = getattr(output, _MARK, None)
+            if found is None:
+                raise UnsupportedInputError(
+                    f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled in "
+                    "chunks. Encode them after squeeze.apply, and leave prefill_chunk_size unset."
+                )
+            frame.features[modality] = found
+
+    def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._local.frames.pop()
+
+    # The text model
+
+    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._local.sessions.append(None)
+        states = kwargs.get("inputs_embeds")
+        states = kwargs.get("input_ids") if states is None else states
+        if states is None:
+            return
+        past_key_values = kwargs.get("past_key_values")
+        frame = self._local.frames[-1] if self._local.frames else None
+        features = frame.features if frame is not None and self.enabled else {}
+        if not features and not _has_cut(past_key_values):
+            if self.enabled and states.shape[1] > 1 and not _seen(past_key_values):
+                _warn_no_image()
+            return
+        past = _seen(past_key_values)
+        layout = None
+        if features and frame is not None:
+            _refuse_packed(kwargs)
+            layout = self._layout(frame, features, states.shape[1])
+        session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
+        if layout is not None:
+            session.prepare(states.device)
+        self._local.sessions[-1] = session
+
+    def _layout(self, frame: _Frame, features: Mapping[str, Features], width: int) -> Any:
+        ids = frame.inputs.get("input_ids")
+        if ids is None:
+            ids = self._ids_from_embeddings(frame.inputs["inputs_embeds"])
+        mask = frame.inputs.get("attention_mask")
+        real = mask[:, -width:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        ids = ids[:, -width:]
+        return find_layout(ids, real, features, self.parts.ids, self.parts.row.group_adjacent)
+
+    def _ids_from_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Return ids that tell placeholders from text, by their embedding, as the library itself does."""
+        table: Any = self.parts.base
+        ids = torch.full(embeddings.shape[:2], -1, dtype=torch.long, device=embeddings.device)
+        for token in set(self.parts.ids.values()):
+            vector = table.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
+            ids = torch.where((embeddings == vector).all(-1), token, ids)
+        return ids
+
+    def _leave_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        session = self._local.sessions.pop()
+        if session is not None and session.cutting and output is not None:
+            self._publish(session)
+
+    # Decoder layers
+
+    def _before_layer(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        session = self._session
+        if session is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if session.cutting:
+            hidden = self._cut(session, number, hidden, kwargs)
+            self._listen(session, number)
+        new = session.shorten(number, hidden, kwargs)
+        session.lengths[number] = hidden.shape[1]
+        if args:
+            return (hidden, *args[1:]), new
+        return args, {**new, "hidden_states": hidden}
+
+    def _cut(self, session: Session, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        if number == 0:
+            for cut in self._chooses_rows:
+                cutting.choose_rows(session, cut, hidden)
+            if self.plan.encoder is not None:
+                hidden = cutting.cut_survivors(session, self.plan.encoder, hidden)
+        cuts = self.plan.at(number)
+        if cuts and kwargs.get("past_key_values") is not None:
+            kv.require_cuttable(kwargs["past_key_values"])
+        for cut in cuts:
+            hidden = cutting.run_cut(session, cut, hidden, kwargs)
+        return hidden
+
+    def _listen(self, session: Session, number: int) -> None:
+        upcoming: list[PlannedCut] = list(self.plan.at(number + 1))
+        for cut in upcoming:
+            signals.listen(session, cut, self.parts.layers[number])
+
+    def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
+        session = self._session
+        if session is None or session.index is None:
+            return None
+        if isinstance(output, tuple):
+            return (session.restore(output[0]), *output[1:])
+        return session.restore(output)
+
+
+def _seen(past_key_values: Any) -> int:
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+def _has_cut(past_key_values: Any) -> bool:
+    layers = getattr(past_key_values, "layers", ())
+    return any(isinstance(layer, kv.CutLayerMixin) for layer in layers)
+
+
+def _refuse_packed(kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise UnsupportedInputError(
+            "Packed inputs (several prompts in one row, cu_seq_lens_q) cannot be squeezed. Pass a padded batch with an "
+            "attention_mask."
+        )
+
+
+def _warn_no_image() -> None:
+    warnings.warn(
+        "This prompt holds no image, video or audio that the handle saw being encoded; nothing was cut.",
+        SqueezeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,124 @@
+"""The one place that shortens what decoder layers are given: rotary tables, masks and positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.errors import UnsupportedInputError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The queries and keys of one layer call, in logical columns.
+
+    queries: int64 (B, M), query columns of this call (0 is the first token of the call). keys: int64 (B, P), columns of
+    all held entries, the new ones included, counted from the first token ever seen. query_valid, key_valid: bool or None.
+    past: tokens seen before this call. width: tokens of this call before any cut.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    query_valid: Tensor | None
+    key_valid: Tensor | None
+    past: int
+    width: int
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Take rows (B, M) of a (B or 1, T, D) tensor."""
+    values = values.expand(index.shape[0], -1, -1)
+    return values.gather(1, index.to(values.device).unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def gather_rope(tables: Any, index: Tensor, width: int) -> Any:
+    """Take rows of rotary tables: (cos, sin) of shape (B or 1, T, D), a complex tensor, or a dict of them."""
+    if tables is None:
+        return None
+    if isinstance(tables, dict):
+        return {name: gather_rope(table, index, width) for name, table in tables.items()}
+    if isinstance(tables, (tuple, list)):
+        return type(tables)(gather_rope(table, index, width) for table in tables)
+    if tables.shape[-2] != width:
+        return tables
+    return gather_rows(tables, index)
+
+
+def shorten_mask(mask: Any, rows: Rows, implementation: str) -> Tensor | None:
+    """Return the attention mask of a layer that sees only some rows and columns.
+
+    mask: what the text model made for the full sequence: None (plainly causal), bool or float (B or 1, H, T, K), or the
+    2-D key mask (B, K) of flash attention. Returns None where the short sequence is plainly causal, else the same kind.
+
+    Raises:
+        UnsupportedInputError: a mask of another kind (flex attention).
+    """
+    if mask is None:
+        return _mask_from_nothing(rows, implementation)
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        raise UnsupportedInputError(
+            f"Attention masks of type {type(mask).__name__} ({implementation}) cannot be shortened. Load the model with "
+            "attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+        )
+    return _shorten_2d(mask, rows) if mask.ndim == 2 else _shorten_4d(mask, rows)
+
+
+def is_flash(implementation: str) -> bool:
+    """True for the FlashAttention implementations, whose masks are 2-D or None."""
+    return "flash" in implementation
+
+
+def _mask_from_nothing(rows: Rows, implementation: str) -> Tensor | None:
+    length = rows.queries.shape[1]
+    plain = rows.key_valid is None and rows.query_valid is None
+    if is_flash(implementation):
+        return None if plain else rows.key_valid
+    if plain and (length == 1 or length == rows.keys.shape[1]):
+        return None
+    allowed = rows.keys[:, None, :] <= rows.queries[:, :, None] + rows.past
+    return _close_invalid(allowed[:, None], rows)
+
+
+def _shorten_2d(mask: Tensor, rows: Rows) -> Tensor | None:
+    columns, inside = _columns(rows, mask.shape[-1])
+    short = mask.expand(rows.keys.shape[0], -1).gather(1, columns).bool()
+    return short & inside if rows.key_valid is None else short & inside & rows.key_valid
+
+
+def _shorten_4d(mask: Tensor, rows: Rows) -> Tensor:
+    batch = rows.keys.shape[0]
+    columns, inside = _columns(rows, mask.shape[-1])
+    if columns.device != mask.device:
+        columns, inside = columns.to(mask.device), inside.to(mask.device)
+    queries = rows.queries.to(mask.device) if mask.shape[-2] == rows.width else torch.zeros_like(rows.queries)
+    mask = mask.expand(batch, -1, -1, -1)
+    pick = torch.arange(batch, device=mask.device)[:, None, None]
+    short = mask[pick, :, queries[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    short = short.masked_fill(~inside[:, None, None, :], closed)
+    return _close_invalid(short, rows)
+
+
+def _columns(rows: Rows, width: int) -> tuple[Tensor, Tensor]:
+    """Return mask columns of the held entries, and which of them the mask reaches (a sliding one starts later)."""
+    columns = rows.keys - (rows.past + rows.width - width)
+    return columns.clamp(min=0), columns >= 0
+
+
+def _close_invalid(mask: Tensor, rows: Rows) -> Tensor:
+    """Close padded keys; let padded queries see themselves, since a row without any key would be NaN."""
+    is_bool = mask.dtype == torch.bool
+    closed = False if is_bool else torch.finfo(mask.dtype).min
+    if rows.key_valid is not None:
+        mask = mask.masked_fill(~rows.key_valid.to(mask.device)[:, None, None, :], closed)
+    if rows.query_valid is not None:
+        queries, keys = rows.queries.shape[1], rows.keys.shape[1]
+        itself = torch.arange(keys, device=mask.device) == torch.arange(queries, device=mask.device)[:, None] + (
+            keys - queries
+        )
+        lonely = itself[None, None] & ~rows.query_valid.to(mask.device)[:, None, :, None]
+        mask = mask.masked_fill(lonely, True if is_bool else 0.0)
+    return mask

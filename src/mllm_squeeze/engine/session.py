@@ -1,0 +1,362 @@
+"""One pass through the decoder: what is cut where, and what each layer is given because of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_squeeze import ops
+from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.sequence import Rows, gather_rope, gather_rows, is_flash, shorten_mask
+from mllm_squeeze.engine.spans import Features, SpanTable, first_table
+from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.reducers.base import Reduction
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut of the last prefill: from `layer` on, the model sees only the kept columns.
+
+    layer: zero-based. index: int64 (B, M), columns of the padded prompt. valid: bool (B, M) or None, False where a shorter
+    row is padded.
+    """
+
+    layer: int
+    index: Tensor
+    valid: Tensor | None = None
+
+    @cached_property
+    def kept(self) -> list[Tensor]:
+        """Ascending columns of the padded prompt that each sample keeps, text included, padding not; on the CPU."""
+        index = self.index.cpu()
+        if self.valid is None:
+            return list(index)
+        return [row[good] for row, good in zip(index, self.valid.cpu(), strict=True)]
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one cut did: tokens per span before and after, sequence length before and after, and its own time."""
+
+    cut: PlannedCut
+    layer: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    sequence_before: int
+    sequence_after: int
+    clock: tuple[Any, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Time the rule took; on a GPU this waits for it to be known."""
+        start, end = self.clock
+        if isinstance(start, float):
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+def now(device: torch.device) -> Any:
+    """Return a point in time: seconds on a CPU, a recorded event on a GPU, where waiting would cost more than the rule."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+class Session:
+    """State of one decoder pass; it lives as long as the pass, what decode needs lives with the cache.
+
+    width: tokens of this pass before any cut. past: tokens seen before. layout: None where there is nothing to cut.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parts: ModelParts,
+        layout: TokenLayout | None,
+        features: Mapping[str, Features],
+        width: int,
+        past: int,
+    ) -> None:
+        self.plan, self.parts, self.layout, self.features = plan, parts, layout, features
+        self.width, self.past = width, past
+        self.cuts: list[Cut] = []
+        self.traces: list[StageTrace] = []
+        self.lengths: dict[int, int] = {}
+        # What taps of this pass should read, by attention module, and what they read, by cut.
+        self.listeners: dict[nn.Module, Any] = {}
+        self.read: dict[tuple[int, str], Tensor] = {}
+        self.row_weights: dict[int, Tensor] = {}
+        self._memo: dict[Any, Any] = {}
+        self._full: Tensor | None = None
+        self.index: Tensor | None = None
+        self.valid: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.stage = 0
+        if layout is not None:
+            self.row_lengths = [int(n) for n in layout.real.sum(1)]
+
+    @property
+    def cutting(self) -> bool:
+        """True in a prefill with visual tokens."""
+        return self.layout is not None
+
+    @property
+    def repack(self) -> bool:
+        """True where survivors are renumbered."""
+        return self.plan.repack and not self.parts.mrope and self.parts.rotary is not None
+
+    @property
+    def implementation(self) -> str:
+        """Attention implementation of the text model."""
+        return str(self.parts.text_config._attn_implementation)
+
+    def prepare(self, device: torch.device) -> None:
+        """Put the layout on the device: spans, text behind the first visual token, last token, padding."""
+        layout = self.layout
+        assert layout is not None
+        self.table: SpanTable = first_table(layout, device)
+        visual, real = layout.visual, layout.real
+        columns = torch.arange(layout.length)
+        behind = real & ~visual & (columns > torch.tensor(layout.first_visual)[:, None])
+        count = max(int(behind.sum(1).max()), 1)
+        order = (~behind).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        self.text_place = order.to(device)
+        self.text_mask = behind.gather(1, order).to(device)
+        self.last_place = torch.tensor(layout.last, device=device)[:, None]
+        self.real = real.to(device)
+        padded = not bool(real.all())
+        # Bool (B, M) where tokens are real now, None where all are.
+        self.present = self.real if padded else None
+        last_visual = (visual.long() * columns).amax(1)
+        ends_real = bool(real[:, -1].all())
+        self.tail = int((layout.length - 1 - last_visual).min()) if ends_real else 0
+
+    # Cutting
+
+    def advance(self, layer: int, hidden: Tensor, chosen: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """Drop all visual tokens but the chosen ones.
+
+        hidden: (B, M, D). chosen: bool (S, N) over the table of now. counts: tokens each span keeps, on the host. Returns
+        hidden states (B, M', D), shorter rows padded on the left.
+        """
+        batch, length, _ = hidden.shape
+        keep = self._keep_tokens(batch, length, chosen, hidden.device)
+        for span, before, after in zip(self._layout.spans, self.table.current, counts, strict=True):
+            self.row_lengths[span.sample] -= before - after
+        width = max(self.row_lengths)
+        order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, length - width :]
+        pad = torch.tensor([width - n for n in self.row_lengths], device=hidden.device)[:, None]
+        even = min(self.row_lengths) == width
+        place = keep.cumsum(1) - 1 + pad
+
+        was_there = self._was_there(batch, length, hidden.device)
+        gone = (was_there & ~keep).cumsum(1)
+        shift = gone if self.shift is None else self.shift + gone
+        self._full = hidden if self.index is None else self._restored(hidden)
+        self.index = order if self.index is None else self.index.gather(1, order)
+        self.valid = None if even else torch.arange(width, device=hidden.device) >= pad
+        self.present = self.valid
+        self.shift = shift.gather(1, order)
+        rows = torch.arange(batch, device=hidden.device)[:, None]
+        self.table = self.table.take(chosen, counts, place[self.table.sample[:, None], self.table.place])
+        self.text_place = place[rows, self.text_place].clamp(min=0)
+        self.last_place = place[rows, self.last_place]
+        self.stage += 1
+        self._memo.clear()
+        self.cuts.append(Cut(layer, self.index, self.valid))
+        return gather_rows(hidden, order)
+
+    @property
+    def _layout(self) -> TokenLayout:
+        assert self.layout is not None
+        return self.layout
+
+    def _was_there(self, batch: int, length: int, device: torch.device) -> Tensor:
+        if self.index is None:
+            return self.real
+        return self.valid if self.valid is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+
+    def _keep_tokens(self, batch: int, length: int, chosen: Tensor, device: torch.device) -> Tensor:
+        """Return bool (B, M): real text and the chosen visual tokens."""
+        keep = self._was_there(batch, length, device).clone()
+        table = self.table
+        # Padding slots of a span write what its first token writes, to the same place.
+        place = torch.where(table.mask, table.place, table.place[:, :1])
+        value = torch.where(table.mask, chosen, chosen[:, :1])
+        keep[table.sample[:, None], place] = value
+        return keep
+
+    def _restored(self, hidden: Tensor) -> Tensor:
+        """Return the full-length states (B, T, D): survivors as they are now, the others as they were when cut."""
+        assert self._full is not None and self.index is not None
+        full = self._full.to(hidden.device)
+        index = self.index.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        if self.valid is not None:
+            hidden = torch.where(self.valid.to(hidden.device).unsqueeze(-1), hidden, full.gather(1, index))
+        return full.scatter(1, index, hidden)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Return the full-length output of the last layer; unchanged where nothing was cut."""
+        return hidden if self.index is None else self._restored(hidden)
+
+    def forget(self) -> None:
+        """Let go of what only the pass itself needed, so that keeping the session for its report keeps no activations."""
+        self._full = None
+        self.features = {}
+        self.listeners.clear()
+        self.read.clear()
+        self.row_weights.clear()
+        self._memo.clear()
+
+    # What a layer is given
+
+    def rows_of(self, layer: int, past_key_values: Any) -> tuple[Rows, kv.KeptEntries | None]:
+        """Return the queries and keys that a layer sees in this pass."""
+        entries = kv.kept_entries(past_key_values, layer)
+        held = kv.held_entries(past_key_values, layer)
+        key = ("rows", id(entries), held)
+        if key not in self._memo:
+            self._memo[key] = (self._rows(entries, held), entries)
+        return self._memo[key]
+
+    def _rows(self, entries: kv.KeptEntries | None, held: int) -> Rows:
+        index = self._index_now(entries)
+        batch = index.shape[0]
+        new, new_valid = index + self.past, self.valid
+        if not held:
+            return Rows(index, new, new_valid, new_valid, self.past, self.width)
+        if entries is not None:
+            old, old_valid = entries.extended(held)
+        else:
+            old = torch.arange(self.past - held, self.past, device=index.device).expand(batch, -1)
+            old_valid = None
+        keys = torch.cat([old.to(index.device), new], dim=1)
+        key_valid = None
+        if old_valid is not None or new_valid is not None:
+            old_valid = torch.ones_like(old, dtype=torch.bool) if old_valid is None else old_valid
+            now = torch.ones_like(new, dtype=torch.bool) if new_valid is None else new_valid
+            key_valid = torch.cat([old_valid.to(index.device), now], dim=1)
+        return Rows(index, keys, new_valid, key_valid, self.past, self.width)
+
+    def _index_now(self, entries: kv.KeptEntries | None) -> Tensor:
+        if self.index is not None:
+            return self.index
+        assert entries is not None
+        columns = entries.columns
+        return torch.arange(self.width, device=columns.device).expand(columns.shape[0], -1)
+
+    def shorten(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of a layer that sees only survivors, and announce them to its KV layer."""
+        past_key_values = kwargs.get("past_key_values")
+        entries = kv.kept_entries(past_key_values, layer)
+        if self.index is None and entries is None:
+            return kwargs
+        new = self.given(layer, hidden, kwargs)
+        mask = kwargs.get("attention_mask")
+        if self.index is None and entries is not None and entries.valid is None and mask is None:
+            # Decode on an even cut: no mask to fix.
+            return new
+        rows, entries = self.rows_of(layer, past_key_values)
+        new["attention_mask"] = self._once(
+            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self.implementation)
+        )
+        if self.index is not None and past_key_values is not None:
+            announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
+            kv.announce(past_key_values, layer, announced)
+        return new
+
+    def given(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a layer with rotary tables and positions of the survivors; the mask is left."""
+        new = dict(kwargs)
+        entries = kv.kept_entries(kwargs.get("past_key_values"), layer)
+        if self.index is None and entries is None:
+            return new
+        return self._renumbered(new, hidden, entries) if self.repack else self._gathered(new)
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def _gathered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the survivors' rows of rotary tables and positions."""
+        index = self.index
+        if index is None:
+            return kwargs
+        tables = kwargs.get("position_embeddings")
+        if tables is not None:
+            kwargs["position_embeddings"] = self._once(
+                ("rope", id(tables)), lambda: gather_rope(tables, index, self.width)
+            )
+        positions = kwargs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.shape[-1] == self.width:
+            # Flash attention reads gaps between positions as packed sequences, so it must not see them.
+            kwargs["position_ids"] = (
+                None
+                if is_flash(self.implementation)
+                else self._once(
+                    ("positions", id(positions)),
+                    lambda: positions.expand(index.shape[0], -1).gather(1, index.to(positions.device)),
+                )
+            )
+        return kwargs
+
+    def _renumbered(self, kwargs: dict[str, Any], hidden: Tensor, entries: kv.KeptEntries | None) -> dict[str, Any]:
+        """Give survivors consecutive positions, and new tokens the ones behind them."""
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            raise UnsupportedInputError(
+                "The text model passes no position_ids to its layers, so survivors cannot be renumbered. Use "
+                "positions='keep' in the recipe."
+            )
+        kwargs["position_ids"], kwargs["position_embeddings"] = self._once(
+            ("repack", id(positions), id(entries)), lambda: self._new_positions(positions, hidden, entries)
+        )
+        return kwargs
+
+    def _new_positions(self, positions: Tensor, hidden: Tensor, entries: kv.KeptEntries | None) -> tuple[Tensor, Any]:
+        rotary = self.parts.rotary
+        assert rotary is not None
+        positions = positions.expand(hidden.shape[0], -1)
+        if self.index is not None and self.shift is not None:
+            positions = positions.gather(1, self.index.to(positions.device)) - self.shift.to(positions.device)
+        if entries is not None:
+            positions = positions - entries.shift.to(positions.device)[:, None]
+        positions = positions.clamp(min=0)
+        return positions, rotary(hidden, positions)
+
+    def _announced(self, rows: Rows, entries: kv.KeptEntries | None) -> kv.KeptEntries:
+        assert self.shift is not None
+        # The last column is never padding when rows are padded on the left.
+        shift = self.shift[:, -1] if entries is None else self.shift[:, -1] + entries.shift.to(self.shift.device)
+        return kv.KeptEntries(rows.keys, rows.key_valid, self.past + self.width, shift, self.tail)
+
+    # Merging
+
+    def merge(self, hidden: Tensor, reduction: Reduction, table: SpanTable, place: Tensor, mask: Tensor) -> Tensor:
+        """Write merged states into the survivors' places.
+
+        hidden: (B, M, D). place, mask: (S, N') of the candidates the reduction speaks of. Returns (B, M, D).
+        """
+        if reduction.assign is None:
+            return hidden
+        sample = table.sample[:, None].expand(-1, place.shape[1])
+        states = ops.merge_tokens(hidden[sample, place], reduction.assign, reduction.weights)
+        write = mask & reduction.keep
+        # Slots that do not survive write what stands there already.
+        states = torch.where(write.unsqueeze(-1), states, hidden[sample, place].detach())
+        target = torch.where(mask, place, place[:, :1])
+        states = torch.where(mask.unsqueeze(-1), states, states[:, :1].detach())
+        return hidden.index_put((sample, target), states)

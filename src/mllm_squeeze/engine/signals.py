@@ -1,0 +1,149 @@
+"""Signals for a cut inside the language model: chosen attention rows, keys, normed states; encoder signals as they came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_squeeze.engine.plan import PlannedCut
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.spans import SpanTable
+from mllm_squeeze.engine.taps import score_rows
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.families.structure import find_attention, find_pre_norm
+from mllm_squeeze.reducers.base import Need, TextTokens
+
+_ENCODER = ("saliency", "encoder_keys")
+
+
+def mean_weights(mask: Tensor) -> Tensor:
+    """Return float32 weights (B, R) that average over the True rows."""
+    weights = mask.float()
+    return weights / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+def listen(session: Session, planned: PlannedCut, layer: nn.Module) -> None:
+    """Make the tap of the layer before a cut read what the cut will need."""
+    attention = find_attention(layer)
+    if attention is None:
+        return
+    needs = [need for need in planned.reducer.needs() if _from_layer_before(need)]
+    if not needs:
+        return
+
+    def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+        for need in needs:
+            if need.name == "keys":
+                fresh = key[:, :, key.shape[2] - query.shape[2] :]
+                session.read[planned.layer, "keys"] = fresh.transpose(1, 2).flatten(2)
+            else:
+                rows, weights = _rows(session, planned, need)
+                scores = score_rows(query, key, mask, kwargs, rows, weights)
+                session.read[planned.layer, "attention"] = scores[:, scores.shape[1] - query.shape[2] :]
+        return False
+
+    session.listeners[attention] = read
+
+
+def _from_layer_before(need: Need) -> bool:
+    return need.name == "keys" or (need.name == "attention" and need.source == "current")
+
+
+def _rows(session: Session, planned: PlannedCut, need: Need) -> tuple[Tensor, Tensor]:
+    """Return the rows (B, R) whose attention is read, as they stand now, and their weights."""
+    if need.rows == "last":
+        return session.last_place, torch.ones_like(session.last_place, dtype=torch.float32)
+    if need.rows == "chosen":
+        return session.text_place, session.row_weights[planned.step]
+    return session.text_place, mean_weights(session.text_mask)
+
+
+def gather(
+    session: Session,
+    planned: PlannedCut,
+    needs: tuple[Need, ...],
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    table: SpanTable,
+    place: Tensor,
+    origin: Tensor,
+    rows: list[int],
+) -> tuple[dict[str, Tensor], TextTokens | None]:
+    """Return the signals of the candidates, and the text of each span's sample.
+
+    place, origin: int64 (S, N), where the candidates stand now and stood in their spans. rows: their spans.
+    """
+    sample = table.sample[:, None]
+    names = {need.name for need in needs}
+    whole: dict[str, Tensor] = {}
+    for need in needs:
+        if need.name == "attention" and need.source == "next":
+            whole["attention"] = _preview(session, planned, need, hidden, kwargs)
+        elif _from_layer_before(need):
+            whole[need.name] = session.read[planned.layer, need.name]
+        elif need.name == "normed":
+            whole["normed"] = _normed(session, hidden)
+    found = {name: value.to(hidden.device)[sample, place] for name, value in whole.items()}
+    for name in _ENCODER:
+        if name in names:
+            found[name] = _encoder_signal(session, name, origin, rows)
+    text = None
+    if planned.reducer.reads_text or {"keys", "normed"} & names:
+        columns = session.text_place[table.sample]
+        text = TextTokens(
+            features=hidden[sample, columns],
+            mask=session.text_mask[table.sample],
+            keys=whole["keys"].to(hidden.device)[sample, columns] if "keys" in whole else None,
+            normed=whole["normed"][sample, columns] if "normed" in whole else None,
+        )
+    return found, text
+
+
+def _normed(session: Session, hidden: Tensor) -> Tensor:
+    norm = session.parts.final_norm
+    if norm is None:
+        raise UnsupportedModelError(
+            f"{type(session.parts.decoder).__name__} has no final norm that could be found; use a method that does not "
+            "read normed states."
+        )
+    normed: Tensor = norm(hidden)
+    return normed
+
+
+def _encoder_signal(session: Session, name: str, origin: Tensor, rows: list[int]) -> Tensor:
+    """Return an encoder signal for each candidate, by its place in the span before any cut."""
+    assert session.layout is not None
+    parts: list[Tensor] = []
+    for row in rows:
+        span = session.layout.spans[row]
+        items = session.features[span.modality].signals[name]
+        parts.append(torch.cat([items[span.item + n] for n in range(span.items)]).to(origin.device))
+    padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    if padded.ndim == 2:
+        return padded.gather(1, origin)
+    return padded.gather(1, origin[..., None].expand(-1, -1, padded.shape[-1]))
+
+
+def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Return the attention that the layer behind the cut would give: its norm and projections, one chosen row."""
+    layer = session.parts.layers[planned.layer]
+    attention, norm = find_attention(layer), find_pre_norm(layer)
+    if attention is None or norm is None:
+        raise UnsupportedModelError(
+            f"The projections of {type(layer).__name__} cannot be previewed; use the attention of the layer before: "
+            "source: current in the recipe."
+        )
+    given = session.given(planned.layer, hidden, kwargs)
+    rows, weights = _rows(session, planned, need)
+    out: list[Tensor] = []
+
+    def read(query: Tensor, key: Tensor, mask: Any, extra: dict[str, Any]) -> bool:
+        out.append(score_rows(query, key, session.present, extra, rows, weights))
+        return True
+
+    session.listeners[attention] = read
+    attention(norm(hidden), **{**given, "past_key_values": None, "attention_mask": None})
+    del session.listeners[attention]
+    return out[0]

@@ -1,0 +1,171 @@
+"""Finds the visual spans of a prompt, and follows their tokens through the cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.layout import Span, Tile, TokenLayout
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the encoder gave for one modality: visual tokens and tiles per item, and signals per token of each item."""
+
+    modality: str
+    lengths: tuple[int, ...]
+    tiles: tuple[tuple[Tile, ...], ...]
+    signals: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    # Survivors of a reduction inside the encoder, bool (length,) per item; the cut happens before layer 0.
+    survivors: tuple[Tensor, ...] | None = None
+
+
+def find_layout(
+    ids: Tensor, real: Tensor | None, features: Mapping[str, Features], token_ids: Mapping[str, int], grouped: bool
+) -> TokenLayout:
+    """Return where the spans of a batch are.
+
+    ids: int64 (B, T). real: bool (B, T) or None. features: per modality. token_ids: placeholder id per modality. grouped:
+    neighbouring items are tiles of one picture. One device-to-host copy.
+
+    Raises:
+        UnsupportedInputError: placeholders and features do not match, as in a prefill that is split into chunks.
+    """
+    ids = ids.cpu()
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.cpu().bool()
+    spans: list[Span] = []
+    by_id: dict[int, list[str]] = {}
+    for modality in features:
+        by_id.setdefault(token_ids[modality], []).append(modality)
+    for token, modalities in by_id.items():
+        # Families that give videos the image id encode both as images, so one modality owns the id.
+        spans += _spans_of(ids == token, features[modalities[0]], grouped)
+    spans.sort(key=lambda span: (span.sample, span.start))
+    return TokenLayout(ids.shape[0], ids.shape[1], tuple(spans), real)
+
+
+def _spans_of(placeholder: Tensor, features: Features, grouped: bool) -> list[Span]:
+    places = placeholder.nonzero().tolist()
+    lengths = list(features.lengths)
+    repeats, rest = divmod(len(places), max(sum(lengths), 1))
+    if not lengths or rest or repeats < 1:
+        raise UnsupportedInputError(
+            f"The prompt holds {len(places)} {features.modality} placeholders, the encoder gave {sum(lengths)} tokens. "
+            "A prefill in chunks cannot be squeezed: leave prefill_chunk_size unset."
+        )
+    spans = []
+    at = 0
+    for item in _expanded(places, lengths, repeats):
+        columns = places[at : at + lengths[item]]
+        at += lengths[item]
+        samples = {sample for sample, _ in columns}
+        if len(samples) != 1:
+            raise UnsupportedInputError(
+                f"{features.modality} item {item} has placeholders in samples {sorted(samples)}; each image or video "
+                "must stand in one prompt."
+            )
+        runs = _runs([column for _, column in columns])
+        spans.append(Span(samples.pop(), features.modality, item, runs, features.tiles[item]))
+    return _merge_adjacent(spans) if grouped else spans
+
+
+def _expanded(places: Sequence[Sequence[int]], lengths: list[int], repeats: int) -> list[int]:
+    """Return the item behind each group of placeholders: beams repeat the items of a sample row after row."""
+    if repeats == 1:
+        return list(range(len(lengths)))
+    per_row: dict[int, int] = {}
+    for sample, _ in places:
+        per_row[sample] = per_row.get(sample, 0) + 1
+    order: list[int] = []
+    start = 0
+    rows = sorted(per_row)
+    for group in range(0, len(rows), repeats):
+        need, end = per_row[rows[group]], start
+        while need > 0:
+            need -= lengths[end]
+            end += 1
+        order += list(range(start, end)) * repeats
+        start = end
+    return order
+
+
+def _runs(columns: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    for column in columns:
+        if runs and column == runs[-1][0] + runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((column, 1))
+    return tuple(runs)
+
+
+def _merge_adjacent(spans: list[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for span in spans:
+        last = merged[-1] if merged else None
+        if last is not None and last.sample == span.sample and sum(last.runs[-1]) == span.start:
+            runs = (*last.runs[:-1], (last.runs[-1][0], last.runs[-1][1] + span.length))
+            merged[-1] = Span(
+                last.sample, last.modality, last.item, runs, last.tiles + span.tiles, last.items + span.items
+            )
+        else:
+            merged.append(span)
+    return merged
+
+
+@dataclass(frozen=True)
+class SpanTable:
+    """The visual tokens of all spans, padded to the longest, as they stand in the sequence now.
+
+    sample: int64 (S,). place: int64 (S, N), column in the sequence of now. mask: bool (S, N). origin: int64 (S, N), place
+    in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host.
+    """
+
+    sample: Tensor
+    place: Tensor
+    mask: Tensor
+    origin: Tensor
+    grid: Tensor
+    current: tuple[int, ...]
+
+    def take(self, chosen: Tensor, current: tuple[int, ...], place: Tensor) -> SpanTable:
+        """Keep the chosen tokens (bool (S, N)) in order; `place` are the columns they have now."""
+        width = max(current, default=0)
+        order = (~(chosen & self.mask)).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        mask = (chosen & self.mask).gather(1, order)
+        return SpanTable(
+            self.sample,
+            place.gather(1, order),
+            mask,
+            self.origin.gather(1, order),
+            self.grid.gather(1, order[..., None].expand(-1, -1, 4)),
+            current,
+        )
+
+    def order(self, chosen: Tensor, width: int) -> Tensor:
+        """Return int64 (S, width): the chosen tokens first, in order."""
+        return (~(chosen & self.mask)).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+
+
+def first_table(layout: TokenLayout, device: torch.device) -> SpanTable:
+    """Return the table of all visual tokens of a prompt; tokens stand at their columns."""
+    width = max(span.length for span in layout.spans)
+    place = torch.zeros(len(layout.spans), width, dtype=torch.long)
+    mask = torch.zeros(len(layout.spans), width, dtype=torch.bool)
+    grid = torch.full((len(layout.spans), width, 4), -1, dtype=torch.long)
+    for row, span in enumerate(layout.spans):
+        place[row, : span.length] = torch.tensor(span.columns)
+        mask[row, : span.length] = True
+        if span.tiles:
+            cells = [(n, *cell) if cell[0] >= 0 else (-1,) * 4 for n, t in enumerate(span.tiles) for cell in t.coordinates()]
+            grid[row, : span.length] = torch.tensor(cells)
+    origin = torch.arange(width).expand(len(layout.spans), -1)
+    sample = torch.tensor([span.sample for span in layout.spans])
+    current = tuple(span.length for span in layout.spans)
+    return SpanTable(
+        sample.to(device), place.to(device), mask.to(device), origin.to(device), grid.to(device), current
+    )

@@ -1,0 +1,50 @@
+"""The errors that users see: each is a SqueezeError and also the built-in exception it is closest to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SqueezeError(Exception):
+    """Base of all errors of this library; its message says what was given, what is allowed and what to do."""
+
+
+class ConfigError(SqueezeError, ValueError):
+    """A recipe, a parameter or a budget is not valid."""
+
+
+class UnknownNameError(SqueezeError, KeyError):
+    """A method, reducer or family name is not registered."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the message, with quotes and escapes.
+        return str(self.args[0]) if self.args else ""
+
+
+class UnsupportedModelError(SqueezeError, TypeError):
+    """The model, or a part that the method needs, is not there."""
+
+
+class UnsupportedInputError(SqueezeError, ValueError):
+    """This call to the model cannot be squeezed exactly."""
+
+
+class AlreadyAppliedError(SqueezeError, RuntimeError):
+    """A method is already applied to the model."""
+
+
+class NotAppliedError(SqueezeError, RuntimeError):
+    """There is nothing to remove from the model."""
+
+
+class SqueezeWarning(UserWarning):
+    """Something that the user asked for had no effect, or less than asked."""
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Return the sentence that lists the allowed names and points at the closest one."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(given, names, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"Allowed: {', '.join(names) or 'none'}.{hint}"

@@ -1,0 +1,81 @@
+"""The rectangle of visual tokens behind each feature item, one rule per way of tiling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mllm_squeeze.families.road import pack_anyres, tiles_per_image
+from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.layout import Tile
+
+
+def find_tiles(
+    parts: ModelParts, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int]
+) -> list[tuple[Tile, ...]]:
+    """Return the tiles of each feature item.
+
+    inputs: the arguments that the family's feature method was called with. lengths: visual tokens of each item. An item
+    whose grid cannot be told gets no tile.
+    """
+    rule = parts.row.grid
+    if rule == "thw":
+        tiles = _thw(parts, inputs.get(f"{modality}_grid_thw"))
+    elif modality == "video":
+        tiles = _frames(inputs["pixel_values_videos"].shape[1], lengths)
+    elif rule == "anyres":
+        tiles = _anyres(parts, inputs)
+    elif rule == "square":
+        tiles = [_square(length) for length in lengths]
+    else:
+        tiles = [() for _ in lengths]
+    return [
+        found if sum(tile.length for tile in found) == length else ()
+        for found, length in zip(tiles, lengths, strict=True)
+    ]
+
+
+def _square(length: int) -> tuple[Tile, ...]:
+    side = math.isqrt(length)
+    if side * side == length:
+        return (Tile(1, side, side),)
+    # A CLS token that the family leaves in front of the patches.
+    side = math.isqrt(length - 1)
+    return (Tile(1, side, side, frame_lead=1),) if side * side == length - 1 else ()
+
+
+def _thw(parts: ModelParts, grids: torch.Tensor | None) -> list[tuple[Tile, ...]]:
+    if grids is None:
+        return []
+    merge = parts.config.vision_config.spatial_merge_size
+    return [(Tile(int(t), int(h) // merge, int(w) // merge),) for t, h, w in grids.tolist()]
+
+
+def _frames(frames: int, lengths: Sequence[int]) -> list[tuple[Tile, ...]]:
+    tiles = []
+    for length in lengths:
+        per_frame, tail = divmod(length, frames)
+        side = math.isqrt(per_frame)
+        tiles.append((Tile(frames, side, side, tail=tail),) if side * side == per_frame and tail <= 1 else ())
+    return tiles
+
+
+def _anyres(parts: ModelParts, inputs: Mapping[str, Any]) -> list[tuple[Tile, ...]]:
+    vision = parts.config.vision_config
+    side = vision.image_size // vision.patch_size
+    blank = torch.zeros(sum(tiles_per_image(parts, inputs)), side * side, 1)
+    packed = pack_anyres(parts, blank, inputs, fill=-1.0)
+    tiles: list[tuple[Tile, ...]] = []
+    for values in packed:
+        separators = (values[:, 0] < 0).nonzero().flatten().tolist()
+        base = Tile(1, side, side)
+        if len(values) == side * side + len(separators) and len(separators) <= 1:
+            tiles.append((Tile(1, side, side, tail=len(separators)),))
+            continue
+        rows = len(separators)
+        width = (len(values) - side * side) // rows - 1
+        tiles.append((base, Tile(1, rows, width, row_separators=1)))
+    return tiles

@@ -1,0 +1,1 @@
+"""One file per capability that some families need, never one per model."""

@@ -1,0 +1,139 @@
+"""How tower tokens become LLM tokens: the same way, walked by scores and keys instead of features."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.families.structure import ModelParts
+
+
+def to_llm_tokens(
+    parts: ModelParts,
+    modality: str,
+    inputs: Mapping[str, Any],
+    lengths: Sequence[int],
+    values: Tensor,
+    fill: float,
+) -> list[Tensor]:
+    """Carry per-tower-token values to the LLM tokens of each feature item.
+
+    values: float32 (tiles, N, C) of a batched tower, or (sum, C) of a packed one, without CLS. inputs: arguments of the
+    family's feature method. lengths: LLM tokens of each item. fill: value of separators, which no tower token stands
+    for. Returns one (length, C) tensor per item.
+
+    Raises:
+        UnsupportedModelError: the family's features take a way that is not known, or the lengths do not fit.
+    """
+    road = parts.row.road
+    if road == "block_merge":
+        items = _block_merge(parts, modality, inputs, lengths, values)
+    elif modality == "video":
+        items = _pool_frames(parts, inputs, values, fill)
+    elif road == "anyres":
+        items = pack_anyres(parts, values, inputs, fill)
+    elif road == "pixel_shuffle":
+        items = _pixel_shuffle(parts, values)
+    elif road == "identity":
+        items = list(values)
+    else:
+        items = []
+    if [len(item) for item in items] != list(lengths):
+        raise UnsupportedModelError(
+            f"The vision encoder of '{parts.row.model_type}' gave {[len(item) for item in items]} token scores for "
+            f"{modality} features of {list(lengths)} tokens. Use a method that scores inside the LLM (fastv, divprune)."
+        )
+    return items
+
+
+def pack_anyres(parts: ModelParts, values: Tensor, inputs: Mapping[str, Any], fill: float) -> list[Tensor]:
+    """Pack (tiles, N, C) values as LLaVA-NeXT packs features: overview, then the unpadded grid with row separators."""
+    base: Any = parts.base
+    sizes = inputs["image_sizes"]
+    items = torch.split(values, tiles_per_image(parts, inputs), dim=0)
+    arguments = {
+        "vision_feature_select_strategy": parts.config.vision_feature_select_strategy,
+        "vision_aspect_ratio": inputs.get("vision_aspect_ratio") or getattr(parts.config, "vision_aspect_ratio", None),
+        "image_newline": values.new_full((values.shape[-1],), fill),
+    }
+    known = inspect.signature(base.pack_image_features).parameters
+    packed, _ = base.pack_image_features(items, sizes, **{k: v for k, v in arguments.items() if k in known})
+    return cast("list[Tensor]", packed)
+
+
+def tiles_per_image(parts: ModelParts, inputs: Mapping[str, Any]) -> list[int]:
+    """Return the number of tower tiles of each image of an anyres family."""
+    count = sys.modules[type(parts.base).__module__].__dict__["image_size_to_num_patches"]
+    sizes = inputs["image_sizes"]
+    per_sample = inputs.get("batch_num_images")
+    tiled = [True] * len(sizes) if per_sample is None else [int(n) == 1 for n in per_sample for _ in range(int(n))]
+    return [
+        count(
+            image_size=size,
+            grid_pinpoints=parts.config.image_grid_pinpoints,
+            patch_size=parts.config.vision_config.image_size,
+        )
+        if split
+        else 1
+        for size, split in zip(sizes, tiled, strict=True)
+    ]
+
+
+def _pool_frames(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor, fill: float) -> list[Tensor]:
+    batch = inputs["pixel_values_videos"].shape[0]
+    side = round(values.shape[1] ** 0.5)
+    grid = values.reshape(-1, side, side, values.shape[-1]).permute(0, 3, 1, 2)
+    if hasattr(parts.base, "apply_pooling"):
+        half = math.ceil(side / 2)
+        pooled = functional.interpolate(grid, size=(half, half), mode="bilinear")
+        items = pooled.flatten(2).transpose(1, 2).reshape(batch, -1, values.shape[-1])
+        return list(torch.cat([items, items.new_full((batch, 1, values.shape[-1]), fill)], dim=1))
+    if hasattr(parts.base, "vision_resampler"):
+        stride = parts.config.spatial_pool_stride
+        grid = functional.avg_pool2d(grid, stride, stride)
+    return list(grid.flatten(2).transpose(1, 2).reshape(batch, -1, values.shape[-1]))
+
+
+def _block_merge(
+    parts: ModelParts, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int], values: Tensor
+) -> list[Tensor]:
+    unit = parts.config.vision_config.spatial_merge_size ** 2
+    merged = values.reshape(-1, unit, values.shape[-1]).mean(1)
+    order = _window_order(parts, inputs[f"{modality}_grid_thw"])
+    if order is not None:
+        merged = merged[torch.argsort(order.to(merged.device))]
+    return list(torch.split(merged, list(lengths)))
+
+
+def _window_order(parts: ModelParts, grids: Tensor) -> Tensor | None:
+    """Return the order in which a windowed tower walks the merged tokens, None where it is the raster order."""
+    window = sys.modules[type(parts.tower).__module__].__dict__.get("get_vision_window_index")
+    if window is None:
+        return None
+    vision = parts.config.vision_config
+    index, _ = window(
+        grids,
+        spatial_merge_size=vision.spatial_merge_size,
+        window_size=vision.window_size,
+        patch_size=vision.patch_size,
+        kwargs={},
+    )
+    return cast("Tensor", torch.as_tensor(index))
+
+
+def _pixel_shuffle(parts: ModelParts, values: Tensor) -> list[Tensor]:
+    base: Any = parts.base
+    tiles, count, channels = values.shape
+    side = round(count**0.5)
+    shuffled = base.pixel_shuffle(
+        values.reshape(tiles, side, side, channels), scale_factor=parts.config.downsample_ratio
+    )
+    return list(shuffled.reshape(tiles, -1, shuffled.shape[-1] // channels, channels).mean(2))

@@ -1,0 +1,205 @@
+"""The one adapter: finds decoder, tower, projector and placeholder ids by looking at the model and its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
+from mllm_squeeze.families.table import TABLE, FamilyRow
+
+_TOWERS = ("visual", "vision_tower", "vision_model", "image_tower", "video_tower", "audio_tower", "encoder")
+_BLOCKS = (
+    "encoder.layers",
+    "encoder.layer",
+    "blocks",
+    "layers",
+    "transformer.layers",
+    "transformer.encoder.layers",
+    "model.layers",
+)
+_PROJECTORS = ("multi_modal_projector", "visual.merger", "merger", "projector", "connector", "mlp1")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1")
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """The parts of one model that the engine hooks.
+
+    model: the HuggingFace model (a PEFT wrapper is looked through). base: the inner model that scatters the features.
+    decoder: the text model; layers: its decoder layers. tower, blocks, projector: of the first encoder, None where there
+    is none. ids: placeholder token id of each modality. row: the family's row.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    decoder: nn.Module
+    layers: nn.ModuleList
+    row: FamilyRow
+    ids: dict[str, int]
+    tower: nn.Module | None
+    blocks: nn.ModuleList | None
+    projector: nn.Module | None
+
+    @property
+    def config(self) -> Any:
+        """Config of the whole model."""
+        return self.model.config
+
+    @property
+    def text_config(self) -> Any:
+        """Config of the text model."""
+        return self.decoder.config
+
+    @property
+    def mrope(self) -> bool:
+        """True where positions have three axes."""
+        for name in ("rope_parameters", "rope_scaling"):
+            rope = getattr(self.text_config, name, None)
+            if isinstance(rope, dict) and rope.get("mrope_section") is not None:
+                return True
+        return False
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """Rotary embedding of the text model, None where positions are learned."""
+        return getattr(self.decoder, "rotary_emb", None)
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """Norm behind the last decoder layer."""
+        return _first(self.decoder, _FINAL_NORMS)
+
+    @property
+    def lead(self) -> int:
+        """Special tokens in front of the patches inside the tower: 1 with a CLS token, else 0."""
+        return 1 if self.row.cls == "first" and self._tower_has_cls else 0
+
+    @property
+    def _tower_has_cls(self) -> bool:
+        # LLaVA takes CLIP (CLS) or SigLIP (none); the patches' positions tell which one this is.
+        return any("class_embedding" in name or "cls_token" in name for name, _ in self._tower_parameters)
+
+    @cached_property
+    def _tower_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [] if self.tower is None else list(self.tower.named_parameters())
+
+    @property
+    def saliency_block(self) -> int | None:
+        """Number of the encoder block whose attention says what the encoder looks at, None without blocks."""
+        if self.blocks is None:
+            return None
+        count = len(self.blocks)
+        full = getattr(getattr(self.tower, "config", None), self.row.saliency, None) if self.row.saliency else None
+        if full:
+            return int(full[-1])
+        if self.lead:
+            layer = getattr(self.config, "vision_feature_layer", -1)
+            layer = layer if isinstance(layer, int) else layer[-1]
+            return count + layer if layer < 0 else layer - 1
+        return max(count - 2, 0)
+
+    def path(self, module: nn.Module | None) -> str | None:
+        """Return the dotted name of a part, None where it is not there."""
+        return next((name for name, found in self.model.named_modules() if found is module), None)
+
+
+def find_attention(layer: nn.Module) -> nn.Module | None:
+    """Return the attention module of a decoder layer or encoder block, None where it has none."""
+    found = _first(layer, _ATTENTION)
+    if found is None:
+        return None
+    # BERT-like blocks wrap the attention that calls the registry in one more module.
+    return found if hasattr(found, "config") else _first(found, ("attention", "self", "self_attn")) or found
+
+
+def find_pre_norm(layer: nn.Module) -> nn.Module | None:
+    """Return the norm in front of the attention of a decoder layer."""
+    return _first(layer, _PRE_NORMS)
+
+
+def find_parts(model: nn.Module) -> ModelParts:
+    """Find the parts of a model.
+
+    Raises:
+        UnsupportedModelError: not a HuggingFace model, no visual input, an unknown family, or no decoder layers.
+    """
+    inner = _unwrap(model)
+    config = getattr(inner, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type is None:
+        raise UnsupportedModelError(
+            f"Got a {type(model).__name__} without a HuggingFace config. Pass a model loaded with transformers, for "
+            "example AutoModelForImageTextToText.from_pretrained(...)."
+        )
+    row = TABLE.get(model_type)
+    if row is None:
+        raise UnsupportedModelError(
+            f"The family '{model_type}' ({type(inner).__name__}) is not in the table of multimodal families. "
+            f"{did_you_mean(model_type, TABLE)} A text-only model has no visual tokens to squeeze."
+        )
+    base = getattr(inner, "base_model", inner)
+    decoder, layers = _find_decoder(inner)
+    tower = _first(base, _TOWERS)
+    blocks = _first(tower, _BLOCKS) if tower is not None else None
+    return ModelParts(
+        model=inner,
+        base=base,
+        decoder=decoder,
+        layers=layers,
+        row=row,
+        ids=_placeholder_ids(config, row),
+        tower=tower,
+        blocks=blocks if isinstance(blocks, nn.ModuleList) else None,
+        projector=_first(base, _PROJECTORS),
+    )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+def _first(root: nn.Module | None, paths: tuple[str, ...]) -> Any:
+    for path in paths:
+        found: Any = root
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    seen: set[int] = set()
+    while isinstance(decoder, nn.Module) and id(decoder) not in seen:
+        seen.add(id(decoder))
+        layers = getattr(decoder, "layers", None)
+        if isinstance(layers, nn.ModuleList) and hasattr(decoder, "embed_tokens"):
+            return decoder, layers
+        decoder = _first(decoder, ("language_model", "text_model", "model", "decoder"))
+    raise UnsupportedModelError(
+        f"No decoder layers found in {type(model).__name__}: expected a text model with `layers` and `embed_tokens` "
+        "behind get_decoder(). Encoder-decoder models cannot be cut at a layer."
+    )
+
+
+def _placeholder_ids(config: Any, row: FamilyRow) -> dict[str, int]:
+    ids = {}
+    for modality in row.modalities:
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            value = getattr(config, name, None)
+            if isinstance(value, int):
+                ids[modality] = value
+                break
+    if not ids:
+        raise UnsupportedModelError(
+            f"The config of '{row.model_type}' names no placeholder id ({', '.join(row.modalities)}_token_id)."
+        )
+    return ids

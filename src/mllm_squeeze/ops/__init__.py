@@ -1,0 +1,96 @@
+"""Pure batched tensor functions: score, select, merge, segment, budget; no knowledge of models.
+
+Names are looked up on first use, so importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .budget import *
+    from .merge import *
+    from .precision import *
+    from .score import *
+    from .segment import *
+    from .select import *
+    from .stride import *
+
+_MODULES = {
+    "budget": (
+        "floor_exact",
+        "kept_count",
+        "recycle_sizes",
+        "recycle_split",
+        "spread",
+        "stage_counts",
+        "stage_fractions",
+    ),
+    "merge": (
+        "added_mean_weights",
+        "bipartite_match",
+        "density_peaks",
+        "is_target",
+        "mean_weights",
+        "merge_tokens",
+        "merged_size",
+        "nearest_target",
+    ),
+    "precision": (
+        "at_least_float32",
+        "on_device",
+        "selection",
+    ),
+    "score": (
+        "attention_from_rows",
+        "attention_received",
+        "cosine",
+        "gaussian_kernels",
+        "paired_cosine",
+        "text_relevance",
+        "unit",
+    ),
+    "segment": (
+        "frame_ids",
+        "same_place",
+        "segment_count",
+        "segment_first",
+        "segment_mean",
+        "segment_sum",
+    ),
+    "select": (
+        "best_first",
+        "compact_indices",
+        "farthest_point",
+        "local_index",
+        "positions",
+        "put_back",
+        "rank_within",
+        "ranks",
+        "seeded_noise",
+        "take",
+        "top_k_mask",
+    ),
+    "stride": (
+        "grid_pattern",
+        "grid_size",
+        "pooled_size",
+        "stride_mask",
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

@@ -1,0 +1,124 @@
+"""Merging tokens: who is merged into whom, with which weight, and the merged features.
+
+Throughout, `assign` is int64 (S, N): the token that each one is merged into, itself for survivors, -1 for dropped ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .precision import at_least_float32, selection
+from .score import cosine, unit
+from .segment import segment_sum
+from .select import compact_indices, local_index, positions, put_back, take, top_k_mask
+
+
+def merge_tokens(x: Tensor, assign: Tensor, weights: Tensor) -> Tensor:
+    """Return (S, N, D) where token t is the sum of weight * x over the tokens assigned to it; others keep x.
+
+    x: (S, N, D), any float dtype; sums run in float32 and the result has the dtype of x. weights: (S, N). Gradients flow
+    to x and weights.
+    """
+    width = x.shape[1]
+    total = segment_sum(at_least_float32(x) * weights[..., None], assign, width)
+    return torch.where(is_target(assign)[..., None], total.to(x.dtype), x)
+
+
+def is_target(assign: Tensor) -> Tensor:
+    """Return bool (S, N), True at tokens that some token is assigned to."""
+    return segment_sum((assign >= 0).float(), assign, assign.shape[1]) > 0
+
+
+def mean_weights(assign: Tensor, size: Tensor | None = None) -> Tensor:
+    """Return float32 (S, N), the weights of a mean over the tokens of each target; zero for dropped tokens.
+
+    size: (S, N), how much each token counts; None counts each once.
+    """
+    share = (assign >= 0).float() if size is None else at_least_float32(size) * (assign >= 0)
+    total = segment_sum(share, assign, assign.shape[1]).gather(1, assign.clamp(min=0))
+    return torch.where(total > 0, share / total.clamp(min=torch.finfo(total.dtype).tiny), 0)
+
+
+def added_mean_weights(assign: Tensor) -> Tensor:
+    """Return float32 (S, N), the weights of target + mean of the tokens merged into it; 1 at targets, 0 at dropped tokens."""
+    own = assign == positions(assign)
+    others = torch.where(own, -1, assign)
+    return own.float() + mean_weights(others)
+
+
+def merged_size(assign: Tensor, size: Tensor) -> Tensor:
+    """Return float32 (S, N), the sum of `size` over the tokens assigned to each target; `size` elsewhere."""
+    return torch.where(is_target(assign), segment_sum(size, assign, assign.shape[1]), at_least_float32(size))
+
+
+@selection
+def bipartite_match(metric: Tensor, mask: Tensor, r: Tensor, lead: int = 0) -> Tensor:
+    """Return assign (S, N): the r best-matched tokens at even positions are merged into tokens at odd positions.
+
+    ToMe's bipartite soft matching. metric: (S, N, d), compared by cosine in float32. r: int64 (S,), capped at half of the
+    tokens. lead: tokens that stand before these and take part in the count of positions only (1 with a CLS token, so that
+    odd patches are merged into even ones). Many tokens may go to one; ties take the lowest index.
+    """
+    place = local_index(mask)
+    even = mask & ((place + lead) % 2 == 0)
+    odd = mask & ~even
+    half = (mask.shape[1] + 1) // 2
+    source, from_real = compact_indices(even, half)
+    target, to_real = compact_indices(odd, half)
+    metric = unit(metric)
+    similar = cosine(take(metric, source), take(metric, target), normed=True)
+    similar = similar.masked_fill(~to_real[:, None], -torch.inf)
+    best, column = similar.max(2)
+    merged = top_k_mask(best, from_real, torch.minimum(r, mask.sum(1) // 2))
+    destination = torch.where(merged, target.gather(1, column), source)
+    return put_back(torch.where(mask, positions(mask), -1), source, from_real, destination)
+
+
+@selection
+def nearest_target(x: Tensor, targets: Tensor, members: Tensor, slots: int) -> Tensor:
+    """Return assign (S, N): each member goes to the target of largest cosine (the first on ties), targets to themselves.
+
+    x: (S, N, d). targets, members: bool (S, N). slots: host number, at least the largest count of targets. Members of a
+    span without target, and tokens that are neither, get -1.
+    """
+    index, filled = compact_indices(targets, slots)
+    assign = torch.where(targets, positions(targets), -1)
+    if slots == 0:
+        return assign
+    x = unit(x)
+    similar = cosine(x, take(x, index), normed=True).masked_fill(~filled[:, None], -torch.inf)
+    choice = index.gather(1, similar.argmax(2))
+    return torch.where(members & ~targets & filled[:, :1], choice, assign)
+
+
+@selection
+def density_peaks(x: Tensor, mask: Tensor, clusters: Tensor) -> Tensor:
+    """Return assign (S, M): each token's cluster centre by density-peak clustering over nearest neighbours.
+
+    Distance d is Euclidean / sqrt(D). Density = exp(-mean of the squared `clusters` smallest d, its own 0 included); of
+    equal ones the lower index is denser. Separation = smallest d to a denser token, for the densest the largest d of all.
+    Centres are the `clusters` tokens of largest density * separation; the others join the nearest centre.
+    x: (S, M, D). clusters: int64 (S,). Memory O(S * M * M).
+    """
+    x = at_least_float32(x)
+    mean = segment_sum(x, torch.where(mask, 0, -1), 1) / mask.sum(1).clamp(min=1)[:, None, None]
+    x = (x - mean).masked_fill(~mask[..., None], 0)  # smaller numbers, smaller rounding errors in the product below
+    square = x.square().sum(-1)
+    distance = (square[:, :, None] + square[:, None] - 2 * x @ x.transpose(1, 2)).clamp(min=0) / x.shape[-1]
+    distance.diagonal(dim1=1, dim2=2).zero_()
+    real = mask[:, :, None] & mask[:, None]
+    near = distance.masked_fill(~real, torch.inf).sort(dim=2).values
+    counted = positions(mask)[:, None] < torch.minimum(clusters, mask.sum(1))[:, None, None]
+    # The logarithm orders alike, and does not underflow where features are far apart.
+    density = -near.masked_fill(~counted, 0).sum(2) / torch.minimum(clusters, mask.sum(1)).clamp(min=1)[:, None]
+    distance = distance.sqrt()
+    place = positions(mask)
+    earlier = place[:, None] < place[:, :, None]
+    denser = (density[:, None] > density[:, :, None]) | ((density[:, None] == density[:, :, None]) & earlier)
+    gap = distance.masked_fill(~(real & denser), torch.inf).amin(2)
+    largest = distance.masked_fill(~real, 0).amax((1, 2))
+    gap = torch.where(gap.isinf(), largest[:, None], gap)
+    centres = top_k_mask(density + gap.log(), mask, clusters)
+    joined = distance.masked_fill(~centres[:, None], torch.inf).argmin(2)
+    return torch.where(centres, place, joined).masked_fill(~mask, -1)

@@ -1,0 +1,124 @@
+"""Scores of tokens: cosine similarities, and attention received, without ever holding a full attention map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .precision import at_least_float32, selection
+
+# Logits held at once by default: 2 ** 25 float32 numbers are 128 MiB.
+_BLOCK_LOGITS = 1 << 25
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return x (..., D) scaled to length 1 in float32 or better; zero vectors stay zero."""
+    x = at_least_float32(x)
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+@selection
+def cosine(a: Tensor, b: Tensor, normed: bool = False) -> Tensor:
+    """Return float32 (S, A, B), the cosine between each pair of rows of a (S, A, D) and b (S, B, D).
+
+    normed: the rows already have length 1.
+    """
+    if not normed:
+        a, b = unit(a), unit(b)
+    return a @ b.transpose(1, 2)
+
+
+@selection
+def paired_cosine(x: Tensor, partner: Tensor) -> Tensor:
+    """Return float32 (S, N), the cosine between each token of x (S, N, D) and x[partner]; 0 where partner is -1.
+
+    partner: int64 (S, N).
+    """
+    x = unit(x)
+    other = x.gather(1, partner.clamp(min=0)[..., None].expand_as(x))
+    return (x * other).sum(-1).masked_fill(partner < 0, 0)
+
+
+@selection
+def text_relevance(visual: Tensor, mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """Return float32 (S, T), how much the visual tokens look at each text token: softmax over the text, mean over visual.
+
+    Raw dot products, not scaled. visual: (S, N, D) with mask bool (S, N); text: (S, T, D) with text_mask bool (S, T).
+    """
+    logits = at_least_float32(visual) @ at_least_float32(text).transpose(1, 2)
+    logits = logits.masked_fill(~text_mask[:, None], torch.finfo(logits.dtype).min)
+    share = logits.softmax(2).masked_fill(~mask[..., None], 0)
+    return share.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def gaussian_kernels(square: Tensor) -> Tensor:
+    """Return the sum of exp(-square / (2 * a)) over a = 1/8, 1/4, 1/2, 1, 2, elementwise; in (0, 5]."""
+    return torch.stack([(-square / (2 * 2.0**k)).exp() for k in range(-3, 2)]).sum(0)
+
+
+def _rows(allowed: Tensor, start: int, stop: int) -> Tensor:
+    """Return the rows start to stop of a mask whose row dimension may be 1."""
+    return allowed if allowed.shape[2] == 1 else allowed[:, :, start:stop]
+
+
+@selection
+def attention_from_rows(
+    query: Tensor,
+    key: Tensor,
+    row_weights: Tensor,
+    allowed: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    block: int | None = None,
+) -> Tensor:
+    """Return float32 (B, P), the attention that each key receives from the rows: mean over heads, weighted sum over rows.
+
+    query: (B, H, R, d) and key: (B, Hkv, P, d), after rotary embedding; grouped heads share a key without repeating it.
+    row_weights: (B, R), zero leaves a row out. allowed: bool (B or 1, 1, R or 1, P), None lets every row see every key.
+    softcap: logits become softcap * tanh(logits / softcap). The softmax runs in float32 over all keys, for `block` rows
+    at a time (None keeps the logits of a block within 128 MiB): memory O(B * H * block * P).
+    """
+    batch, heads, rows, dim = query.shape
+    groups, width = key.shape[1], key.shape[2]
+    block = block or max(1, _BLOCK_LOGITS // max(1, batch * heads * width))
+    keys = at_least_float32(key).transpose(2, 3)
+    weights = row_weights.to(keys.dtype)
+    total = keys.new_zeros(batch, groups, 1, width)
+    for start in range(0, rows, block):
+        stop = min(rows, start + block)
+        weight = weights[:, start:stop]
+        # Rows of no weight may hold anything, even NaN (padding): 0 * NaN must not reach the sum.
+        q = torch.where(weight[:, None, :, None] != 0, at_least_float32(query[:, :, start:stop]), 0) * scaling
+        logits = q.reshape(batch, groups, -1, dim) @ keys
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        # (B, Hkv, G * rows, P) is seen as (B, Hkv, G, rows, P) so that one mask serves all heads.
+        logits = logits.view(batch, groups, heads // groups, stop - start, width)
+        hidden = None if allowed is None else ~_rows(allowed, start, stop)[:, :, None]
+        if hidden is not None:
+            logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+        seen = logits.softmax(-1)
+        if hidden is not None:
+            seen = seen.masked_fill(hidden, 0)
+        shared = weight[:, None, None].expand(-1, groups, heads // groups, -1).reshape(batch, groups, 1, -1)
+        total += shared @ seen.flatten(2, 3)
+    return total.sum((1, 2)) / heads
+
+
+@selection
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    row_mask: Tensor | None = None,
+    block: int | None = None,
+) -> Tensor:
+    """Return float32 (B, P), the attention that each key receives from all rows, summed over rows and heads.
+
+    Arguments as in `attention_from_rows`; row_mask: bool (B, R), False leaves a row out (padding).
+    """
+    batch, heads, rows, _ = query.shape
+    weights = torch.ones(batch, rows, device=query.device) if row_mask is None else row_mask.float()
+    return attention_from_rows(query, key, weights, allowed, scaling, softcap, block) * heads

@@ -1,0 +1,111 @@
+"""Turns a recipe into a plan for one model, and says why a recipe does not fit."""
+
+from __future__ import annotations
+
+from mllm_squeeze.config import Recipe, build_reducer, resolve_steps
+from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.errors import ConfigError, UnsupportedModelError
+from mllm_squeeze.families.structure import ModelParts, find_attention, find_pre_norm
+from mllm_squeeze.reducers.base import Need, Reducer
+
+
+def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
+    """Return the cuts of a recipe on a model.
+
+    Raises:
+        ConfigError: a layer is out of range, or a cut at layer 0 asks for the attention of the layer before.
+        UnsupportedModelError: the model lacks a part that the recipe needs; the message names it.
+    """
+    places = resolve_steps(recipe, len(parts.layers))
+    cuts: list[PlannedCut] = []
+    encoder = decode = None
+    for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
+        reducer = build_reducer(step)
+        _check_modality(recipe, reducer, parts)
+        if step.at.place == "encoder":
+            _check_encoder(recipe, parts)
+            encoder = PlannedCut(number, recipe.method, 0, reducer)
+        elif step.at.place == "cache":
+            decode = PlannedCut(number, recipe.method, 0, reducer)
+        else:
+            planned = [
+                PlannedCut(number, recipe.method, layer, reducer, stage, len(layers), step.kept)
+                for stage, layer in enumerate(layers)
+            ]
+            for cut in planned:
+                _check_needs(recipe, cut, parts)
+            cuts += planned
+    return Plan(tuple(cuts), recipe.positions == "repack", encoder, decode)
+
+
+def why_not(recipe: Recipe, parts: ModelParts) -> str | None:
+    """Return why a recipe does not fit a model, None where it fits."""
+    try:
+        make_plan(recipe, parts)
+    except (ConfigError, UnsupportedModelError) as error:
+        return str(error)
+    return None
+
+
+def _check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None:
+    if not reducer.modalities & set(parts.row.modalities):
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reduces {', '.join(sorted(reducer.modalities))} tokens; '{parts.row.model_type}' takes "
+            f"{', '.join(parts.row.modalities)}. Use a method for those (fastv, divprune)."
+        )
+
+
+def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
+    row = parts.row
+    layer = getattr(parts.config, "vision_feature_layer", -1)
+    reasons = [
+        (row.tower != "batched", "its vision encoder packs the patches of all images into one row"),
+        (not row.per_token, "its projector merges several patches into one token"),
+        (parts.blocks is None or parts.projector is None, "its encoder blocks or projector were not found"),
+        (not isinstance(layer, int), "it concatenates features of several encoder layers"),
+    ]
+    for bad, reason in reasons:
+        if bad:
+            raise UnsupportedModelError(
+                f"'{recipe.method}' merges tokens inside the vision encoder, which does not fit '{row.model_type}': "
+                f"{reason}. Use a method that acts at the projector or in the LLM."
+            )
+
+
+def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
+    for need in cut.reducer.needs():
+        if need.name in ("attention", "keys"):
+            _check_attention(recipe, cut, need, parts)
+        elif need.name in ("saliency", "encoder_keys") and _lacks_saliency(parts):
+            raise UnsupportedModelError(
+                f"'{recipe.method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
+                "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
+            )
+        elif need.name == "normed" and parts.final_norm is None:
+            raise UnsupportedModelError(f"'{recipe.method}' reads normed states; no final norm was found in this model.")
+
+
+def _lacks_saliency(parts: ModelParts) -> bool:
+    block = parts.saliency_block
+    if block is None or parts.blocks is None or parts.row.road == "none":
+        return True
+    return find_attention(parts.blocks[block]) is None
+
+
+def _check_attention(recipe: Recipe, cut: PlannedCut, need: Need, parts: ModelParts) -> None:
+    if need.source == "next":
+        layer = parts.layers[cut.layer]
+        if find_attention(layer) is None or find_pre_norm(layer) is None:
+            raise UnsupportedModelError(
+                f"'{recipe.method}' previews layer {cut.layer}, whose attention or norm was not found. Set source: current."
+            )
+        return
+    if cut.layer == 0:
+        raise ConfigError(
+            f"'{recipe.method}' reads the attention of the layer before the cut, so layer must be between 1 and "
+            f"{len(parts.layers) - 1}; got 0. Before the LLM, use divprune, visionzip or random."
+        )
+    if find_attention(parts.layers[cut.layer - 1]) is None:
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reads the attention of layer {cut.layer - 1}, which has none. Choose another layer."
+        )

@@ -1,0 +1,67 @@
+"""Turns a finished session into the plain record that the report is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.report import ModelDims, PrefillRecord, SpanRecord, StageRecord
+
+
+def record(method: str, session: Session) -> PrefillRecord:
+    """Return what a prefill did, in plain numbers."""
+    layout, parts = session.layout, session.parts
+    assert layout is not None
+    lengths = tuple(session.lengths.get(n, layout.length) for n in range(len(parts.layers)))
+    return PrefillRecord(
+        method=method,
+        layout_length=layout.length,
+        batch=layout.batch,
+        spans=tuple(SpanRecord(span.sample, span.modality, span.length) for span in layout.spans),
+        stages=tuple(
+            StageRecord(
+                layer=trace.layer,
+                place="encoder" if trace.cut is session.plan.encoder else "layer",
+                reducer=type(trace.cut.reducer).__name__,
+                before=trace.before,
+                after=trace.after,
+                sequence_before=trace.sequence_before,
+                sequence_after=trace.sequence_after,
+                seconds=trace.seconds,
+            )
+            for trace in session.traces
+        ),
+        layer_lengths=lengths,
+        dims=model_dims(parts),
+        element_bytes=next(parts.decoder.parameters()).element_size(),
+        cache_lengths=tuple(n + session.past for n in lengths),
+    )
+
+
+def model_dims(parts: ModelParts) -> ModelDims | None:
+    """Return the sizes of the language model, None where its config does not name them."""
+    config: Any = parts.text_config
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    inner = _intermediate(config)
+    if heads is None or hidden is None or inner is None:
+        return None
+    return ModelDims(
+        layers=len(parts.layers),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        intermediate=inner,
+        vocab=config.vocab_size,
+    )
+
+
+def _intermediate(config: Any) -> int | None:
+    experts = getattr(config, "num_experts_per_tok", None)
+    width = getattr(config, "moe_intermediate_size", None)
+    if isinstance(experts, int) and isinstance(width, int):
+        return experts * width + (getattr(config, "shared_expert_intermediate_size", None) or 0)
+    found = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    return found if isinstance(found, int) else None

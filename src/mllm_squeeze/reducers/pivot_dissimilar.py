@@ -1,0 +1,84 @@
+"""Keep a few pivots and the tokens least like them: DART."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from mllm_squeeze import ops
+from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mllm_squeeze.layout import Tile
+
+Side = tuple["Tensor", "Tensor", "Tensor"]  # norms (S, X), features (S, X, D), mask bool (S, X)
+
+
+def pivots_and_dissimilar(visual: Side, text: Side, total: Tensor, pivots: int, words: int) -> Tensor:
+    """Return bool (S, N): the `pivots` visual tokens of largest norm, and for each pivot in turn those least like it.
+
+    The `words` text tokens of largest norm are pivots as well, but are not counted. total: int64 (S,), tokens to keep;
+    what the visual pivots leave of it is shared evenly among all pivots, the first ones taking one more. Ties: lowest index.
+    """
+    norms, features, mask = visual
+    image, real = ops.best_first(norms, mask, pivots)
+    word, spoken = ops.best_first(text[0], text[2], words)
+    real = real & (ops.positions(real) < total[:, None])
+    kept = ops.top_k_mask(norms, mask, total.clamp(max=pivots))
+    likeness = [
+        *ops.cosine(ops.take(features, image), features).unbind(1),
+        *ops.cosine(ops.take(text[1], word), features).unbind(1),
+    ]
+    there = [*real.unbind(1), *spoken.unbind(1)]
+    rest = total - kept.sum(1)
+    sharing = (real.sum(1) + spoken.sum(1)).clamp(min=1)
+    turn = rest * 0
+    for similar, exists in zip(likeness, there, strict=True):
+        quota = (rest.div(sharing, rounding_mode="floor") + (turn < rest % sharing)) * exists
+        kept = kept | ops.top_k_mask(-similar, mask & ~kept, quota)
+        turn = turn + exists
+    return kept
+
+
+class PivotDissimilar(Reducer):
+    """Keep the visual tokens of largest key norm as pivots, and those least similar to them and to pivot words.
+
+    DART, arXiv 2502.11494. Norms are L1 over keys (S, N, Hkv * d); likeness is the cosine of features after the language
+    model's final norm (S, N, D). variant: "paper" keeps the budget exactly; "official" adds the visual pivots to
+    floor(budget / pivots) tokens per pivot, as the authors' code does (128 keeps 132, 60 keeps 60).
+
+    Differs from the authors' code: pivots take turns by descending norm, visual ones first (the code follows the hash
+    order of a set); with fewer words than pivots the others take their share; a budget below the number of visual pivots
+    keeps the largest of them; duplicates are never removed by a threshold, as in the code.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset({"layer"})
+    reads_text: ClassVar[bool] = True
+
+    pivots: int = Field(default=4, ge=1)
+    words: int = Field(default=4, ge=0)
+    variant: Literal["paper", "official"] = "paper"
+
+    def needs(self) -> tuple[Need, ...]:
+        """Return keys and normed features."""
+        return (Need("keys"), Need("normed"))
+
+    def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
+        """Return the budget, or for the official variant what its sharing makes of it."""
+        if self.variant == "official" and budget < current:
+            every = self.pivots + self.words
+            budget = self.pivots + budget // every * every
+        return min(current, budget)
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        """Return the pivots and the tokens that are least like them."""
+        text, signals = tokens.text, tokens.signals
+        assert text is not None and text.keys is not None and text.normed is not None, "DART reads the text's keys"
+        total = [self.count(n, k, ()) for n, k in zip(tokens.current, tokens.counts, strict=True)]
+        visual = (signals["keys"].float().abs().sum(-1), signals["normed"], tokens.mask)
+        spoken = (text.keys.float().abs().sum(-1), text.normed, text.mask)
+        keep = pivots_and_dissimilar(visual, spoken, ops.on_device(total, tokens.mask), self.pivots, self.words)
+        return Reduction(keep)

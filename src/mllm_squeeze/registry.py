@@ -1,0 +1,193 @@
+"""Methods, reducers and families by name: those that ship, those of other packages, those of this process.
+
+Other packages add theirs through entry points; nothing is imported before its name is asked for, and never torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
+from mllm_squeeze.reducers.base import Reducer
+
+Source = str | Path | Mapping[str, Any]
+
+REDUCERS_GROUP = "mllm_squeeze.reducers"
+METHODS_GROUP = "mllm_squeeze.methods"
+FAMILIES_GROUP = "mllm_squeeze.families"
+
+BUILTIN_REDUCERS: Mapping[str, str] = {
+    "attention_rank": "mllm_squeeze.reducers.attention_rank:AttentionRank",
+    "text_rank_recycle": "mllm_squeeze.reducers.text_rank_recycle:TextRankRecycle",
+    "dominant_contextual": "mllm_squeeze.reducers.dominant_contextual:DominantContextual",
+    "farthest_point": "mllm_squeeze.reducers.farthest_point:FarthestPoint",
+    "pivot_dissimilar": "mllm_squeeze.reducers.pivot_dissimilar:PivotDissimilar",
+    "bipartite_merge": "mllm_squeeze.reducers.bipartite_merge:BipartiteMerge",
+    "frame_uniqueness": "mllm_squeeze.reducers.frame_uniqueness:FrameUniqueness",
+    "temporal_windows": "mllm_squeeze.reducers.temporal_windows:TemporalWindows",
+    "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
+    "random_subset": "mllm_squeeze.reducers.random_subset:RandomSubset",
+    "uniform_stride": "mllm_squeeze.reducers.uniform_stride:UniformStride",
+    "average_pool": "mllm_squeeze.reducers.average_pool:AveragePool",
+}
+
+_own_reducers: dict[str, type[Reducer]] = {}
+_own_methods: dict[str, Source] = {}
+
+
+def register_reducer(name: str, cls: type[Reducer]) -> None:
+    """Add a reducer for this process; raises ConfigError where the name is taken or `cls` is no Reducer subclass."""
+    _check_reducer(name, cls)
+    if _own_reducers.get(name) is not cls:
+        _check_free("reducer", name, reducer_names(), "unregister_reducer")
+        _own_reducers[name] = cls
+
+
+def unregister_reducer(name: str) -> None:
+    """Take back `register_reducer`; raises UnknownNameError where the name was not registered in this process."""
+    _take_back("reducer", name, _own_reducers)
+
+
+def register_method(name: str, source: Source) -> None:
+    """Add a method for this process, the path of a recipe or a dict; raises ConfigError where the name is taken."""
+    _check_method(name, source)
+    if name not in _own_methods or _own_methods[name] != source:
+        _check_free("method", name, method_names(), "unregister_method")
+        _own_methods[name] = source
+
+
+def unregister_method(name: str) -> None:
+    """Take back `register_method`; raises UnknownNameError where the name was not registered in this process."""
+    _take_back("method", name, _own_methods)
+
+
+def reducer_names() -> list[str]:
+    """Return the names of all reducers, sorted."""
+    return sorted({*BUILTIN_REDUCERS, *_own_reducers, *_points(REDUCERS_GROUP)})
+
+
+def reducer_class(name: str) -> type[Reducer]:
+    """Return the class of a reducer; raises UnknownNameError, or ConfigError where two packages use the name."""
+    found: list[tuple[str, Callable[[], Any]]] = []
+    if name in BUILTIN_REDUCERS:
+        found.append(("mllm_squeeze", lambda: _import(BUILTIN_REDUCERS[name])))
+    if name in _own_reducers:
+        found.append(("register_reducer", lambda: _own_reducers[name]))
+    found += _from_packages(REDUCERS_GROUP, name)
+    cls: type[Reducer] = _only("reducer", name, found, reducer_names())()
+    _check_reducer(name, cls)
+    return cls
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods, sorted."""
+    return sorted({*_builtin_methods(), *_own_methods, *_points(METHODS_GROUP)})
+
+
+def method_source(name: str) -> Source:
+    """Return where a method's recipe is: a path or a dict; raises UnknownNameError, or ConfigError on a double name."""
+    found: list[tuple[str, Callable[[], Any]]] = []
+    builtin = _builtin_methods()
+    if name in builtin:
+        found.append(("mllm_squeeze", lambda: builtin[name]))
+    if name in _own_methods:
+        found.append(("register_method", lambda: _own_methods[name]))
+    found += _from_packages(METHODS_GROUP, name)
+    source: Any = _only("method", name, found, method_names())()
+    if callable(source):
+        source = source()
+    _check_method(name, source)
+    return cast("Source", source)
+
+
+def family_plugins() -> dict[str, Any]:
+    """Return what other packages offer as `mllm_squeeze.families`, loaded, by name; ConfigError on a double name."""
+    return {
+        name: _only("family", name, _from_packages(FAMILIES_GROUP, name), [name])() for name in _points(FAMILIES_GROUP)
+    }
+
+
+def configs_dir() -> Path:
+    """Return the folder of the recipes that ship: inside the package when installed, beside `src` in a checkout."""
+    packaged = Path(str(files("mllm_squeeze"))) / "configs"
+    checkout = Path(__file__).resolve().parents[2] / "configs"
+    for folder in (packaged, checkout):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"The recipes that ship with mllm_squeeze are missing: neither {packaged} nor {checkout} exists.")
+
+
+def _builtin_methods() -> dict[str, Path]:
+    return {path.stem: path for path in configs_dir().glob("*.yaml")}
+
+
+def _points(group: str) -> dict[str, list[EntryPoint]]:
+    """Return the entry points of a group by name; one distribution found twice on the path counts once."""
+    out: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        same = out.setdefault(point.name, [])
+        if all(point.value != other.value for other in same):
+            same.append(point)
+    return out
+
+
+def _from_packages(group: str, name: str) -> list[tuple[str, Callable[[], Any]]]:
+    return [(_package(point), partial(_load, point)) for point in _points(group).get(name, [])]
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value
+
+
+def _load(point: EntryPoint) -> Any:
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"The entry point '{point.name}' of {_package(point)} ({point.value}) cannot be loaded: {error}. "
+            "Repair or uninstall that package."
+        ) from error
+
+
+def _import(target: str) -> Any:
+    module, attribute = target.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def _only(kind: str, name: str, found: list[tuple[str, Callable[[], Any]]], names: Iterable[str]) -> Callable[[], Any]:
+    if not found:
+        raise UnknownNameError(f"Unknown {kind} '{name}'. {did_you_mean(name, names)}")
+    if len(found) > 1:
+        owners = " and ".join(owner for owner, _ in found)
+        raise ConfigError(f"The {kind} name '{name}' is taken twice, by {owners}. Rename or uninstall one of them.")
+    return found[0][1]
+
+
+def _check_free(kind: str, name: str, taken: Iterable[str], undo: str) -> None:
+    if name in taken:
+        raise ConfigError(f"The {kind} name '{name}' is taken. Choose another, or call {undo} if it is yours.")
+
+
+def _take_back(kind: str, name: str, own: dict[str, Any]) -> None:
+    if name not in own:
+        raise UnknownNameError(f"No {kind} '{name}' was registered in this process. {did_you_mean(name, own)}")
+    del own[name]
+
+
+def _check_reducer(name: str, cls: Any) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, Reducer)):
+        raise ConfigError(f"The reducer '{name}' must subclass mllm_squeeze.reducers.base.Reducer; got {cls!r}.")
+
+
+def _check_method(name: str, source: Any) -> None:
+    if not isinstance(source, (str, Path, Mapping)):
+        raise ConfigError(
+            f"The method '{name}' must be the path of a recipe YAML or a dict, or a function that returns one; "
+            f"got {source!r}."
+        )

@@ -1,0 +1,188 @@
+"""The rules that a recipe must follow, and the sentences that say which one it broke."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, get_args
+
+from mllm_squeeze.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+    from pydantic_core import ErrorDetails
+
+    from mllm_squeeze.config import At, Step
+
+RATIO_RULE = "ratio is the fraction removed, at least 0 and below 1"
+KEEP_RULE = "keep is the tokens kept per span (an int, at least 1) or the fraction kept (a float above 0, at most 1)"
+
+
+def check_budget(options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `ratio` and `keep` are in range and at most one is given."""
+    ratio, keep = options.get("ratio"), options.get("keep")
+    if ratio is not None and keep is not None:
+        raise ValueError(f"ratio and keep exclude each other: {RATIO_RULE}; {KEEP_RULE}; got both")
+    if ratio is not None and (not _number(ratio) or not 0 <= ratio < 1):
+        raise ValueError(f"{RATIO_RULE}, got {ratio!r}")
+    if keep is None:
+        return
+    right = _number(keep) and (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1)
+    if not right:
+        raise ValueError(f"{KEEP_RULE}, got {keep!r}")
+
+
+def check_kept(kept: Sequence[float], layers: Sequence[Any] | None, options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `kept` has one fraction per layer, falling, and no other budget stands beside it."""
+    if layers is None:
+        raise ValueError("kept is a schedule over {layers: [...]}; at one place give ratio or keep")
+    if len(kept) != len(layers):
+        raise ValueError(f"kept has {len(kept)} fractions for {len(layers)} layers; give one for each")
+    falls = all(later <= earlier for earlier, later in pairwise(kept))
+    if not falls or not all(0 < fraction <= 1 for fraction in kept):
+        raise ValueError(
+            f"kept are cumulative fractions of the original tokens, above 0, at most 1, never rising; got {list(kept)}"
+        )
+    for name in ("ratio", "keep"):
+        if options.get(name) is not None:
+            raise ValueError(f"kept and {name} exclude each other: kept already says what is left after each layer")
+
+
+def check_layers(layers: Sequence[int | float] | None) -> None:
+    """Raise ValueError unless each layer is an index or a fraction of the depth, and they ascend."""
+    if layers is None:
+        return
+    if not layers:
+        raise ValueError("layers is empty; name at least one layer")
+    for layer in layers:
+        if layer < 0 or (isinstance(layer, float) and not 0 < layer < 1):
+            raise ValueError(
+                "a layer is a zero-based index (an int, at least 0) or a fraction of the depth (a float above 0, below 1)"
+                f"; got {layer}"
+            )
+    for earlier, later in pairwise(layers):
+        if type(earlier) is type(later) and later <= earlier:
+            raise ValueError(f"layers must ascend; got {list(layers)}")
+
+
+def check_order(places: Sequence[At]) -> None:
+    """Raise ValueError unless the places ascend from encoder over projector and layers to cache, equal ones allowed."""
+    for number, (before, after) in enumerate(pairwise(places), 2):
+        stage, _, last = _extent(before)
+        next_stage, first, _ = _extent(after)
+        # An index and a fraction compare only once the depth of the model is known; see resolve_steps.
+        known = type(first) is type(last) or first == 0
+        if next_stage < stage or (next_stage == stage and known and first < last):
+            raise ValueError(
+                f"steps run in ascending order of place (encoder, projector, layers, cache prefill, cache decode), but "
+                f"step {number} acts at {after}, after {before}; swap them"
+            )
+
+
+def check_totals(steps: Sequence[Step]) -> None:
+    """Raise ValueError where a later step asks for more tokens than an earlier one leaves; budgets are cumulative."""
+    left: dict[type, float] = {}
+    for number, step in enumerate(steps, 1):
+        if step.at.place == "cache":
+            continue
+        kept = _left(step)
+        if kept is None:
+            continue
+        before = left.get(type(kept))
+        if before is not None and kept > before + 1e-9:
+            raise ValueError(
+                f"budgets count from the original tokens, so a later step leaves no more than an earlier one; "
+                f"step {number} keeps {_short(kept)}, after a step that keeps {_short(before)}. {RATIO_RULE}"
+            )
+        left[type(kept)] = kept
+
+
+def _left(step: Step) -> int | float | None:
+    """Return what a step leaves of the original tokens: an int is tokens, a float a fraction."""
+    if step.kept is not None:
+        return float(step.kept[-1])
+    keep, ratio = step.options.get("keep"), step.options.get("ratio")
+    if keep is not None:
+        return keep  # type: ignore[no-any-return]
+    return None if ratio is None else 1.0 - float(ratio)
+
+
+def _extent(at: At) -> tuple[int, int | float, int | float]:
+    """Return the stage of a place, and the first and last index in it."""
+    if at.encoder is not None:
+        return (0, 0, 0) if at.encoder == "all" else (0, at.encoder, at.encoder)
+    if at.cache is not None:
+        return (2, 0, 0) if at.cache == "prefill" else (2, 1, 1)
+    if at.layers is not None:
+        return 1, at.layers[0], at.layers[-1]
+    layer = at.layer or 0
+    return 1, layer, layer
+
+
+def explain(
+    error: ValidationError,
+    where: str,
+    model: type[BaseModel],
+    given: Mapping[str, Any],
+    also: Iterable[str] = (),
+    hide: Iterable[str] = (),
+) -> str:
+    """Return one sentence per problem: the file and step, the key, what was given and what is allowed."""
+    allowed = [*(name for name in model.model_fields if name not in set(hide)), *also]
+    out: dict[str, list[str]] = {}
+    for item in error.errors():
+        key = _key(item["loc"])
+        sentence = _sentence(item, key, _allowed(model, item["loc"], allowed), given)
+        if sentence not in out.setdefault(key, []):
+            out[key].append(sentence)
+    return f"{where}: " + " ".join(_stop("; or ".join(sentences)) for sentences in out.values())
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """Return the dotted key without the member names that pydantic adds for unions, like 'at.layer' and 'layers.1'."""
+    return ".".join(str(part) for part in loc if part not in ("int", "float", "literal['all']"))
+
+
+def _allowed(model: type[BaseModel], loc: tuple[int | str, ...], allowed: list[str]) -> list[str]:
+    """Return the keys that may stand where `loc` points."""
+    if len(loc) < 2:
+        return allowed
+    field = model.model_fields.get(str(loc[0]))
+    for kind in (field.annotation, *get_args(field.annotation)) if field is not None else ():
+        if hasattr(kind, "model_fields"):
+            return list(kind.model_fields)
+    return allowed
+
+
+def _sentence(item: ErrorDetails, key: str, allowed: list[str], given: Mapping[str, Any]) -> str:
+    kind, message = item["type"], item["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'. {did_you_mean(str(item['loc'][-1]), allowed)}"
+    if kind == "missing":
+        inside = given.get(str(item["loc"][0]), given) if len(item["loc"]) > 1 else given
+        typo = difflib.get_close_matches(str(item["loc"][-1]), map(str, inside), n=1)
+        return f"the key '{key}' is missing" + (f"; '{typo[0]}' looks like it" if typo else "")
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {item['input']!r}{_closest(item['input'], message)}"
+
+
+def _closest(given: object, message: str) -> str:
+    """Return a hint where the message lists quoted words and the given one is close to one of them."""
+    words = re.findall(r"'([^']+)'", message)
+    close = difflib.get_close_matches(given, words, n=1) if isinstance(given, str) else []
+    return f". Did you mean '{close[0]}'?" if close else ""
+
+
+def _stop(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _short(kept: float) -> str:
+    return f"{kept:.4g}"

@@ -1,0 +1,83 @@
+"""A row of a padded batch keeps the same tokens, and answers the same, as the prompt alone."""
+
+from __future__ import annotations
+
+import matrix
+import oracle
+import pytest
+import tiny
+
+STEPS = 4
+KINDS = {
+    "image": ("image", "two_images", "text"),
+    "video": ("video", "image_video", "text"),
+}
+
+
+def prove(family: str, method: str, kinds: tuple[str, ...], side: str) -> None:
+    """Compare the batch with each of its prompts alone, and with the masked dense batch."""
+    t = tiny.load(family)
+    batch, forced = t.batch(kinds, side), oracle.forced_tokens(len(kinds), STEPS)
+    with matrix.applied(t.model, method) as handle:
+        joint = oracle.run(t.model, batch.inputs, forced)
+        cuts, repack = handle.cuts, matrix.repacks(handle)
+        for b, single in enumerate(batch.singles):
+            expected = oracle.run(t.model, single, forced[b : b + 1])
+            if kinds[b] == "text":
+                assert all(len(c.kept[b]) == single["input_ids"].shape[1] for c in cuts)
+            else:
+                assert [c.layer for c in handle.cuts] == [c.layer for c in cuts]
+                for mine, other in zip(cuts, handle.cuts, strict=True):
+                    assert (mine.kept[b] - batch.offsets[b]).tolist() == other.kept[0].tolist(), f"row {b}"
+            here = slice(batch.offsets[b], batch.offsets[b] + single["input_ids"].shape[1])
+            oracle.assert_close(joint.prefill[b : b + 1, here], expected.prefill, f"row {b} prefill")
+            oracle.assert_close(joint.decode[b : b + 1], expected.decode, f"row {b} decode")
+    if not matrix.METHODS[method].merges:
+        masked = oracle.masked_logits(t.model, batch.inputs, cuts, forced, repack=repack)
+        if matrix.METHODS[method].decodes:
+            masked.decode = joint.decode[:, :0]
+        oracle.assert_steps(joint, masked, batch.inputs, cuts, "batch")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("family", "method", "kind", "implementation"), matrix.cells())
+def test_row_equals_single(family: str, method: str, kind: str, implementation: str, side: str) -> None:
+    prove(family, method, KINDS[kind], side)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", matrix.CORE)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_row_equals_single_with_eager_masks(family: str, method: str, side: str) -> None:
+    with matrix.attention(tiny.load(family).model, "eager"):
+        prove(family, method, KINDS["image"], side)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", matrix.CORE)
+@pytest.mark.parametrize("family", matrix.FAMILIES)
+def test_generate_on_a_left_padded_batch(family: str, method: str) -> None:
+    t = tiny.load(family)
+    batch, forced = t.batch(), oracle.forced_tokens(3, STEPS)
+    with matrix.applied(t.model, method):
+        joint = oracle.generate(t.model, batch.inputs, forced)
+        for b, single in enumerate(batch.singles):
+            alone = oracle.generate(t.model, single, forced[b : b + 1])
+            oracle.assert_close(joint[b : b + 1], alone, f"row {b}")
+
+
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_equal_rows_without_padding_need_no_mask(family: str) -> None:
+    """Two equal prompts give two equal rows, and None stays None where nothing is padded."""
+    t = tiny.load(family)
+    batch, forced = t.batch(("image", "image")), oracle.forced_tokens(2, STEPS)
+    inputs = batch.singles[0]
+    twice = {k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
+    with matrix.applied(t.model, "fastv"):
+        joint = oracle.run(t.model, twice, forced)
+        for b in range(2):
+            alone = oracle.run(t.model, inputs, forced[b : b + 1])
+            oracle.assert_close(joint.prefill[b : b + 1], alone.prefill, "prefill")
+            oracle.assert_close(joint.decode[b : b + 1], alone.decode, "decode")

@@ -1,0 +1,288 @@
+"""Independent proofs: what a squeezed model must answer, computed by the dense model with hooks; imports no engine.
+
+A cut is described by anything with `layer` and `kept` (kept[b] = ascending columns of the padded prompt of sample b
+that are still seen from that layer on). The dense model closes the other columns by masks, so its shapes never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+Inputs = Mapping[str, Tensor]
+TOLERANCE = 1e-5
+_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+class CutLike(Protocol):
+    """One step of a squeeze."""
+
+    layer: int
+    kept: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A cut that a test makes up."""
+
+    layer: int
+    kept: list[Tensor]
+
+
+@dataclass
+class Steps:
+    """Logits of the prefill (B, T, V), of each decode step (B, n, V), and the cache that the run left."""
+
+    prefill: Tensor
+    decode: Tensor
+    cache: Any = field(default=None, repr=False)
+
+
+def text_model(model: Any) -> Any:
+    """Return the module that holds the decoder layers."""
+    return getattr(model, "get_base_model", lambda: model)().get_decoder()
+
+
+def forced_tokens(batch: int, steps: int, seed: int = 7) -> Tensor:
+    """Return plain text tokens (B, n) that both runs are fed, so that their logits compare step by step."""
+    return torch.randint(40, 95, (batch, steps), generator=torch.Generator().manual_seed(seed))
+
+
+def positions(model: Any, inputs: Inputs, steps: int) -> Tensor:
+    """Return position_ids of the prompt and of `steps` more tokens: (B, T + n), or (3, B, T + n) with M-RoPE."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    inner = getattr(model, "get_base_model", lambda: model)().model
+    after = torch.arange(steps) + mask.sum(-1, keepdim=True)
+    if not hasattr(inner, "get_rope_index"):
+        return torch.cat([(mask.cumsum(-1) - 1).clamp(min=0), after], -1)
+    names = (
+        "input_ids",
+        "attention_mask",
+        "mm_token_type_ids",
+        "image_grid_thw",
+        "video_grid_thw",
+        "second_per_grid_ts",
+    )
+    prompt, delta = inner.get_rope_index(**{k: inputs[k] for k in names if k in inputs})
+    return torch.cat([prompt, (after + delta).expand(3, -1, -1)], -1)
+
+
+@torch.no_grad()
+def run(model: Any, inputs: Inputs, forced: Tensor, cache: Any = None, **extra: Any) -> Steps:
+    """Prefill, then decode the forced tokens (B, n) with a cache and explicit position_ids; works with any padding."""
+    width, steps = inputs["input_ids"].shape[1], forced.shape[1]
+    where = positions(model, inputs, steps)
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    out = model(**inputs, position_ids=where[..., :width], past_key_values=cache, use_cache=True, **extra)
+    prefill, decode = out.logits, []
+    for t in range(steps):
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
+        at = where[..., width + t : width + t + 1]
+        token = forced[:, t : t + 1]
+        out = model(input_ids=token, attention_mask=mask, position_ids=at, past_key_values=out.past_key_values)
+        decode.append(out.logits[:, -1])
+    logits = torch.stack(decode, 1) if decode else prefill[:, :0]
+    return Steps(prefill, logits, out.past_key_values)
+
+
+class _Force(LogitsProcessor):
+    def __init__(self, forced: Tensor, width: int) -> None:
+        self.forced, self.width = forced, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.width
+        if step >= self.forced.shape[1]:
+            return scores
+        forced = self.forced.repeat_interleave(scores.shape[0] // self.forced.shape[0], 0)
+        return torch.full_like(scores, -1e9).scatter(1, forced[:, step : step + 1], 0.0)
+
+
+def force(forced: Tensor, width: int) -> LogitsProcessorList:
+    """Return the processor that makes generate choose the forced tokens (B, n) behind a prompt of this width."""
+    return LogitsProcessorList([_Force(forced, width)])
+
+
+@torch.no_grad()
+def generate(model: Any, inputs: Inputs, forced: Tensor, **extra: Any) -> Tensor:
+    """Return the raw logits (B, n + 1, V) of `model.generate` while it is made to choose the forced tokens (B, n)."""
+    processor = force(forced, inputs["input_ids"].shape[1])
+    settings = {"max_new_tokens": forced.shape[1] + 1, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(**inputs, logits_processor=processor, **settings, **extra)
+    return torch.stack(out.logits, 1)
+
+
+class _Mask:
+    """The pre-hook of one decoder layer of the dense model."""
+
+    def __init__(self, model: Any, index: int, width: int, cut: CutLike) -> None:
+        self.model, self.index, self.width, self.cut = model, index, width, cut
+        self.compact: Tensor | None = None
+        self.repack = False
+        self.closed = torch.ones(len(cut.kept), width, dtype=torch.bool)
+        self.rank = torch.zeros(len(cut.kept), width, dtype=torch.long)
+        for b, kept in enumerate(cut.kept):
+            self.closed[b, kept] = False
+            self.rank[b, kept] = torch.arange(len(kept))
+        self.count = torch.tensor([len(k) for k in cut.kept])
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        hidden, kwargs = args[0], dict(kwargs)
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length(self.index) if cache is not None else 0
+        if past == 0 and self.compact is not None:
+            hidden = self._write(hidden)
+        allowed = self._allowed(kwargs.get("attention_mask"), hidden, past)
+        if layer.self_attn.config._attn_implementation == "eager":
+            allowed = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
+        kwargs["attention_mask"] = allowed
+        if self.repack:
+            kwargs["position_embeddings"] = text_model(self.model).rotary_emb(hidden, self._places(hidden, past))
+        return (hidden, *args[1:]), kwargs
+
+    def _rows(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Repeat rows as generate does for beams."""
+        return x.repeat_interleave(hidden.shape[0] // x.shape[0], 0)
+
+    def _allowed(self, mask: Tensor | None, hidden: Tensor, past: int) -> Tensor:
+        q, total = hidden.shape[1], past + hidden.shape[1]
+        row, column = torch.arange(past, total)[:, None], torch.arange(total)[None]
+        if mask is None:
+            allowed = (column <= row)[None, None]
+        else:
+            allowed = mask if mask.dtype == torch.bool else mask == 0
+            allowed = allowed[..., :total]
+        allowed = allowed.expand(hidden.shape[0], 1, q, total).clone()
+        here = min(self.width, total)
+        allowed[..., :here] &= ~self._rows(self.closed, hidden)[:, None, None, :here]
+        # A closed row sees itself: a row that sees nothing would be NaN.
+        return allowed | (row == column)
+
+    def _places(self, hidden: Tensor, past: int) -> Tensor:
+        column = torch.arange(past, past + hidden.shape[1])
+        rank, count = self._rows(self.rank, hidden), self._rows(self.count, hidden)
+        inside = rank[:, column.clamp(max=self.width - 1)]
+        return torch.where(column < self.width, inside, count[:, None] + column - self.width)
+
+    def _write(self, hidden: Tensor) -> Tensor:
+        assert self.compact is not None
+        hidden = hidden.clone()
+        for b, kept in enumerate(self.cut.kept):
+            hidden[b, kept] = self.compact[b, : len(kept)]
+        return hidden
+
+
+@contextmanager
+def masked(
+    model: Any,
+    width: int,
+    cuts: Sequence[CutLike],
+    compact: Mapping[int, Tensor] | None = None,
+    repack: bool = False,
+) -> Iterator[None]:
+    """Make the dense model close, from layer k of each cut on, every column of the prompt (width) that was dropped.
+
+    compact: by layer, the states (B, M, D) that the squeezed run had right behind the cut at this layer; they are
+    written into the kept rows (for methods that merge). repack: behind a cut, survivors stand at consecutive positions.
+    """
+    ordered = sorted(cuts, key=lambda c: c.layer)
+    handles = []
+    for i, layer in enumerate(text_model(model).layers):
+        active = [c for c in ordered if c.layer <= i]
+        if not active:
+            continue
+        hook = _Mask(model, i, width, active[-1])
+        hook.compact, hook.repack = (compact or {}).get(i), repack
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def masked_logits(
+    model: Any,
+    inputs: Inputs,
+    cuts: Sequence[CutLike],
+    forced: Tensor,
+    compact: Mapping[int, Tensor] | None = None,
+    repack: bool = False,
+) -> Steps:
+    """Return the logits of the dense model with the dropped columns closed: prefill and the forced decode steps."""
+    with masked(model, inputs["input_ids"].shape[1], cuts, compact, repack):
+        return run(model, inputs, forced)
+
+
+@torch.no_grad()
+def plain_logits(model: Any, embeds: Tensor, forced: Tensor) -> Steps:
+    """Return the logits of the text model alone, fed embeddings (1, M, D) at positions 0..M-1, then the tokens."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    text, head, embed = text_model(model), base.get_output_embeddings(), base.get_input_embeddings()
+    out = text(inputs_embeds=embeds, use_cache=True)
+    prefill, decode = head(out.last_hidden_state), []
+    for t in range(forced.shape[1]):
+        out = text(inputs_embeds=embed(forced[:, t : t + 1]), past_key_values=out.past_key_values, use_cache=True)
+        decode.append(head(out.last_hidden_state[:, -1]))
+    return Steps(prefill, torch.stack(decode, 1), out.past_key_values)
+
+
+@contextmanager
+def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the hidden states that these decoder layers get in their first call; enter it after apply()."""
+    seen: dict[int, Tensor] = {}
+    handles = []
+    for k in layers:
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], k: int = k) -> None:
+            if k not in seen:
+                seen[k] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+
+        handles.append(text_model(model).layers[k].register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def survivors(inputs: Inputs, cuts: Sequence[CutLike]) -> Tensor:
+    """Bool (B, T): the columns that the last layer still sees; without cuts all but the padding."""
+    ids = inputs["input_ids"]
+    alive = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    for cut in cuts:
+        for b, kept in enumerate(cut.kept):
+            here = torch.zeros(ids.shape[1], dtype=torch.bool)
+            here[kept] = True
+            alive[b] &= here
+    return alive
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """Return the largest absolute difference; shapes must agree."""
+    assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    return float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
+
+
+def assert_close(a: Tensor, b: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    """Fail when the tensors differ by more than the tolerance, or hold a NaN."""
+    assert torch.isfinite(a).all() and torch.isfinite(b).all(), f"{what}: not finite"
+    difference = gap(a, b)
+    assert difference <= tolerance, f"{what}: largest difference {difference:.2e} > {tolerance:.0e}"
+
+
+def assert_steps(squeezed: Steps, expected: Steps, inputs: Inputs, cuts: Sequence[CutLike], what: str = "") -> None:
+    """Fail unless the logits of all survivors and of all decode steps agree."""
+    assert squeezed.prefill.shape == expected.prefill.shape, (
+        f"{what} prefill logits have shape {squeezed.prefill.shape}"
+    )
+    alive = survivors(inputs, cuts)
+    assert_close(squeezed.prefill[alive], expected.prefill[alive], f"{what} prefill")
+    for t in range(expected.decode.shape[1]):
+        assert_close(squeezed.decode[:, t], expected.decode[:, t], f"{what} decode step {t}")
