@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL with random weights and its processor, small enough for any CPU: `video.py` uses it where no --model is given."""
+"""A Qwen2.5-VL with random weights and its processor, small enough for any CPU, for `video.py` without --model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def processor() -> Qwen2_5_VLProcessor:
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=sizes),
         tokenizer=tokens,
-        video_processor=Qwen2VLVideoProcessor(size=sizes),
+        video_processor=Qwen2VLVideoProcessor(size=sizes, cap_pixels_per_frame=True),
         chat_template=CHAT,
     )
 

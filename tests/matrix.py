@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import tiny
 
 import mllm_squeeze as squeeze
+import tiny
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 FAMILIES = tuple(tiny.FAMILIES)
@@ -54,7 +54,7 @@ METHODS = {
         Method("visionzip", merges=True),
         Method("divprune"),
         Method("dart", {"ratio": 0.5, "layer": 2}),
-        Method("tome", merges=True, families=_PER_TOKEN),
+        Method("tome", merges=True, exact=False, families=_PER_TOKEN, kinds=("image", "two_images")),
         Method("vidcom2", exact=False, families=_VIDEO, kinds=("video", "image_video")),
         Method("dycoke", decodes=True, exact=False, families=_VIDEO, kinds=("video", "image_video")),
     )

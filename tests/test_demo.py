@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm_squeeze as squeeze
 from mllm_squeeze import demo
-from mllm_squeeze.demo import compare
+from mllm_squeeze.demo import compare, contest
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +135,9 @@ def test_comparison_writes_what_it_printed(result: tuple[compare.Comparison, Pat
 
 def test_error_is_that_of_the_mean() -> None:
     # Three of four right: deviation sqrt(3 * 0.25^2 + 0.75^2) / sqrt(3) = 0.5, over sqrt(4) questions.
-    assert compare._mean_and_error([1, 1, 1, 0]) == (0.75, pytest.approx(0.25))
-    assert compare._mean_and_error([1.0]) == (1.0, 0.0)
-    assert compare._mean_rows([[1, 0, 1], [1, 1, 0]]) == [1, 0.5, 0.5]
+    assert contest.mean_and_error([1, 1, 1, 0]) == (0.75, pytest.approx(0.25))
+    assert contest.mean_and_error([1.0]) == (1.0, 0.0)
+    assert contest.mean_rows([[1, 0, 1], [1, 1, 0]]) == [1, 0.5, 0.5]
 
 
 def test_comparison_of_nothing_is_the_dense_model(boxed: tuple[Any, Any]) -> None:
@@ -164,7 +164,7 @@ def test_command_line_reaches_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (plain, named), (full, full_named) = calls
     assert plain == (["fastv"], [0.5], 7, 2, None)
     assert named["command"] == "python -m mllm_squeeze.demo.compare --methods fastv --ratios 0.5 --questions 7"
-    assert full == (compare.image_methods(), compare.RATIOS, 1000, 2, Path("results"))
+    assert full == (compare.image_methods(), compare.FULL_RATIOS, 1000, 2, Path("results"))
     assert full_named["seeds"] == 3
 
 

@@ -239,7 +239,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         "places": [str(step.at) for step in recipe.steps],
         "known_count": all(cls.known_count for cls in classes),
         "reads_text": any(cls.reads_text for cls in classes),
-        "modalities": sorted(modalities),
+        "modalities": [name for name in ("image", "video", "audio") if name in modalities],
     }
 
 

@@ -6,7 +6,7 @@ Other packages add theirs through entry points; nothing is imported before its n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
@@ -80,7 +80,7 @@ def reducer_class(name: str) -> type[Reducer]:
     if name in _own_reducers:
         found.append(("register_reducer", lambda: _own_reducers[name]))
     found += _from_packages(REDUCERS_GROUP, name)
-    cls: type[Reducer] = _only("reducer", name, found, reducer_names())()
+    cls: type[Reducer] = _only("reducer", name, found, reducer_names)()
     _check_reducer(name, cls)
     return cls
 
@@ -99,7 +99,7 @@ def method_source(name: str) -> Source:
     if name in _own_methods:
         found.append(("register_method", lambda: _own_methods[name]))
     found += _from_packages(METHODS_GROUP, name)
-    source: Any = _only("method", name, found, method_names())()
+    source: Any = _only("method", name, found, method_names)()
     if callable(source):
         source = source()
     _check_method(name, source)
@@ -108,9 +108,8 @@ def method_source(name: str) -> Source:
 
 def family_plugins() -> dict[str, Any]:
     """Return what other packages offer as `mllm_squeeze.families`, loaded, by name; ConfigError on a double name."""
-    return {
-        name: _only("family", name, _from_packages(FAMILIES_GROUP, name), [name])() for name in _points(FAMILIES_GROUP)
-    }
+    points = _points(FAMILIES_GROUP)
+    return {name: _only("family", name, _from_packages(FAMILIES_GROUP, name), lambda: points)() for name in points}
 
 
 def configs_dir() -> Path:
@@ -127,8 +126,9 @@ def _builtin_methods() -> dict[str, Path]:
     return {path.stem: path for path in configs_dir().glob("*.yaml")}
 
 
+@cache
 def _points(group: str) -> dict[str, list[EntryPoint]]:
-    """Return the entry points of a group by name; one distribution found twice on the path counts once."""
+    """Return the entry points of a group by name, read once; one package found twice on the path counts once."""
     out: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
         same = out.setdefault(point.name, [])
@@ -160,9 +160,11 @@ def _import(target: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def _only(kind: str, name: str, found: list[tuple[str, Callable[[], Any]]], names: Iterable[str]) -> Callable[[], Any]:
+def _only(
+    kind: str, name: str, found: list[tuple[str, Callable[[], Any]]], names: Callable[[], Iterable[str]]
+) -> Callable[[], Any]:
     if not found:
-        raise UnknownNameError(f"Unknown {kind} '{name}'. {did_you_mean(name, names)}")
+        raise UnknownNameError(f"Unknown {kind} '{name}'. {did_you_mean(name, names())}")
     if len(found) > 1:
         owners = " and ".join(owner for owner, _ in found)
         raise ConfigError(f"The {kind} name '{name}' is taken twice, by {owners}. Rename or uninstall one of them.")

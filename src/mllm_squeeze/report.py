@@ -64,8 +64,8 @@ class StageRecord:
     """One step of the method.
 
     layer: first decoder layer that ran short. place: "encoder", "projector", "layer" or "cache". before, after: tokens
-    of each span, in tokens of the language model also for a step in the encoder. sequence_before, sequence_after: columns
-    of the padded batch. seconds: time the rule took, None where nobody asked to measure it.
+    of each span, in tokens of the language model also for a step in the encoder. sequence_before, sequence_after:
+    columns of the padded batch. seconds: time the rule took, None where it was not measured.
     """
 
     layer: int
@@ -152,7 +152,7 @@ class Report:
 
     @property
     def mean_visual(self) -> float:
-        """Visual tokens of the batch per decoder layer, mean over the layers; papers call it the average token number."""
+        """Visual tokens of the batch per decoder layer, mean over the layers: the average token number of papers."""
         return _mean(self.visual_per_layer)
 
     @property

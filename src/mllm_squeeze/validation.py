@@ -59,8 +59,8 @@ def check_layers(layers: Sequence[int | float] | None) -> None:
     for layer in layers:
         if layer < 0 or (isinstance(layer, float) and not 0 < layer < 1):
             raise ValueError(
-                "a layer is a zero-based index (an int, at least 0) or a fraction of the depth (a float above 0, below 1)"
-                f"; got {layer}"
+                "a layer is a zero-based index (an int, at least 0) or a fraction of the depth (a float above 0, "
+                f"below 1); got {layer}"
             )
     for earlier, later in pairwise(layers):
         if type(earlier) is type(later) and later <= earlier:
@@ -105,7 +105,7 @@ def _left(step: Step) -> int | float | None:
         return float(step.kept[-1])
     keep, ratio = step.options.get("keep"), step.options.get("ratio")
     if keep is not None:
-        return keep  # type: ignore[no-any-return]
+        return keep
     return None if ratio is None else 1.0 - float(ratio)
 
 

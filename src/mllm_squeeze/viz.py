@@ -212,7 +212,7 @@ def _check(
 
 
 def _guess_boxes(tiles: Sequence[Tile], width: int, height: int, cropped: bool) -> list[Box]:
-    """What each tile covers: crops of equal size (and an overview behind them) are laid out as the picture's shape asks."""
+    """What each tile covers: crops of equal size, an overview behind them, are laid out as the picture's shape asks."""
     if cropped:
         return [centre_square(width, height)] * len(tiles)
     if len(tiles) < 3 or len(set(tiles)) > 1:
@@ -296,7 +296,7 @@ def _tint(canvas: Image.Image, pen: Any, box: tuple[int, int, int, int], colour:
 
 
 def _colours(groups: Sequence[int]) -> dict[int, Rgb]:
-    """A colour for each token of a group with more than one member; hues far apart for groups that follow each other."""
+    """A colour for each token of a group with more than one member, hues far apart from one group to the next."""
     members: dict[int, list[int]] = {}
     for index, survivor in enumerate(groups):
         if survivor >= 0:

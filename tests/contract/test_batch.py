@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 import matrix
 import oracle
-import pytest
 import tiny
 
 STEPS = 4

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import matrix
-import oracle
 import pytest
-import tiny
 import torch
 
+import matrix
 import mllm_squeeze as squeeze
+import oracle
+import tiny
 
 STEPS = 8
 

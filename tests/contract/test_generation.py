@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import matrix
-import oracle
 import pytest
-import tiny
 import torch
 from torch import Tensor
+
+import matrix
+import oracle
+import tiny
 
 NEW = 6
 SETTINGS: dict[str, Any] = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}

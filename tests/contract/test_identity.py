@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 import matrix
 import oracle
-import pytest
 import tiny
-import torch
 
 
 @pytest.mark.parametrize(("family", "method", "kind", "implementation"), matrix.cells(implementations=("sdpa", "eager")))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import matrix
-import oracle
 import pytest
-import snapshot
-import tiny
 import torch
 
+import matrix
 import mllm_squeeze as squeeze
+import oracle
+import snapshot
+import tiny
 
 
 class PlannedError(Exception):

@@ -6,12 +6,13 @@ import copy
 import threading
 from typing import Any
 
-import matrix
-import oracle
 import pytest
-import tiny
 import torch
 from torch import Tensor
+
+import matrix
+import oracle
+import tiny
 
 STEPS = 5
 KINDS = ("two_images", "image")

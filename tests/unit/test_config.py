@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,10 +33,9 @@ class Pool(Reducer):
 
 
 @pytest.fixture(autouse=True)
-def reducers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_own_reducers", {"rank": Rank, "pool": Pool})
     monkeypatch.setattr(registry, "_own_methods", {})
-    yield
 
 
 def recipe(change: Change | None = None) -> dict[str, Any]:
@@ -61,9 +60,7 @@ def step(**keys: Any) -> Change:
 def schedule(data: dict[str, Any]) -> None:
     """Make the recipe a schedule over three layers, with a ratio and an optional list of kept fractions."""
     data["params"] = {"ratio": 0.875, "kept": None}
-    data["steps"] = [
-        {"reducer": "rank", "at": {"layers": [0.25, 0.5, 0.75]}, "ratio": "${ratio}", "kept": "${kept}"}
-    ]
+    data["steps"] = [{"reducer": "rank", "at": {"layers": [0.25, 0.5, 0.75]}, "ratio": "${ratio}", "kept": "${kept}"}]
 
 
 def test_every_reference_becomes_a_typed_value() -> None:
@@ -181,7 +178,11 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (None, {"keep": 1.5}, ["fraction kept", "got 1.5"]),
     (None, {"keep": False}, ["keep is", "got False"]),
     (None, {"ratio": 0.5, "keep": 64}, ["ratio=0.5 and keep=64 exclude each other", "ratio is the fraction removed"]),
-    (lambda d: d["steps"][0].update(keep=3), {}, ["ratio and keep exclude each other", "ratio is the fraction removed"]),
+    (
+        lambda d: d["steps"][0].update(keep=3),
+        {},
+        ["ratio and keep exclude each other", "ratio is the fraction removed"],
+    ),
     (schedule, {"ratio": 0.5, "kept": [0.5, 0.4, 0.3]}, ["exclude each other"]),
     (schedule, {"kept": [0.5, 0.4]}, ["2 fractions for 3 layers"]),
     (schedule, {"kept": [0.3, 0.4, 0.5]}, ["never rising", "[0.3, 0.4, 0.5]"]),
@@ -189,11 +190,19 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (lambda d: d["steps"][0].update(kept=[0.5]), {}, ["kept is a schedule over {layers: [...]}"]),
     (step(at={"layers": [4, 8]}, kept=[0.5, 0.2], ratio=0.8), {}, ["step 2", "kept and ratio exclude each other"]),
     (step(at={"layer": 9}, ratio=0.1), {}, ["a later step leaves no more", "step 2 keeps 0.9", "keeps 0.5"]),
-    (lambda d: d["params"].update(ratio=0.5) or d["steps"][0].update(layer="${ratio}"), {"keep": 3}, ["only be given a"]),
+    (
+        lambda d: d["params"].update(ratio=0.5) or d["steps"][0].update(layer="${ratio}"),
+        {"keep": 3},
+        ["only be given a"],
+    ),
     # Params and references.
     (None, {"layr": 3}, ["unknown param 'layr'", "Allowed: keep, layer, ratio", "Did you mean 'layer'?"]),
     (lambda d: d["params"].update(spare=1), {}, ["the param 'spare' is not used"]),
-    (lambda d: d["steps"][0].update(ratio="${rato}"), {}, ["${rato} is not one of its params", "Did you mean 'ratio'?"]),
+    (
+        lambda d: d["steps"][0].update(ratio="${rato}"),
+        {},
+        ["${rato} is not one of its params", "Did you mean 'ratio'?"],
+    ),
     (lambda d: d["steps"][0].update(rows="${oc.env:HOME}"), {}, ["${oc.env:HOME} is not one of its params"]),
     (lambda d: d["params"].update(layer="???"), {}, ["the param layer has no default"]),
     (lambda d: d["params"].update(layer="${layer}"), {}, ["sketch"]),
@@ -206,7 +215,11 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (lambda d: d["steps"][0].update(row="text"), {}, ["step 1", "unknown key 'row'", "Did you mean 'rows'?"]),
     (lambda d: d["steps"][0].update(options={}), {}, ["unknown key 'options'"]),
     (lambda d: d["steps"][0].update(at={"layr": "${layer}"}), {}, ["unknown key 'at.layr'", "Did you mean 'layer'?"]),
-    (lambda d: d["steps"][0].update(att=d["steps"][0].pop("at")), {}, ["the key 'at' is missing", "'att' looks like it"]),
+    (
+        lambda d: d["steps"][0].update(att=d["steps"][0].pop("at")),
+        {},
+        ["the key 'at' is missing", "'att' looks like it"],
+    ),
     (lambda d: d["steps"][0].pop("reducer"), {}, ["step 1", "the key 'reducer' is missing"]),
     (lambda d: d.pop("method"), {}, ["the key 'method' is missing"]),
     (lambda d: d.pop("steps"), {}, ["steps is a list of at least one mapping"]),
@@ -214,7 +227,11 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (lambda d: d.update(steps=["rank"]), {}, ["steps is a list of at least one mapping"]),
     # Types and words.
     (lambda d: d.update(positions="repak"), {}, ["positions", "'keep' or 'repack'", "Did you mean 'repack'?"]),
-    (lambda d: d["steps"][0].update(rows="txt"), {}, ["step 1", "rows", "'last' or 'text'", "got 'txt'", "mean 'text'"]),
+    (
+        lambda d: d["steps"][0].update(rows="txt"),
+        {},
+        ["step 1", "rows", "'last' or 'text'", "got 'txt'", "mean 'text'"],
+    ),
     (lambda d: d["steps"][0].update(layer="two"), {}, ["layer", "valid integer", "got 'two'"]),
     # Places.
     (None, {"layer": -1}, ["a zero-based index", "got -1"]),
@@ -252,7 +269,9 @@ def test_an_unknown_reducer_says_where_and_what_is_there() -> None:
 
 def test_an_unknown_method_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.register_method("sketch", recipe())
-    with pytest.raises(UnknownNameError, match=r"Unknown method 'sketsh'.*Did you mean 'sketch'\?.*path of a recipe file"):
+    with pytest.raises(
+        UnknownNameError, match=r"Unknown method 'sketsh'.*Did you mean 'sketch'\?.*path of a recipe file"
+    ):
         load_recipe("sketsh")
 
 

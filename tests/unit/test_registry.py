@@ -34,18 +34,19 @@ def make_recipe() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_own_reducers", {})
     monkeypatch.setattr(registry, "_own_methods", {})
-    yield
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
-    """Return the list that stands for the entry points of installed packages."""
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
+    """Yield the list that stands for the entry points of installed packages."""
     points: list[EntryPoint] = []
     monkeypatch.setattr(registry, "entry_points", lambda *, group: [p for p in points if p.group == group])
-    return points
+    registry._points.cache_clear()
+    yield points
+    registry._points.cache_clear()
 
 
 def point(name: str, value: str, group: str) -> EntryPoint:
@@ -125,7 +126,6 @@ def test_reducers_and_methods_of_other_packages(installed: list[EntryPoint]) -> 
 
 
 def test_families_of_other_packages(installed: list[EntryPoint]) -> None:
-    assert registry.family_plugins() == {}
     installed.append(point("mine", "RECIPE", registry.FAMILIES_GROUP))
     assert registry.family_plugins() == {"mine": RECIPE}
 

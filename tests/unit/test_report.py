@@ -30,8 +30,8 @@ def record(**changes: object) -> PrefillRecord:
 
 
 def test_flops_of_a_layer_by_hand() -> None:
-    # projections: q and o 2 * (2 * n * 4 * 6) = 96 n, k and v 2 * (2 * n * 4 * 3) = 48 n; MLP 3 * (2 * n * 4 * 5) = 120 n;
-    # attention 2 * (2 * n * n * 6) = 24 n^2.
+    # projections: q and o 2 * (2 * n * 4 * 6) = 96 n, k and v 2 * (2 * n * 4 * 3) = 48 n;
+    # MLP 3 * (2 * n * 4 * 5) = 120 n; attention 2 * (2 * n * n * 6) = 24 n^2.
     assert SMALL.layer_flops(10) == (96 + 48 + 120) * 10 + 24 * 100
     assert SMALL.layer_flops(6) == (96 + 48 + 120) * 6 + 24 * 36
 

@@ -7,22 +7,20 @@ tables from all methods that prune images.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import math
 import platform
 import shlex
-import statistics
 import sys
 import textwrap
-import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,55 +28,20 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm_squeeze as squeeze
 from mllm_squeeze import viz
-from mllm_squeeze.report import Report
 
 from . import folder
-from .evaluate import answers, prompt
+from .contest import DENSE, Contender, Entry, line_up, measure_accuracy, measure_time, summarise
+from .evaluate import answers
 from .questions import Item, held_out
 
 METHODS = ("random", "fastv", "sparsevlm", "visionzip", "divprune", "tome")
-RATIOS = (0.5, 0.75, 0.9)
-DENSE = "dense"
-HEAD = ("method", "removed", "tokens", "per layer", "accuracy %", "to dense", "prefill ms", "GFLOPs")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One method at one budget.
-
-    tokens: visual tokens per picture left in the end. tokens_per_layer: their mean over the decoder layers. accuracy,
-    error: share of right answers and its standard error. against_dense, against_dense_error: the paired difference in
-    accuracy. seconds: medians of the timed prefills of one batch, vision encoder included; seconds_low and seconds_high
-    are the quartiles. flops: of the language model's prefill, for one prompt.
-    """
-
-    method: str
-    ratio: float
-    tokens: float
-    tokens_per_layer: float
-    accuracy: float
-    error: float
-    against_dense: float
-    against_dense_error: float
-    by_kind: dict[str, float]
-    flops: float | None
-    seconds: float
-    seconds_low: float
-    seconds_high: float
-    seeds: int
-
-
-@dataclass
-class Contender:
-    """A copy of the model with one method on it, and what has been seen of it so far."""
-
-    method: str
-    ratio: float
-    model: Any
-    handle: Any = None
-    params: dict[str, Any] = field(default_factory=dict)
-    right: list[list[float]] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
+RATIOS = (0.5, 0.75)
+FULL_RATIOS = (0.5, 0.75, 0.9)
+NOTE = (
+    "tokens: visual tokens of a picture at the end, /layer: mean over the decoder layers; ± standard error; "
+    "ms: median prefill of a batch, vision encoder included; GFLOPs: language model, one prompt"
+)
+HEAD = ("method", "removed", "tokens", "/layer", "accuracy %", "to dense", "ms", "GFLOPs")
 
 
 @dataclass
@@ -102,13 +65,11 @@ class Comparison:
         lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' + ' ---: |' * (len(HEAD) - 1)}"]
         lines += [f"| {' | '.join(row)} |" for row in map(_cells, self.entries)]
         facts = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        return (
-            "\n".join(lines)
-            + f"\n\n{self.questions} held-out questions, one picture each. Errors are standard errors; the difference"
-            + f" to dense is paired. Prefill: median of {self.repeats} runs of a batch of {self.batch}, all methods in"
-            + f" turn in one process, {self.threads} CPU threads, vision encoder included; FLOPs: language model only,"
-            + f" one prompt.\n\n`{self.command}`, {facts}\n"
+        how = (
+            f"{self.questions} held-out questions, a picture each; the difference to dense is paired. Prefill: batch "
+            f"of {self.batch}, median of {self.repeats} rounds in which all methods take turns, {self.threads} threads."
         )
+        return "\n".join([*lines, "", f"{NOTE}. {how}", "", f"`{self.command}` ({facts})", ""])
 
 
 def image_methods() -> list[str]:
@@ -131,8 +92,8 @@ def main(
     out: str | Path | None = None,
     *,
     seeds: int = 1,
-    repeats: int = 7,
-    batch: int = 20,
+    repeats: int = 5,
+    batch: int = 10,
     console: Console | None = None,
     command: str = "mllm_squeeze.demo.compare.main()",
     model: Any = None,
@@ -149,14 +110,16 @@ def main(
         model = AutoModelForImageTextToText.from_pretrained(folder()).eval()
         processor = AutoProcessor.from_pretrained(folder())
     items = list(held_out(questions))
-    contenders = _line_up(model, methods, ratios)
-    with _progress(console) as bar:
-        _measure_accuracy(bar, contenders, processor, items, batch, seeds)
-        _measure_time(bar, contenders, _inputs(processor, items[:batch]), repeats)
+    contenders = line_up(model, methods, ratios)
+    with _progress(console) as bar, warnings.catch_warnings():
+        # A method that cannot go as low as asked warns; the table shows what it kept.
+        warnings.simplefilter("ignore", squeeze.SqueezeWarning)
+        measure_accuracy(bar, contenders, processor, items, batch, seeds)
+        measure_time(bar, contenders, processor, items[:batch], repeats)
     dense = contenders[0]
     reference = contenders[1].handle.report() if len(contenders) > 1 else None
     comparison = Comparison(
-        entries=[_entry(contender, dense, reference, items) for contender in contenders],
+        entries=[summarise(contender, dense, reference, items) for contender in contenders],
         questions=len(items),
         batch=min(batch, len(items)),
         repeats=repeats,
@@ -171,106 +134,6 @@ def main(
     return comparison
 
 
-def _line_up(model: Any, methods: Sequence[str], ratios: Sequence[float]) -> list[Contender]:
-    """The dense model and a squeezed copy for each method and ratio, so that all of them can be timed in turn."""
-    out = [Contender(DENSE, 0.0, model)]
-    for ratio in ratios:
-        for method in methods:
-            twin = copy.deepcopy(model)
-            out.append(Contender(method, ratio, twin, squeeze.apply(twin, method, ratio=ratio), {"ratio": ratio}))
-    return out
-
-
-def _measure_accuracy(
-    bar: Progress, contenders: list[Contender], processor: Any, items: list[Item], batch: int, seeds: int
-) -> None:
-    task = bar.add_task("answers", total=sum(_seeds_of(c, seeds) for c in contenders))
-    for contender in contenders:
-        for seed in range(_seeds_of(contender, seeds)):
-            if seed:
-                contender.handle.remove()
-                contender.handle = squeeze.apply(contender.model, contender.method, **contender.params, seed=seed)
-            given = answers(contender.model, processor, items, batch)
-            contender.right.append([float(said == item.answer) for said, item in zip(given, items, strict=True)])
-            bar.update(task, advance=1, description=f"answers: {contender.method}")
-    bar.update(task, description="answers")
-
-
-def _seeds_of(contender: Contender, seeds: int) -> int:
-    """How many seeds to average: one for a method without chance in it."""
-    return seeds if contender.handle is not None and "seed" in contender.handle.recipe.params else 1
-
-
-def _inputs(processor: Any, items: Sequence[Item]) -> Any:
-    texts = [prompt(processor, item.question) for item in items]
-    return processor(images=[item.picture for item in items], text=texts, padding=True, return_tensors="pt")
-
-
-def _measure_time(bar: Progress, contenders: list[Contender], inputs: Any, repeats: int) -> None:
-    """Time a prefill of each contender in turn, so that a slow spell of the machine hits all of them alike."""
-    task = bar.add_task("prefill", total=(repeats + 1) * len(contenders))
-    for turn in range(repeats + 1):
-        for contender in contenders:
-            begin = time.perf_counter()
-            with torch.no_grad():
-                contender.model(**inputs, use_cache=True, logits_to_keep=1)
-            if turn:  # the first one warms up
-                contender.times.append(time.perf_counter() - begin)
-            bar.update(task, advance=1)
-
-
-def _entry(contender: Contender, dense: Contender, reference: Report | None, items: list[Item]) -> Entry:
-    right, base = _mean_rows(contender.right), _mean_rows(dense.right)
-    accuracy, error = _mean_and_error(right)
-    difference, difference_error = _mean_and_error([a - b for a, b in zip(right, base, strict=True)])
-    low, middle, high = statistics.quantiles(contender.times, n=4)
-    tokens, per_layer, flops = _sizes(contender, reference)
-    by_kind = {
-        kind: statistics.fmean(hit for hit, item in zip(right, items, strict=True) if item.kind == kind)
-        for kind in sorted({item.kind for item in items})
-    }
-    return Entry(
-        method=contender.method,
-        ratio=contender.ratio,
-        tokens=tokens,
-        tokens_per_layer=per_layer,
-        accuracy=accuracy,
-        error=error,
-        against_dense=difference,
-        against_dense_error=difference_error,
-        by_kind=by_kind,
-        flops=flops,
-        seconds=middle,
-        seconds_low=low,
-        seconds_high=high,
-        seeds=len(contender.right),
-    )
-
-
-def _sizes(contender: Contender, reference: Report | None) -> tuple[float, float, float | None]:
-    """Visual tokens in the end, visual tokens per layer and FLOPs, of one prompt; dense ones from any other's report."""
-    if contender.handle is not None:
-        report = contender.handle.report()
-        n = report.record.batch
-        return report.visual_after / n, report.mean_visual / n, None if report.flops is None else report.flops / n
-    if reference is None:
-        return math.nan, math.nan, None
-    n = reference.record.batch
-    flops = None if reference.flops_dense is None else reference.flops_dense / n
-    return reference.visual_before / n, reference.visual_before / n, flops
-
-
-def _mean_rows(rows: list[list[float]]) -> list[float]:
-    """Mean over the seeds, for each question."""
-    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error over the questions."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread / math.sqrt(len(values))
-
-
 def _cells(entry: Entry) -> list[str]:
     """One row of the table, as words."""
     dense = entry.method == DENSE
@@ -282,14 +145,14 @@ def _cells(entry: Entry) -> list[str]:
         f"{entry.tokens_per_layer:.0f}",
         f"{100 * entry.accuracy:.1f} ± {100 * entry.error:.1f}",
         "-" if dense else difference,
-        f"{1000 * entry.seconds:.0f} ({1000 * entry.seconds_low:.0f}-{1000 * entry.seconds_high:.0f})",
+        f"{1000 * entry.seconds:.0f}",
         "-" if entry.flops is None else f"{entry.flops / 1e9:.3f}",
     ]
 
 
 def _table(comparison: Comparison) -> Table:
     title = f"{comparison.questions} held-out questions, prefill in batches of {comparison.batch}"
-    table = Table(title=title, caption="± standard error; prefill: median (quartiles) of turns, encoder included")
+    table = Table(title=title, caption=NOTE, box=box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(HEAD):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     last = 0.0
@@ -349,7 +212,9 @@ def command(arguments: Sequence[str] | None = None) -> Comparison:
     """Read the command line and run `main`."""
     parser = argparse.ArgumentParser(prog="python -m mllm_squeeze.demo.compare", description=__doc__)
     parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)}; with --full all that prune images")
-    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="fractions of the tokens removed")
+    parser.add_argument(
+        "--ratios", nargs="+", type=float, help="fractions removed; default: 0.5 0.75, with --full 0.9 too"
+    )
     parser.add_argument("--questions", type=int, help="default: 100, with --full 1000")
     parser.add_argument("--pictures", type=int, default=2, help="pictures of survivors to draw")
     parser.add_argument("--out", type=Path, help="folder for the JSON, the table and the picture")
@@ -358,12 +223,12 @@ def command(arguments: Sequence[str] | None = None) -> Comparison:
     options = parser.parse_args(given)
     return main(
         options.methods or (image_methods() if options.full else METHODS),
-        options.ratios,
+        options.ratios or (FULL_RATIOS if options.full else RATIOS),
         options.questions or (1000 if options.full else 100),
         options.pictures,
         options.out,
         seeds=3 if options.full else 1,
-        repeats=15 if options.full else 7,
+        repeats=15 if options.full else 5,
         command=shlex.join([*parser.prog.split(), *given]),
     )
 

@@ -20,7 +20,8 @@ class KeptEntries:
     columns: int64 (B, P), logical place of each held entry, ascending in each row. valid: bool (B, P) or None, False
     where a shorter row of a batch is padded on the left. seen: tokens seen when these were written; what is appended
     later is held in full. shift: int64 (B,), cut tokens per row, by which renumbered positions fall behind. tail: number
-    of trailing entries that are consecutive tokens in every row.
+    of trailing entries that are consecutive tokens in every row. visual: bool (B, P), True for visual entries; None where
+    nobody asks.
     """
 
     columns: Tensor
@@ -28,12 +29,20 @@ class KeptEntries:
     seen: int
     shift: Tensor
     tail: int
+    visual: Tensor | None = None
 
     def rows(self, index: Tensor) -> KeptEntries:
         """Return the entries of other batch rows, as beam search reorders them."""
         index = index.to(self.columns.device)
         valid = None if self.valid is None else self.valid.index_select(0, index)
-        return KeptEntries(self.columns[index], valid, self.seen, self.shift[index], self.tail)
+        visual = None if self.visual is None else self.visual.index_select(0, index)
+        return KeptEntries(self.columns[index], valid, self.seen, self.shift[index], self.tail, visual)
+
+    def without_last(self, count: int) -> KeptEntries:
+        """Return the entries but the last ones, which are consecutive tokens of every row."""
+        valid = None if self.valid is None else self.valid[:, :-count]
+        visual = None if self.visual is None else self.visual[:, :-count]
+        return KeptEntries(self.columns[:, :-count], valid, self.seen - count, self.shift, self.tail - count, visual)
 
     def extended(self, held: int) -> tuple[Tensor, Tensor | None]:
         """Return columns and validity of `held` entries, those appended since included."""
@@ -56,6 +65,8 @@ class CutLayerMixin:
     is_initialized: bool
     entries: KeptEntries | None = None
     upcoming: KeptEntries | None = None
+    # What a method that works while decoding remembers, (B, ...) each.
+    notes: dict[str, Tensor] | None = None
 
     @property
     def held(self) -> int:
@@ -65,7 +76,7 @@ class CutLayerMixin:
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values; what the engine announced as `upcoming` now describes them."""
         if self.upcoming is not None:
-            self.entries, self.upcoming = self.upcoming, None
+            self.entries, self.upcoming, self.notes = self.upcoming, None, None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)  # type: ignore[attr-defined]
         # Not super().update: a sliding layer would trim by entries, but its window counts original positions.
@@ -101,36 +112,38 @@ class CutLayerMixin:
             )
         into = max(count - appended, 0)
         if into:
-            old = self.entries
-            valid = None if old.valid is None else old.valid[:, :-into]
-            self.entries = KeptEntries(old.columns[:, :-into], valid, old.seen - into, old.shift, old.tail - into)
+            self.entries = self.entries.without_last(into)
         self.keys = self.keys[..., :-count, :]
         self.values = self.values[..., :-count, :]
 
     def reset(self) -> None:
         """Forget everything."""
-        self.entries = self.upcoming = None
+        self.entries = self.upcoming = self.notes = None
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other batch rows, kept entries included."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        if self.entries is not None:
-            self.entries = self.entries.rows(beam_idx)
+        self._take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row, kept entries included."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.entries is not None:
-            rows = torch.arange(self.entries.columns.shape[0], device=self.entries.columns.device)
-            self.entries = self.entries.rows(rows.repeat_interleave(repeats))
+        self._take_rows(self._all_rows().repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some batch rows, kept entries included."""
         super().batch_select_indices(indices)  # type: ignore[misc]
+        self._take_rows(self._all_rows()[indices.to(self._all_rows().device)])
+
+    def _all_rows(self) -> Tensor:
+        return torch.arange(0) if self.entries is None else torch.arange(len(self.entries.columns))
+
+    def _take_rows(self, index: Tensor) -> None:
         if self.entries is not None:
-            rows = torch.arange(self.entries.columns.shape[0], device=self.entries.columns.device)
-            self.entries = self.entries.rows(rows[indices.to(rows.device)])
+            self.entries = self.entries.rows(index)
+        if self.notes is not None:
+            self.notes = {name: value[index.to(value.device)] for name, value in self.notes.items()}
 
 
 @memoised

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_squeeze.engine.encoder import EncoderMerge
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.taps import score_received, score_rows
 from mllm_squeeze.errors import UnsupportedModelError
@@ -19,11 +20,14 @@ from mllm_squeeze.families.structure import ModelParts
 class EncodeCall:
     """Collects encoder signals while a feature method runs.
 
-    wanted: names of the signals ("saliency", "encoder_keys") that the plan's reducers read.
+    wanted: names of the signals ("saliency", "encoder_keys") that the plan's reducers read. merge: the reduction that runs
+    inside the encoder, None without one.
     """
 
-    def __init__(self, parts: ModelParts, modality: str, wanted: frozenset[str]) -> None:
-        self.parts, self.modality, self.wanted = parts, modality, wanted
+    def __init__(
+        self, parts: ModelParts, modality: str, wanted: frozenset[str], merge: EncoderMerge | None = None
+    ) -> None:
+        self.parts, self.modality, self.wanted, self.merge = parts, modality, wanted, merge
         self._values: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     def read(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
@@ -53,9 +57,9 @@ class EncodeCall:
         """
         lengths = item_lengths(output, self.parts.row.model_type)
         tiles = find_tiles(self.parts, self.modality, inputs, lengths)
-        return Features(
-            self.modality, tuple(lengths), tuple(tiles), {name: self._carried(name, inputs, lengths) for name in self.wanted}
-        )
+        signals = {name: self._carried(name, inputs, lengths) for name in self.wanted}
+        survivors = None if self.merge is None else self.merge.survivors(self.modality, inputs, lengths)
+        return Features(self.modality, tuple(lengths), tuple(tiles), signals, survivors)
 
     def _carried(self, name: str, inputs: Mapping[str, Any], lengths: list[int]) -> tuple[Tensor, ...]:
         read = self._values[name]

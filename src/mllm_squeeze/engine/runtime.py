@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mllm_squeeze.engine import cache as kv
-from mllm_squeeze.engine import cutting, signals
+from mllm_squeeze.engine import cutting, decoding, signals
 from mllm_squeeze.engine.encode import EncodeCall
+from mllm_squeeze.engine.encoder import EncoderMerge
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
 from mllm_squeeze.engine.taps import Listener, Tap
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
+from mllm_squeeze.families.handlers.deepstack import follow_cuts, has_deepstack
 from mllm_squeeze.families.structure import ModelParts, find_attention
+from mllm_squeeze.reducers.base import DecodeReducer
 
 _MARK = "mllm_squeeze_features"
 
@@ -55,6 +58,7 @@ class Runtime:
         self._hooks: list[RemovableHandle] = []
         self._taps: list[Tap] = []
         self._overridden: list[str] = []
+        self._undo: list[Callable[[], None]] = []
         self._encoder_signals = frozenset(
             name for name in ("saliency", "encoder_keys") if plan.needs(name)
         )
@@ -73,6 +77,8 @@ class Runtime:
             self._hook(self.parts.base, self._enter_base, self._leave_base)
             self._hook(self.parts.decoder, self._enter_decoder, self._leave_decoder)
             self._hook_layers()
+            self._follow_deepstack()
+            self._hook_encoder()
             self._tap_decoder()
             self._tap_encoder()
         except BaseException:
@@ -87,7 +93,9 @@ class Runtime:
             tap.close()
         for name in self._overridden:
             del self.parts.base.__dict__[name]
-        self._hooks, self._taps, self._overridden = [], [], []
+        for undo in self._undo:
+            undo()
+        self._hooks, self._taps, self._overridden, self._undo = [], [], [], []
 
     def _hook(self, module: nn.Module, before: Any, after: Any) -> None:
         self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -112,6 +120,8 @@ class Runtime:
                 if need.name not in ("attention", "keys"):
                     continue
                 tapped.add(cut.layer if need.source == "next" else cut.layer - 1)
+        if self.plan.decode is not None:
+            tapped.add(self._decode.layer - 1)
         for number in sorted(tapped):
             attention = find_attention(self.parts.layers[number])
             if attention is None:
@@ -119,6 +129,55 @@ class Runtime:
                     f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another layer."
                 )
             self._tap(attention, lambda attention=attention: self._decoder_listener(attention))
+
+    @property
+    def _decode(self) -> DecodeReducer:
+        assert self.plan.decode is not None and isinstance(self.plan.decode.reducer, DecodeReducer)
+        return self.plan.decode.reducer
+
+    def _follow_deepstack(self) -> None:
+        if has_deepstack(self.parts.decoder):
+            self._undo.append(follow_cuts(self.parts.decoder, self._kept_now))
+
+    def _kept_now(self) -> tuple[Tensor, Tensor | None] | None:
+        session = self._session
+        return None if session is None or session.index is None else (session.index, session.valid)
+
+    def _hook_encoder(self) -> None:
+        last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector
+        if self.plan.encoder is None or blocks is None or projector is None or last is None:
+            return
+        for number in range(last):
+            attention = find_attention(blocks[number])
+            if attention is None:
+                raise UnsupportedModelError(f"Block {number} of the vision encoder has no attention whose keys can be read.")
+            self._tap(attention, self._merge_listener)
+            before = functools.partial(self._before_block, number + 1)
+            self._hooks.append(blocks[number + 1].register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(projector.register_forward_hook(self._after_projector))
+
+    def _merge_listener(self) -> Listener | None:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        return None if merge is None else merge.read
+
+    def _before_block(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        if merge is None:
+            return None
+        hidden = merge.merge(number, args[0] if args else kwargs["hidden_states"])
+        new = dict(kwargs)
+        bias = merge.bias
+        rest = args[1:]
+        if bias is not None:
+            bias = bias.to(hidden.dtype)
+            rest, new = ((bias, *args[2:]), new) if len(args) > 1 else (rest, {**new, "attention_mask": bias})
+        return ((hidden, *rest), new) if args else (args, {**new, "hidden_states": hidden})
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Any) -> Any:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        return None if merge is None else merge.restore(output)
 
     def _tap_encoder(self) -> None:
         block = self.parts.saliency_block
@@ -172,7 +231,7 @@ class Runtime:
             inputs = {**inputs.pop("kwargs", {}), **inputs}
             if modality == "video":
                 inputs.setdefault("pixel_values_videos", inputs.get("pixel_values"))
-            call = EncodeCall(self.parts, modality, self._encoder_signals)
+            call = EncodeCall(self.parts, modality, self._encoder_signals, self._merge_for(modality))
             self._local.encode = call
             try:
                 output = original(*args, **kwargs)
@@ -187,6 +246,20 @@ class Runtime:
             return output
 
         return record
+
+    def _merge_for(self, modality: str) -> EncoderMerge | None:
+        last = self.parts.feature_block
+        if self.plan.encoder is None or last is None:
+            return None
+        if modality == "video" and self.parts.row.road != "identity":
+            warnings.warn(
+                f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their tokens "
+                "behind the encoder; use vidcom2 or dycoke for them.",
+                SqueezeWarning,
+                stacklevel=2,
+            )
+            return None
+        return EncoderMerge(self.parts, self.plan.encoder.reducer, last)
 
     # The inner model
 
@@ -268,6 +341,8 @@ class Runtime:
         if session.cutting:
             hidden = self._cut(session, number, hidden, kwargs)
             self._listen(session, number)
+        elif self.plan.decode is not None and number == self._decode.layer - 1 and session.width == 1:
+            decoding.listen(session, find_attention(module), self._decode, kwargs.get("past_key_values"))
         new = session.shorten(number, hidden, kwargs)
         session.lengths[number] = hidden.shape[1]
         if args:

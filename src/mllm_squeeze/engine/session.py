@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine import cache as kv
@@ -104,6 +105,8 @@ class Session:
         self.valid: Tensor | None = None
         self.shift: Tensor | None = None
         self.stage = 0
+        # Bool (B, P'): held entries that the layers behind a decode step's choice do not see, None where all are seen.
+        self.closed: Tensor | None = None
         if layout is not None:
             self.row_lengths = [int(n) for n in layout.real.sum(1)]
 
@@ -135,7 +138,7 @@ class Session:
         self.text_place = order.to(device)
         self.text_mask = behind.gather(1, order).to(device)
         self.last_place = torch.tensor(layout.last, device=device)[:, None]
-        self.real = real.to(device)
+        self.real, self.visual = real.to(device), visual.to(device)
         padded = not bool(real.all())
         # Bool (B, M) where tokens are real now, None where all are.
         self.present = self.real if padded else None
@@ -168,6 +171,7 @@ class Session:
         self.index = order if self.index is None else self.index.gather(1, order)
         self.valid = None if even else torch.arange(width, device=hidden.device) >= pad
         self.present = self.valid
+        self.visual = self.visual.gather(1, order)
         self.shift = shift.gather(1, order)
         rows = torch.arange(batch, device=hidden.device)[:, None]
         self.table = self.table.take(chosen, counts, place[self.table.sample[:, None], self.table.place])
@@ -231,6 +235,11 @@ class Session:
             self._memo[key] = (self._rows(entries, held), entries)
         return self._memo[key]
 
+    def close(self, closed: Tensor) -> None:
+        """Take held entries (bool (B, P')) out of the sight of the layers to come."""
+        self.closed = closed
+        self._memo.clear()
+
     def _rows(self, entries: kv.KeptEntries | None, held: int) -> Rows:
         index = self._index_now(entries)
         batch = index.shape[0]
@@ -248,6 +257,9 @@ class Session:
             old_valid = torch.ones_like(old, dtype=torch.bool) if old_valid is None else old_valid
             now = torch.ones_like(new, dtype=torch.bool) if new_valid is None else new_valid
             key_valid = torch.cat([old_valid.to(index.device), now], dim=1)
+        if self.closed is not None:
+            seen = ~functional.pad(self.closed, (0, keys.shape[1] - self.closed.shape[1]))
+            key_valid = seen if key_valid is None else key_valid & seen
         return Rows(index, keys, new_valid, key_valid, self.past, self.width)
 
     def _index_now(self, entries: kv.KeptEntries | None) -> Tensor:
@@ -265,7 +277,8 @@ class Session:
             return kwargs
         new = self.given(layer, hidden, kwargs)
         mask = kwargs.get("attention_mask")
-        if self.index is None and entries is not None and entries.valid is None and mask is None:
+        plain = self.index is None and entries is not None and entries.valid is None and self.closed is None
+        if plain and mask is None:
             # Decode on an even cut: no mask to fix.
             return new
         rows, entries = self.rows_of(layer, past_key_values)
@@ -341,7 +354,14 @@ class Session:
         assert self.shift is not None
         # The last column is never padding when rows are padded on the left.
         shift = self.shift[:, -1] if entries is None else self.shift[:, -1] + entries.shift.to(self.shift.device)
-        return kv.KeptEntries(rows.keys, rows.key_valid, self.past + self.width, shift, self.tail)
+        visual = None
+        if self.plan.decode is not None:
+            old = rows.keys.shape[1] - self.visual.shape[1]
+            before = self.visual.new_zeros(self.visual.shape[0], old)
+            if entries is not None and entries.visual is not None:
+                before[:, : entries.visual.shape[1]] = entries.visual
+            visual = torch.cat([before, self.visual if self.valid is None else self.visual & self.valid], dim=1)
+        return kv.KeptEntries(rows.keys, rows.key_valid, self.past + self.width, shift, self.tail, visual)
 
     # Merging
 
@@ -353,7 +373,8 @@ class Session:
         if reduction.assign is None:
             return hidden
         sample = table.sample[:, None].expand(-1, place.shape[1])
-        states = ops.merge_tokens(hidden[sample, place], reduction.assign, reduction.weights)
+        weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
+        states = ops.merge_tokens(hidden[sample, place], reduction.assign, weights)
         write = mask & reduction.keep
         # Slots that do not survive write what stands there already.
         states = torch.where(write.unsqueeze(-1), states, hidden[sample, place].detach())

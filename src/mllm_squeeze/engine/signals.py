@@ -30,6 +30,8 @@ def listen(session: Session, planned: PlannedCut, layer: nn.Module) -> None:
     if attention is None:
         return
     needs = [need for need in planned.reducer.needs() if _from_layer_before(need)]
+    # Rows that were not chosen at layer 0 are those of a cut that has nothing to do.
+    needs = [need for need in needs if need.rows != "chosen" or planned.step in session.row_weights]
     if not needs:
         return
 

@@ -94,15 +94,19 @@ class ModelParts:
         """Number of the encoder block whose attention says what the encoder looks at, None without blocks."""
         if self.blocks is None:
             return None
-        count = len(self.blocks)
         full = getattr(getattr(self.tower, "config", None), self.row.saliency, None) if self.row.saliency else None
         if full:
             return int(full[-1])
-        if self.lead:
-            layer = getattr(self.config, "vision_feature_layer", -1)
-            layer = layer if isinstance(layer, int) else layer[-1]
-            return count + layer if layer < 0 else layer - 1
-        return max(count - 2, 0)
+        return self.feature_block if self.lead else max(len(self.blocks) - 2, 0)
+
+    @property
+    def feature_block(self) -> int | None:
+        """Number of the encoder block whose output the LLM gets, None without blocks."""
+        if self.blocks is None:
+            return None
+        layer = getattr(self.config, "vision_feature_layer", -1)
+        layer = layer if isinstance(layer, int) else layer[-1]
+        return len(self.blocks) + layer if layer < 0 else layer - 1
 
     def path(self, module: nn.Module | None) -> str | None:
         """Return the dotted name of a part, None where it is not there."""

@@ -35,7 +35,8 @@ def mean_weights(assign: Tensor, size: Tensor | None = None) -> Tensor:
 
     size: (S, N), how much each token counts; None counts each once.
     """
-    share = (assign >= 0).float() if size is None else at_least_float32(size) * (assign >= 0)
+    there = assign >= 0
+    share = there.float() if size is None else at_least_float32(size).masked_fill(~there, 0)
     total = segment_sum(share, assign, assign.shape[1]).gather(1, assign.clamp(min=0))
     return torch.where(total > 0, share / total.clamp(min=torch.finfo(total.dtype).tiny), 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def on_device(values: Sequence[int] | Sequence[Sequence[int]] | Tensor, like: Tensor) -> Tensor:
-    """Return host numbers as a tensor (int64 unless they are one already) on the device of `like`, without waiting for it."""
+def on_device(values: Sequence[Any] | Tensor, like: Tensor) -> Tensor:
+    """Return (nested) host numbers as a tensor (int64 unless they are one already) on the device of `like`, without waiting for it."""
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
     return host.to(like.device, non_blocking=True)

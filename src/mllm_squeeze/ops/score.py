@@ -14,7 +14,8 @@ _BLOCK_LOGITS = 1 << 25
 def unit(x: Tensor) -> Tensor:
     """Return x (..., D) scaled to length 1 in float32 or better; zero vectors stay zero."""
     x = at_least_float32(x)
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 @selection

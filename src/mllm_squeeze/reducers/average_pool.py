@@ -53,7 +53,7 @@ def windows(grid: Tensor, sizes: Tensor) -> Tensor:
 class AveragePool(Reducer):
     """Replace each window of each tile's grid by its mean; the windows are disjoint and tile the grid, frame by frame.
 
-    A tile gets its share of the budget by area and each frame of it the same; the pooled grid fills that share as well
+    Reads the grid (S, N, 4) only. A tile gets its share of the budget by area and each frame of it the same; the pooled grid fills that share as well
     as a nearly unchanged aspect allows, so the budget is met from below (but each frame keeps one token). Separators are
     dropped. Where the grid is not known or no longer whole, runs of consecutive tokens are averaged.
     arXiv 2405.17430 (M3) and 2405.20985 (DeCo) train with such tokens; here it is training-free, behind the projector.

@@ -137,3 +137,23 @@ class Reducer(BaseModel):
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return which tokens survive; pure, batched, without device-to-host sync when `known_count` holds."""
         raise NotImplementedError
+
+
+class DecodeReducer(Reducer):
+    """Base of reducers that act while decoding: step by step, on the entries of the cache, from `layer` on.
+
+    The attention of layer - 1 is read in each step; the layers from `layer` on attend to what `refresh` keeps. Nothing is
+    freed, so entries can come back.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset({"cache"})
+
+    layer: int = Field(default=3, ge=1)
+
+    def refresh(self, row: Tensor, previous: Tensor | None, kept: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (kept, stored): bool (B, V), what later layers see in this step, and what to hand in at the next.
+
+        row: float32 (B, V), attention of the new token. previous, kept: of the step before, None at the first. mask: bool
+        (B, V), False is no visual entry.
+        """
+        raise NotImplementedError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import DecodeReducer, Reduction, VisualTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ def refresh(
     return kept.where(alike, chosen), stored
 
 
-class DecodeRefresh(Reducer):
+class DecodeRefresh(DecodeReducer):
     """Let the layers from `layer` on attend, while decoding, only to the visual tokens that layer - 1 attends to.
 
     DyCoke, arXiv 2411.15024, stage two. drop: fraction of the visual tokens left out. threshold: the choice of the step
@@ -43,10 +43,8 @@ class DecodeRefresh(Reducer):
     last visual token can be left out too; a batch decides row by row.
     """
 
-    places: ClassVar[frozenset[Place]] = frozenset({"cache"})
     reads_text: ClassVar[bool] = True
 
-    layer: int = Field(default=3, ge=1)
     drop: float = Field(default=0.8, ge=0, lt=1)
     threshold: float = Field(default=0.9, ge=-1, le=1)
 

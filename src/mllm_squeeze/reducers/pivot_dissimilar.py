@@ -25,7 +25,7 @@ def pivots_and_dissimilar(visual: Side, text: Side, total: Tensor, pivots: int, 
     """
     norms, features, mask = visual
     image, real = ops.best_first(norms, mask, pivots)
-    word, spoken = ops.best_first(text[0], text[2], words)
+    word, spoken = ops.best_first(text[0], text[2], min(words, text[0].shape[1]))
     real = real & (ops.positions(real) < total[:, None])
     kept = ops.top_k_mask(norms, mask, total.clamp(max=pivots))
     likeness = [

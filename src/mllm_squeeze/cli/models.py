@@ -1,0 +1,137 @@
+"""The commands that run a model: run and demo."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.table import Table
+from rich.text import Text
+
+from mllm_squeeze import config
+from mllm_squeeze.cli import output
+from mllm_squeeze.errors import ConfigError
+
+
+def demo(
+    ratio: Annotated[list[float] | None, typer.Option(help="Fraction removed; give it again for more of them.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; 'all' for all that fit.")] = None,
+    questions: Annotated[int, typer.Option(help="How many held-out questions to ask.", min=2)] = 100,
+    pictures: Annotated[int, typer.Option(help="How many pictures of survivors to draw.", min=0)] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, the numbers and the pictures.")] = None,
+) -> None:
+    """Compare methods on the small trained model in the box: accuracy, time, and pictures of what is kept."""
+    names = None if methods in (None, "all") else [name.strip() for name in str(methods).split(",") if name.strip()]
+    for name in names or []:
+        for value in ratio or [0.5]:
+            config.load_recipe(name, ratio=value)
+    compare = _compare()
+    compare.main(
+        names or (compare.image_methods() if methods == "all" else compare.METHODS),
+        tuple(ratio or compare.RATIOS),
+        questions,
+        pictures,
+        out,
+        command=shlex.join(["mllm-squeeze", *sys.argv[1:]]),
+    )
+
+
+def _compare() -> Any:
+    try:
+        from mllm_squeeze.demo import compare
+    except ImportError as error:
+        raise ConfigError(f"The demo needs more packages ({error}): pip install 'mllm-squeeze[demo]'.") from error
+    return compare
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="A local folder or a hub id.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    method: Annotated[str, typer.Option(help="A method's name, or the path of a recipe file.")],
+    image: Annotated[list[Path] | None, typer.Option(help="A picture; give it again for more.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video; give it again for more.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to take of each video.", min=1)] = None,
+    ratio: Annotated[float | None, typer.Option(help="Fraction of the visual tokens removed.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Tokens kept per picture (64), or the fraction kept (0.25).")] = None,
+    param: Annotated[list[str] | None, typer.Option(help="Another parameter of the method: layer=3.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Time the untouched model as well.")] = False,
+) -> None:
+    """Ask a model a question about pictures or videos, with a method applied."""
+    params = _params(ratio, keep, param or [])
+    config.load_recipe(method, **params)  # a slip shows before the weights load
+    from mllm_squeeze import api
+    from mllm_squeeze.cli import load
+
+    with output.waiting(f"loading {model}"):
+        reader = load.processor(model)
+        inputs = load.prompt(reader, prompt, image or [], video or [], frames)
+        loaded = load.model(model, device, dtype)
+        inputs = inputs.to(loaded.device, dtype=loaded.dtype)
+    with api.applied(loaded, method, **params) as handle:
+        dense = None
+        with output.waiting("answering"):
+            if compare:
+                _generate(loaded, inputs, 1)  # the first call of all pays for warming up
+                with handle.disabled():
+                    dense = _timed(loaded, reader, inputs, max_new_tokens)
+            squeezed = _timed(loaded, reader, inputs, max_new_tokens)
+        _show(handle, squeezed, dense)
+
+
+def _params(ratio: float | None, keep: str | None, more: list[str]) -> dict[str, Any]:
+    """Return the method's parameters with the types that YAML gives them."""
+    out: dict[str, Any] = {}
+    if ratio is not None:
+        out["ratio"] = ratio
+    if keep is not None:
+        out["keep"] = yaml.safe_load(keep)
+    for text in more:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--param takes name=value, like layer=3; got '{text}'.")
+        out[name] = yaml.safe_load(value)
+    return out
+
+
+def _generate(model: Any, inputs: Any, tokens: int) -> tuple[Any, float]:
+    """Return what was written and the seconds it took, the device's work included."""
+    import torch
+
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else (lambda: None)
+    wait()
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        written = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    wait()
+    return written, time.perf_counter() - begin
+
+
+def _timed(model: Any, reader: Any, inputs: Any, tokens: int) -> dict[str, Any]:
+    """Return the answer, its length, and the seconds to the first token and to the last."""
+    _, first = _generate(model, inputs, 1)
+    written, total = _generate(model, inputs, tokens)
+    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    answer = reader.batch_decode(written[:, start:], skip_special_tokens=True)[0].strip()
+    return {"answer": answer, "tokens": written.shape[1] - start, "first": first, "total": total}
+
+
+def _show(handle: Any, squeezed: dict[str, Any], dense: dict[str, Any] | None) -> None:
+    screen = output.console()
+    screen.print(Text(squeezed["answer"]), soft_wrap=True)
+    screen.print()
+    screen.print(Text(str(handle.report())), soft_wrap=True)
+    if dense is None:
+        return
+    table = Table("", "first token", "whole answer", "tokens", "answer", title="against the untouched model")
+    for name, run in (("dense", dense), (handle.method, squeezed)):
+        times = [f"{1000 * run[key]:.0f} ms" for key in ("first", "total")]
+        table.add_row(Text(name, style="bold"), *times, str(run["tokens"]), Text(run["answer"]))
+    screen.print(table)

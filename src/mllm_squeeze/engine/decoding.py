@@ -1,0 +1,44 @@
+"""Leaving visual entries of the cache out of attention while decoding, chosen anew step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.taps import score_rows
+from mllm_squeeze.errors import ConfigError
+from mllm_squeeze.reducers.base import DecodeReducer
+
+
+def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_values: Any) -> None:
+    """Make the tap of the layer before choose which visual entries the later layers see in this step.
+
+    The choice and the row it was made from live with the cache, so that steps, beams and copies of a cache stay apart.
+    """
+    entries = kv.kept_entries(past_key_values, reducer.layer)
+    if entries is None or entries.visual is None:
+        return
+    before = kv.kept_entries(past_key_values, reducer.layer - 1)
+    if before is None or before.columns.shape != entries.columns.shape:
+        raise ConfigError(
+            f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put its "
+            "layer at least one behind the last cut."
+        )
+    visual = entries.visual
+
+    def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+        layer = past_key_values.layers[reducer.layer]
+        rows = query.new_full((query.shape[0], 1), query.shape[2] - 1, dtype=torch.long)
+        scores = score_rows(query, key, mask, kwargs, rows, torch.ones_like(rows, dtype=torch.float32))
+        row = scores[:, : visual.shape[1]]
+        notes = layer.notes or {}
+        kept, stored = reducer.refresh(row, notes.get("row"), notes.get("kept"), visual.to(row.device))
+        layer.notes = {"row": stored, "kept": kept}
+        session.close(visual.to(row.device) & ~kept)
+        return False
+
+    session.listeners[attention] = read

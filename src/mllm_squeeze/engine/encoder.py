@@ -1,0 +1,141 @@
+"""Merging inside the vision encoder: it runs on fewer and fewer tokens, the LLM gets the full count back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze import ops
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
+from mllm_squeeze.families.road import to_llm_tokens
+from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.reducers.base import Reducer, VisualTokens
+
+
+class EncoderMerge:
+    """State of one call of the encoder: which patch is part of which token by now.
+
+    last: number of the block whose output the LLM takes; merging happens in front of the blocks 1 .. last, with the keys
+    of the block before.
+    """
+
+    def __init__(self, parts: ModelParts, reducer: Reducer, last: int) -> None:
+        self.parts, self.reducer, self.last = parts, reducer, last
+        self._keys: Tensor | None = None
+        self._sizes: Tensor | None = None
+        self._source: Tensor | None = None
+        self._schedule: Sequence[int] = ()
+
+    def read(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+        """Keep the keys of a block, mean over heads."""
+        self._keys = key.mean(1)[:, self.parts.lead :]
+        return False
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Log sizes (tiles, 1, 1, lead + N) for proportional attention, None where it is off."""
+        if not getattr(self.reducer, "proportional", False) or self._sizes is None:
+            return None
+        ones = self._sizes.new_ones(self._sizes.shape[0], self.parts.lead)
+        return torch.cat([ones, self._sizes], dim=1).log()[:, None, None, :]
+
+    def merge(self, block: int, hidden: Tensor) -> Tensor:
+        """Merge tokens in front of a block; hidden states (tiles, lead + N, C) become (tiles, lead + N', C)."""
+        lead = self.parts.lead
+        special, patches = hidden[:, :lead], hidden[:, lead:]
+        tiles, count, _ = patches.shape
+        if self._source is None or self._sizes is None:
+            self._start(tiles, count, hidden.device)
+        assert self._keys is not None and self._source is not None and self._sizes is not None
+        left = self._schedule[block - 1]
+        if left >= count:
+            return hidden
+        reduction = self.reducer.reduce(self._tokens(patches, left))
+        assert reduction.assign is not None and reduction.weights is not None
+        merged = ops.merge_tokens(patches, reduction.assign, reduction.weights)
+        order = (~reduction.keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :left]
+        place = (reduction.keep.cumsum(1) - 1).gather(1, reduction.assign)
+        self._source = place.gather(1, self._source)
+        self._sizes = ops.merged_size(reduction.assign, self._sizes).gather(1, order)
+        short = merged.gather(1, order[..., None].expand(-1, -1, merged.shape[-1]))
+        return torch.cat([special, short], dim=1)
+
+    def _start(self, tiles: int, count: int, device: torch.device) -> None:
+        self._source = torch.arange(count, device=device).expand(tiles, -1)
+        self._sizes = torch.ones(tiles, count, device=device)
+        goal = ops.kept_count(count, self.reducer.ratio, self.reducer.keep)
+        self._schedule = schedule(count, goal, self.last, self.reducer)
+        if self._schedule and self._schedule[-1] > goal:
+            warnings.warn(
+                f"Each block can merge at most half of its tokens, so {self.last} blocks leave {self._schedule[-1]} of "
+                f"{count} patches instead of {goal}. Ask for a smaller ratio.",
+                SqueezeWarning,
+                stacklevel=2,
+            )
+
+    def _tokens(self, patches: Tensor, left: int) -> VisualTokens:
+        assert self._keys is not None and self._sizes is not None
+        tiles, count, _ = patches.shape
+        mask = torch.ones(tiles, count, dtype=torch.bool, device=patches.device)
+        return VisualTokens(
+            features=patches,
+            mask=mask,
+            budget=torch.full((tiles,), left, device=patches.device),
+            counts=(left,) * tiles,
+            grid=torch.full((tiles, count, 4), -1, device=patches.device),
+            origin=torch.arange(count, device=patches.device).expand(tiles, -1),
+            lengths=(self._source.shape[1] if self._source is not None else count,) * tiles,
+            current=(count,) * tiles,
+            lead=self.parts.lead,
+            signals={"keys": self._keys, "size": self._sizes},
+        )
+
+    def restore(self, projected: Tensor) -> Tensor:
+        """Give each patch the projected feature of the token it is part of; (tiles, N', D) becomes (tiles, N, D)."""
+        if self._source is None or self._sizes is None:
+            return projected
+        special = projected.shape[1] - self._sizes.shape[1]
+        index = self._source[..., None].expand(-1, -1, projected.shape[-1])
+        return torch.cat([projected[:, :special], projected[:, special:].gather(1, index)], dim=1)
+
+    def survivors(self, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int]) -> tuple[Tensor, ...] | None:
+        """Return bool (length,) per item: the first LLM token of each merged group, and all separators.
+
+        Raises:
+            UnsupportedInputError: the family mixes neighbouring tokens of such a picture, so groups are not whole tokens.
+        """
+        if self._source is None:
+            return None
+        tiles, count = self._source.shape
+        numbers = torch.arange(tiles * count, device=self._source.device, dtype=torch.float32).view(tiles, count, 1)
+        groups = (self._source + torch.arange(tiles, device=self._source.device)[:, None] * count).flatten()
+        items = to_llm_tokens(self.parts, modality, inputs, lengths, numbers, fill=-1.0)
+        return tuple(_first_of_group(item[:, 0], groups) for item in items)
+
+
+def _first_of_group(number: Tensor, groups: Tensor) -> Tensor:
+    if bool((number != number.round()).any()):
+        raise UnsupportedInputError(
+            "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no longer "
+            "whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
+        )
+    group = groups[number.long().clamp(min=0)]
+    place = torch.arange(len(number), device=number.device)
+    real = number >= 0
+    first = torch.full((len(groups),), len(number), device=number.device)
+    first = first.scatter_reduce(0, group, torch.where(real, place, len(number)), "amin")
+    return (first[group] == place) | ~real
+
+
+def schedule(count: int, goal: int, blocks: int, reducer: Reducer) -> tuple[int, ...]:
+    """Return the tokens left in front of each of `blocks` blocks: as even as can be, within what one block can merge."""
+    left, out = count, []
+    for block in range(blocks):
+        want = left - -(-(left - goal) // (blocks - block))
+        left = reducer.count(left, max(want, goal), ())
+        out.append(left)
+    return tuple(out)

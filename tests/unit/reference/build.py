@@ -1,0 +1,74 @@
+"""Builds what a reducer sees from lists of unpadded spans; padding holds NaN, so that whatever reads it is found out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.layout import Tile
+from mllm_squeeze.reducers.base import TextTokens, VisualTokens
+
+
+def pad(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
+    """Stack rows of different lengths."""
+    out = torch.full((len(rows), width, *rows[0].shape[1:]), value, dtype=rows[0].dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def visual_tokens(
+    features: Sequence[Tensor],
+    budgets: Sequence[int],
+    *,
+    tiles: Sequence[tuple[Tile, ...]] | None = None,
+    signals: Mapping[str, Sequence[Tensor]] | None = None,
+    text: Mapping[str, Sequence[Tensor]] | None = None,
+    lead: int = 0,
+    width: int | None = None,
+) -> VisualTokens:
+    """Return the padded batch of spans; `width` pads further. text holds "features" and maybe "keys" and "normed"."""
+    lengths = tuple(len(f) for f in features)
+    width = width or max(lengths)
+    grid = torch.full((len(lengths), width, 4), -1)
+    for i, rectangles in enumerate(tiles or ()):
+        cells = [(n, *c) if c[0] >= 0 else (-1,) * 4 for n, tile in enumerate(rectangles) for c in tile.coordinates()]
+        if cells:
+            grid[i, : len(cells)] = torch.tensor(cells)
+    return VisualTokens(
+        features=pad(features, width, float("nan")),
+        mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], width, False),
+        budget=torch.tensor(budgets),
+        counts=tuple(budgets),
+        grid=grid,
+        origin=torch.arange(width).expand(len(lengths), width),
+        lengths=lengths,
+        current=lengths,
+        tiles=tuple(tiles or ((),) * len(lengths)),
+        lead=lead,
+        signals={name: pad(rows, width, float("nan")) for name, rows in (signals or {}).items()},
+        text=None if text is None else _text(text),
+    )
+
+
+def _text(text: Mapping[str, Sequence[Tensor]]) -> TextTokens:
+    lengths = [len(row) for row in text["features"]]
+    longest = max(lengths)
+    return TextTokens(
+        features=pad(text["features"], longest, float("nan")),
+        mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], longest, False),
+        **{name: pad(text[name], longest, float("nan")) for name in ("keys", "normed") if name in text},
+    )
+
+
+def circle(*degrees: float) -> Tensor:
+    """Return unit vectors at the given angles, (len(degrees), 2)."""
+    angle = torch.tensor(degrees, dtype=torch.float64) * torch.pi / 180
+    return torch.stack([angle.cos(), angle.sin()], 1).float()
+
+
+def chosen(keep: Tensor, row: int = 0) -> list[int]:
+    """Return the indices kept in one row."""
+    return keep[row].nonzero()[:, 0].tolist()

@@ -1,0 +1,84 @@
+"""Dependencies point one way, and what only looks at recipes does not load torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mllm_squeeze
+
+PACKAGE = Path(mllm_squeeze.__file__).parent
+NAME = "mllm_squeeze"
+
+# folder: what of the package a file in it may import (its own folder aside).
+ALLOWED = {
+    "ops": set(),
+    "reducers": {"ops", "reducers.base", "errors", "layout"},
+    "families": {"layout", "errors"},
+    "engine": {"layout", "ops", "reducers.base", "errors"},
+}
+OWN_FOLDER = {"ops", "families", "engine"}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports, relative to the package, type-checking imports included."""
+    package = [NAME, *path.relative_to(PACKAGE).parent.parts]
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            out |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            out |= {f"{module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix(f"{NAME}.") for name in out if name.startswith(f"{NAME}.")}
+
+
+def permitted(name: str, allowed: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in allowed)
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_dependencies_point_one_way(folder):
+    allowed = ALLOWED[folder] | ({folder} if folder in OWN_FOLDER else set())
+    files = sorted((PACKAGE / folder).rglob("*.py"))
+    assert files, folder
+    wrong = {
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in files
+        for name in imported(path)
+        if not permitted(name, allowed)
+    }
+    assert not wrong
+
+
+def test_only_errors_and_types_stand_below_everything():
+    assert imported(PACKAGE / "errors.py") == set()
+    assert imported(PACKAGE / "layout.py") <= {"errors"}
+    assert all(name.startswith("layout.") for name in imported(PACKAGE / "reducers" / "base.py"))
+
+
+def test_reducers_and_recipes_load_without_torch():
+    modules = [NAME, f"{NAME}.ops", f"{NAME}.config", f"{NAME}.registry", f"{NAME}.ops.budget"]
+    modules += [f"{NAME}.reducers.{p.stem}" for p in (PACKAGE / "reducers").glob("*.py") if p.stem != "__init__"]
+    code = (
+        f"import sys, importlib\n[importlib.import_module(m) for m in {modules}]\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_ops_names_are_lazy_and_complete():
+    from mllm_squeeze import ops
+
+    assert set(ops.__all__) == set(dir(ops))
+    for name in ops.__all__:
+        assert getattr(ops, name).__name__ == name
+        assert getattr(ops, name).__doc__
+    with pytest.raises(AttributeError, match="no_such_op"):
+        ops.no_such_op  # noqa: B018

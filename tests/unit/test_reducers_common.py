@@ -1,0 +1,252 @@
+"""What every reducer promises: pure, batched, exact in its budget, without host sync, in any dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from reference.build import chosen, visual_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mllm_squeeze import ops
+from mllm_squeeze.layout import Tile
+from mllm_squeeze.registry import BUILTIN_REDUCERS, reducer_class
+
+CASES = {
+    "attention_rank": [{}],
+    "text_rank_recycle": [{}, {"recycle": False}, {"share": 0.6, "per_cluster": 3}],
+    "dominant_contextual": [{}, {"variant": "paper", "contextual": 0.4}],
+    "farthest_point": [{}],
+    "pivot_dissimilar": [{}, {"variant": "official", "pivots": 2, "words": 3}],
+    "bipartite_merge": [{}],
+    "frame_uniqueness": [{}, {"channels": 1.0, "temperature": 1.0}],
+    "temporal_windows": [{}, {"variant": "official"}],
+    "random_subset": [{}, {"seed": 9}],
+    "uniform_stride": [{}, {"grid": False}],
+    "average_pool": [{}],
+}
+REDUCERS = [reducer_class(name)(**options) for name, cases in CASES.items() for options in cases]
+MERGING = [r for r in REDUCERS if type(r).__name__ in ("DominantContextual", "BipartiteMerge", "AveragePool")]
+TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
+LENGTHS = [sum(tile.cells for tile in tiles) for tiles in TILES]
+WORDS = [9, 2, 5, 4, 1]
+every_reducer = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+
+
+def spans(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+
+    def noise(lengths, *tail):
+        return [torch.randn(n, *tail).to(dtype) for n in lengths]
+
+    return {
+        "features": noise(LENGTHS, 12),
+        "signals": {
+            "attention": [torch.rand(n) for n in LENGTHS],
+            "keys": noise(LENGTHS, 8),
+            "normed": noise(LENGTHS, 12),
+            "saliency": [torch.rand(n) for n in LENGTHS],
+            "encoder_keys": noise(LENGTHS, 6),
+            "size": [torch.randint(1, 4, (n,)).float() for n in LENGTHS],
+        },
+        "text": {"features": noise(WORDS, 12), "normed": noise(WORDS, 12), "keys": noise(WORDS, 8)},
+    }
+
+
+def batch(data, budgets, rows=range(5), width=None):
+    rows = list(rows)
+
+    def pick(lists):
+        return {name: [values[i] for i in rows] for name, values in lists.items()}
+
+    return visual_tokens(
+        [data["features"][i] for i in rows],
+        [budgets[i] for i in rows],
+        tiles=[TILES[i] for i in rows],
+        signals=pick(data["signals"]),
+        text=pick(data["text"]),
+        width=width,
+    )
+
+
+def share(fraction):
+    return [ops.kept_count(n, keep=fraction) for n in LENGTHS]
+
+
+def answer(reduction, row):
+    """Survivors and who is merged into whom with which weight, of one row."""
+    kept = chosen(reduction.keep, row)
+    if reduction.assign is None:
+        return kept, None
+    weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
+    pairs = {i: (int(a), round(float(weights[row, i]), 5)) for i, a in enumerate(reduction.assign[row]) if a >= 0}
+    return kept, pairs
+
+
+def test_every_reducer_is_tested():
+    assert set(CASES) | {"decode_refresh"} == set(BUILTIN_REDUCERS)
+
+
+@every_reducer
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_of_a_batch_is_what_it_is_alone(reducer, seed):
+    data, budgets = spans(seed), share(0.45)
+    together = reducer.reduce(batch(data, budgets))
+    wider = reducer.reduce(batch(data, budgets, width=90))
+    backwards = reducer.reduce(batch(data, budgets, rows=reversed(range(5))))
+    for row in range(5):
+        alone = answer(reducer.reduce(batch(data, budgets, rows=[row])), 0)
+        for other in (answer(together, row), answer(wider, row), answer(backwards, 4 - row)):
+            assert other[0] == alone[0]
+            if alone[1] is not None:
+                assert other[1] == alone[1]
+
+
+@every_reducer
+def test_the_result_is_well_formed(reducer):
+    data = spans()
+    for fraction in (0.3, 0.5, 0.8):
+        tokens = batch(data, share(fraction), width=80)
+        out = reducer.reduce(tokens)
+        assert out.keep.dtype == torch.bool
+        assert out.keep.shape == tokens.mask.shape
+        assert not (out.keep & ~tokens.mask).any()
+        if out.assign is not None:
+            place = torch.arange(80).expand_as(out.assign)
+            assert out.assign.dtype == torch.int64
+            assert torch.equal(out.assign == place, out.keep)
+            assert (out.assign[~tokens.mask] == -1).all()
+            assert out.keep.gather(1, out.assign.clamp(min=0))[out.assign >= 0].all()
+        if out.weights is not None:
+            assert out.weights.dtype == torch.float32
+
+
+@every_reducer
+@pytest.mark.parametrize("fraction", [0.02, 0.26, 0.5, 0.77, 0.98])
+def test_the_count_is_what_was_said(reducer, fraction):
+    budgets = share(fraction)
+    kept = reducer.reduce(batch(spans(), budgets)).keep.sum(1).tolist()
+    if reducer.known_count:
+        assert kept == [reducer.count(n, k, t) for n, k, t in zip(LENGTHS, budgets, TILES, strict=True)]
+    exact = ("AttentionRank", "TextRankRecycle", "DominantContextual", "FarthestPoint", "RandomSubset", "UniformStride")
+    if type(reducer).__name__ in exact:
+        assert kept == budgets
+
+
+@every_reducer
+def test_a_budget_of_all_changes_nothing(reducer):
+    budgets = [n + (i % 2) * 5 for i, n in enumerate(LENGTHS)]
+    tokens = batch(spans(), budgets)
+    out = reducer.reduce(tokens)
+    assert torch.equal(out.keep, tokens.mask)
+    if out.assign is not None:
+        weights = ops.mean_weights(out.assign) if out.weights is None else out.weights
+        merged = ops.merge_tokens(tokens.features, out.assign, weights)
+        assert torch.equal(merged[tokens.mask], tokens.features[tokens.mask])
+
+
+@every_reducer
+def test_it_is_pure(reducer):
+    tokens = batch(spans(), share(0.4))
+    tensors = [tokens.features, tokens.mask, tokens.budget, tokens.grid, *tokens.signals.values(), tokens.text.features]
+    before = [t.clone() for t in tensors]
+    other = batch(spans(5), share(0.7))
+    state = torch.get_rng_state()
+    first = reducer.reduce(tokens)
+    reducer.reduce(other)
+    second = reducer.reduce(tokens)
+    assert [answer(first, i) for i in range(5)] == [answer(second, i) for i in range(5)]
+    for old, new in zip(before, tensors, strict=True):
+        torch.testing.assert_close(old, new, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a tensor's values would have to be read by the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero"), name
+        if name in ("index", "index_put", "index_put_"):
+            indices = [t for t in args[1] if t is not None]
+            assert all(t.dtype != torch.bool for t in indices), f"{name} with a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@every_reducer
+def test_nothing_waits_for_the_device(reducer):
+    tokens = batch(spans(), share(0.4))
+    reducer.reduce(tokens)  # patterns that are made once per grid are made on the host
+    with NoSync():
+        reducer.reduce(tokens)
+
+
+def test_the_watch_for_syncs_sees_them():
+    for read in (lambda t: t.item(), bool, lambda t: t.nonzero(), lambda t: t[None][t[None] > 0]):
+        with NoSync(), pytest.raises(AssertionError):
+            read(torch.tensor(1.0))
+
+
+@every_reducer
+def test_half_precision_chooses_as_its_values_in_float32_do(reducer):
+    data = spans(dtype=torch.bfloat16)
+
+    def lift(value):
+        if isinstance(value, dict):
+            return {name: lift(v) for name, v in value.items()}
+        return [v.float() for v in value]
+
+    half, full = reducer.reduce(batch(data, share(0.4))), reducer.reduce(batch(lift(data), share(0.4)))
+    assert [answer(half, i) for i in range(5)] == [answer(full, i) for i in range(5)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = reducer.reduce(batch(lift(data), share(0.4)))
+    assert [answer(mixed, i) for i in range(5)] == [answer(full, i) for i in range(5)]
+
+
+@every_reducer
+def test_tokens_left_out_of_the_candidates_play_no_part(reducer):
+    """Separators that the engine keeps are holes in the mask."""
+    tokens = batch(spans(), share(0.4))
+    rows, width = tokens.mask.shape
+    place = torch.arange(width) * 3 // 2  # every third column is a hole
+    wide = int(place[-1]) + 1
+
+    def spread(x, hole):
+        out = torch.full((rows, wide, *x.shape[2:]), hole, dtype=x.dtype)
+        out[:, place] = x
+        return out
+
+    holes = dataclasses.replace(
+        tokens,
+        features=spread(tokens.features, float("nan")),
+        mask=spread(tokens.mask, False),
+        grid=spread(tokens.grid, -1),
+        origin=torch.arange(wide).expand(rows, wide),
+        signals={name: spread(x, float("nan")) for name, x in tokens.signals.items()},
+    )
+    dense, sparse = reducer.reduce(tokens), reducer.reduce(holes)
+    assert torch.equal(sparse.keep, spread(dense.keep, False))
+    if dense.assign is not None:
+        moved = torch.where(dense.assign < 0, -1, place[dense.assign.clamp(min=0)])
+        assert torch.equal(sparse.assign, spread(moved, -1))
+
+
+@pytest.mark.parametrize("reducer", MERGING, ids=repr)
+def test_gradients_reach_what_was_merged(reducer):
+    tokens = batch(spans(), share(0.4))
+    features = tokens.features.nan_to_num().requires_grad_()
+    out = reducer.reduce(dataclasses.replace(tokens, features=features))
+    weights = ops.mean_weights(out.assign) if out.weights is None else out.weights
+    merged = ops.merge_tokens(features, out.assign, weights)
+    merged.masked_fill(~out.keep[..., None], 0).sum().backward()
+    assert ((features.grad != 0).all(-1) == (out.assign >= 0)).all()
+
+
+@every_reducer
+def test_inference_mode_and_no_grad_do_not_matter(reducer):
+    data = spans()
+    plain = reducer.reduce(batch(data, share(0.4)))
+    with torch.inference_mode():
+        inside = reducer.reduce(batch(data, share(0.4)))
+    assert [answer(plain, i) for i in range(5)] == [answer(inside, i) for i in range(5)]

@@ -1,0 +1,66 @@
+"""The recipes that ship say what their papers say and what the reducers understand."""
+
+from __future__ import annotations
+
+import pytest
+
+from mllm_squeeze import registry
+from mllm_squeeze.config import build_reducer, describe, load_recipe
+from mllm_squeeze.ops import kept_count
+
+# method: (tokens of 576 kept by default, where, positions, reads the text, known count)
+TABLE = {
+    "avgpool": (144, ["projector"], "repack", False, True),
+    "dart": (128, ["layer 2"], "keep", True, True),
+    "divprune": (56, ["projector"], "repack", False, True),
+    "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
+    "fastv": (288, ["layer 2"], "keep", True, True),
+    "pyramiddrop": (72, ["layers 0.25, 0.5, 0.75"], "repack", True, True),
+    "random": (288, ["layer 0"], "keep", False, True),
+    "sparsevlm": (109, ["layers 0.09375, 0.21875, 0.5"], "repack", True, True),
+    "tome": (207, ["encoder all"], "repack", False, True),
+    "uniform": (288, ["layer 0"], "keep", False, True),
+    "vidcom2": (144, ["projector"], "repack", False, False),
+    "visionzip": (64, ["projector"], "repack", False, True),
+}
+
+
+def test_the_table_is_complete():
+    assert sorted(path.stem for path in registry.configs_dir().glob("*.yaml")) == sorted(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_recipe(name):
+    kept, places, positions, reads_text, known = TABLE[name]
+    recipe, facts = load_recipe(name), describe(name)["facts"]
+    assert recipe.method == name
+    assert kept_count(576, recipe.params["ratio"]) == kept
+    assert recipe.positions == positions
+    assert facts["places"] == places
+    assert (facts["reads_text"], facts["known_count"]) == (reads_text, known)
+    assert (recipe.paper is None) == (name in ("random", "uniform", "avgpool"))
+    assert recipe.summary.endswith(".")
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_parameter_of_a_recipe_is_used(name):
+    raw = load_recipe(name).raw
+    text = str(raw["steps"])
+    assert all(f"${{{param}}}" in text for param in raw["params"])
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_reducer_documents_its_paper_and_its_differences(name):
+    recipe = load_recipe(name)
+    for step in recipe.steps:
+        doc = type(build_reducer(step)).__doc__
+        assert "(S" in doc or "(B" in doc or "features" in doc or "attention" in doc
+        if recipe.paper is not None:
+            assert recipe.paper.arxiv in doc
+            assert "Differs from the authors' code" in doc
+
+
+def test_keep_replaces_the_ratio():
+    for name in TABLE:
+        reducer = build_reducer(load_recipe(name, keep=64).steps[0])
+        assert (reducer.ratio, reducer.keep) == (None, 64)
