@@ -46,12 +46,12 @@ $(VENV)/.ready: pyproject.toml Makefile
 $(OLDEST)/.ready: pyproject.toml Makefile
 	$(call environment,$(OLDEST),$(OLDEST_TORCH) $(OLDEST_HF) -e '.[dev]')
 
-# $(call environment,FOLDER,REQUIREMENTS): uv installs in seconds; where it is not to be had, pip does the same.
+# $(call environment,FOLDER,REQUIREMENTS): uv installs in seconds; where it cannot, pip does the same.
 # --without-pip: Debian's python3 can do that without the package python3-venv.
 define environment
 test -x $(1)/bin/python || $(PYTHON) -m venv --without-pip $(1)
 $(PYTHON) -m pip --python $(1)/bin/python install --quiet uv || true
-if test -x $(1)/bin/uv; then $(1)/bin/uv pip install --python $(1)/bin/python $(2); \
-else $(PYTHON) -m pip --python $(1)/bin/python install $(2); fi
+$(1)/bin/uv pip install --system-certs --python $(1)/bin/python $(2) \
+|| $(PYTHON) -m pip --python $(1)/bin/python install $(2)
 touch $@
 endef

@@ -1,6 +1,6 @@
 """A video through Qwen2.5-VL: every rule works on the frames of a video as it does on a picture.
 
-python examples/video.py                                        # random weights: the counts mean something, the words not
+python examples/video.py                                        # random weights: only the token counts mean something
 python examples/video.py --model Qwen/Qwen2.5-VL-3B-Instruct --picture kept.png
 """
 

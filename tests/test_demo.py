@@ -1,4 +1,4 @@
-"""The model in the box, its questions, and the comparison of methods on it."""
+"""The comparison of methods on the model in the box."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -47,33 +46,6 @@ def result(boxed: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return found, out, console.export_text()
 
 
-def test_held_out_questions_are_the_same_for_the_same_seed() -> None:
-    first, again, other = (list(demo.held_out(5, seed=seed)) for seed in (1, 1, 2))
-    assert [item.question for item in first] == [item.question for item in again]
-    assert all(a.picture.tobytes() == b.picture.tobytes() for a, b in zip(first, again, strict=True))
-    assert [item.picture.tobytes() for item in first] != [item.picture.tobytes() for item in other]
-
-
-def test_every_question_is_in_the_vocabulary_and_points_at_its_things(boxed: tuple[Any, Any]) -> None:
-    _, processor = boxed
-    unknown = processor.tokenizer.unk_token_id
-    for item in demo.held_out(60):
-        words = processor.tokenizer(f"{item.question} {item.answer}")["input_ids"]
-        assert unknown not in words
-        assert len(processor.tokenizer(item.answer)["input_ids"]) == 1
-        if item.kind == "count":
-            assert len(item.things) == int(item.answer)
-        else:
-            (thing,) = (item.scene.things[i] for i in item.things)
-            assert getattr(thing, "place" if item.kind == "place" else item.kind) == item.answer
-
-
-def test_the_model_in_the_box_answers_what_it_was_trained_for(boxed: tuple[Any, Any]) -> None:
-    model, processor = boxed
-    score = demo.accuracy(model, processor, demo.held_out(100))
-    assert score["overall"] >= 0.7
-
-
 def test_the_model_needs_the_picture(boxed: tuple[Any, Any]) -> None:
     model, processor = boxed
     items = list(demo.held_out(60))
@@ -100,14 +72,26 @@ def test_comparison_has_dense_and_each_method_at_each_ratio(result: tuple[compar
         assert 0 <= entry.accuracy <= 1 and entry.seconds_low <= entry.seconds <= entry.seconds_high
 
 
-def test_comparison_agrees_with_evaluate(result: tuple[compare.Comparison, Path, str], boxed: tuple[Any, Any]) -> None:
+def test_comparison_agrees_with_the_answers(
+    result: tuple[compare.Comparison, Path, str], boxed: tuple[Any, Any]
+) -> None:
     found, _, _ = result
     model, processor = boxed
-    dense = demo.accuracy(model, processor, demo.held_out(12))
-    assert found.entries[0].accuracy == pytest.approx(dense["overall"])
-    assert found.entries[0].by_kind == pytest.approx({k: v for k, v in dense.items() if k != "overall"})
+    items = list(demo.held_out(12))
+
+    def share() -> float:
+        said = demo.answers(model, processor, items)
+        return sum(words.split()[:1] == [item.answer] for words, item in zip(said, items, strict=True)) / len(items)
+
+    assert found.entries[0].accuracy == pytest.approx(share())
     with squeeze.applied(model, "fastv", ratio=0.9):
-        assert found.entries[4].accuracy == pytest.approx(demo.accuracy(model, processor, demo.held_out(12))["overall"])
+        assert found.entries[4].accuracy == pytest.approx(share())
+
+
+@pytest.mark.parametrize(("said", "right"), [("red", True), ("red green", True), ("green red", False), ("", False)])
+def test_the_first_word_counts(said: str, right: bool) -> None:
+    item = next(item for item in demo.held_out(50) if item.answer == "red")
+    assert contest.hit(said, item) is right
 
 
 def test_comparison_leaves_the_model_alone(
@@ -166,9 +150,3 @@ def test_command_line_reaches_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert named["command"] == "python -m mllm_squeeze.demo.compare --methods fastv --ratios 0.5 --questions 7"
     assert full == (compare.image_methods(), compare.FULL_RATIOS, 1000, 2, Path("results"))
     assert full_named["seeds"] == 3
-
-
-def test_the_model_is_small_and_its_tensors_are_finite(boxed: tuple[Any, Any]) -> None:
-    model, _ = boxed
-    assert sum(path.stat().st_size for path in demo.folder().iterdir()) < 12e6
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in model.parameters())

@@ -106,7 +106,9 @@ def test_video(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     path = tmp_path / "kept.png"
     lines = run("video", monkeypatch, capsys, "--picture", str(path))
     assert "random" in lines[0]
-    assert any("divprune: 144 -> 36 visual tokens" in line for line in lines)
+    # VidCom2 divides the budget of 36 between the frames and rounds in each.
+    kept = after(lines, "vidcom2: 144 -> ").split()[0]
+    assert abs(int(kept) - 36) <= 4
     assert "frames x height x width, in tokens: (4, 6, 6)" in lines
     assert path.stat().st_size > 10_000
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, Valid
 
 from mllm_squeeze import registry, template
 from mllm_squeeze.errors import ConfigError, UnknownNameError
-from mllm_squeeze.reducers.base import Place, Reducer
+from mllm_squeeze.reducers.base import DecodeReducer, Place, Reducer
 from mllm_squeeze.validation import check_budget, check_kept, check_layers, check_order, check_totals, explain
 
 _STEP_KEYS = ("reducer", "at", "kept")
@@ -180,6 +180,9 @@ def build_reducer(step: Step) -> Reducer:
     except UnknownNameError as error:
         raise UnknownNameError(f"{where}: {error}") from None
     _check_place(step, cls, where)
+    budget = sorted({"ratio", "keep"} & set(step.options))
+    if budget and issubclass(cls, DecodeReducer):
+        raise ConfigError(f"{where}: {budget[0]} has no effect on '{step.reducer}', whose own parameters say how much.")
     try:
         return cls(**step.options)
     except ValidationError as error:
@@ -275,3 +278,8 @@ def _check_place(step: Step, cls: type[Reducer], where: str) -> None:
             f"{where}: the reducer '{step.reducer}' cannot act at {step.at}. "
             f"Its places are: {', '.join(sorted(cls.places))}."
         )
+    if step.at.cache is not None and (step.at.cache == "decode") != issubclass(cls, DecodeReducer):
+        when = (
+            "while decoding: write {cache: decode}" if issubclass(cls, DecodeReducer) else "at the end of the prefill"
+        )
+        raise ConfigError(f"{where}: the reducer '{step.reducer}' cannot act at {step.at}; it acts {when}.")

@@ -93,13 +93,21 @@ class TokenLayout:
     """Spans, text and padding of one batch of prompts.
 
     batch, length: shape of the padded prompt. spans: in the order (sample, first column). real: bool (batch, length) on
-    the CPU, False where a token is padding.
+    the CPU, False where a token is padding. drafts: trailing tokens that are guesses of assisted decoding, not prompt.
     """
 
     batch: int
     length: int
     spans: tuple[Span, ...]
     real: torch.Tensor
+    drafts: int = 0
+
+    @cached_property
+    def prompt(self) -> torch.Tensor:
+        """Bool (batch, length) on the CPU, True for real tokens of the prompt."""
+        mask = self.real.clone()
+        mask[:, self.length - self.drafts :] = False
+        return mask
 
     @cached_property
     def visual(self) -> torch.Tensor:
@@ -112,8 +120,8 @@ class TokenLayout:
 
     @cached_property
     def last(self) -> tuple[int, ...]:
-        """Column of the last real token of each sample."""
-        flipped = self.real.long().flip(-1).argmax(-1)
+        """Column of the last prompt token of each sample."""
+        flipped = self.prompt.long().flip(-1).argmax(-1)
         return tuple(int(self.length - 1 - c) for c in flipped)
 
     @cached_property

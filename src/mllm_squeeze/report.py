@@ -29,21 +29,21 @@ class ModelDims:
     vocab: int
     mlp_matrices: int = 3
 
-    def layer_flops(self, tokens: int) -> int:
-        """FLOPs of one decoder layer on a sequence of n tokens, a multiplication and an addition counting as two.
+    def layer_flops(self, tokens: int, keys: int | None = None) -> int:
+        """FLOPs of one decoder layer on n tokens that see m keys (m = n if None), a multiply-add counting as two.
 
         2 n D (2 H d + 2 G d)   projections of query and output (H heads of size d), of key and value (G grouped heads)
-        + 2 * 2 n^2 H d         scores and weighted sum, over the full square (a causal kernel may skip half of it)
+        + 2 * 2 n m H d         scores and weighted sum, over the full square (a causal kernel may skip half of it)
         + 2 n M D I             MLP with M matrices (gate, up, down: M = 3) of hidden size D times I
         """
         width, grouped = self.heads * self.head_dim, self.kv_heads * self.head_dim
         projections = 2 * tokens * self.hidden * (2 * width + 2 * grouped)
-        attention = 2 * 2 * tokens * tokens * width
+        attention = 2 * 2 * tokens * (tokens if keys is None else keys) * width
         return projections + attention + 2 * tokens * self.mlp_matrices * self.hidden * self.intermediate
 
-    def prefill_flops(self, lengths: Sequence[int]) -> int:
-        """FLOPs of one prompt whose layers run on `lengths` tokens each, plus one row of logits (2 D V)."""
-        return sum(map(self.layer_flops, lengths)) + 2 * self.hidden * self.vocab
+    def prefill_flops(self, lengths: Sequence[int], keys: Sequence[int] | None = None) -> int:
+        """FLOPs of one prompt whose layers run on `lengths` tokens and see `keys`, plus one row of logits (2 D V)."""
+        return sum(map(self.layer_flops, lengths, lengths if keys is None else keys)) + 2 * self.hidden * self.vocab
 
     def cache_bytes(self, entries: Sequence[int], element_bytes: int) -> int:
         """Bytes of the keys and values of one prompt whose layers hold `entries` each: the sum of 2 n G d b."""
@@ -84,7 +84,7 @@ class PrefillRecord:
 
     layout_length: columns of the padded prompt. layer_lengths: columns on which each decoder layer ran. cache_lengths:
     entries that each layer holds after the prefill, the same as layer_lengths if None. element_bytes: bytes of one
-    number in the cache. decode: remarks about decoding.
+    number in the cache. past: tokens of earlier turns that the dense model would hold. decode: remarks about decoding.
     """
 
     method: str
@@ -97,6 +97,7 @@ class PrefillRecord:
     decode: tuple[str, ...] = ()
     element_bytes: int = 2
     cache_lengths: tuple[int, ...] | None = None
+    past: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,23 @@ class Report:
     @property
     def flops_dense(self) -> int | None:
         """FLOPs of the prefill with every token, see `ModelDims.layer_flops`."""
-        return self._flops((self.record.layout_length,) * len(self.record.layer_lengths))
+        layers = len(self.record.layer_lengths)
+        return self._flops(
+            (self.record.layout_length,) * layers, (self.record.layout_length + self.record.past,) * layers
+        )
 
     @property
     def flops(self) -> int | None:
         """FLOPs of the prefill as it ran."""
-        return self._flops(self.record.layer_lengths)
+        record = self.record
+        # Without earlier turns a layer sees what it runs on; the cache may be cut shorter than that afterwards.
+        keys = record.cache_lengths if record.past and record.cache_lengths else record.layer_lengths
+        return self._flops(record.layer_lengths, keys)
 
     @property
     def cache_bytes_dense(self) -> int | None:
         """Bytes of the KV cache after a prefill with every token."""
-        return self._cache_bytes((self.record.layout_length,) * len(self.record.layer_lengths))
+        return self._cache_bytes((self.record.layout_length + self.record.past,) * len(self.record.layer_lengths))
 
     @property
     def cache_bytes(self) -> int | None:
@@ -182,9 +189,9 @@ class Report:
         times = [stage.seconds for stage in self.record.stages]
         return None if None in times else float(sum(t for t in times if t is not None))
 
-    def _flops(self, lengths: Sequence[int]) -> int | None:
+    def _flops(self, lengths: Sequence[int], keys: Sequence[int]) -> int | None:
         dims = self.record.dims
-        return None if dims is None else self.record.batch * dims.prefill_flops(lengths)
+        return None if dims is None else self.record.batch * dims.prefill_flops(lengths, keys)
 
     def _cache_bytes(self, entries: Sequence[int]) -> int | None:
         dims = self.record.dims
@@ -219,6 +226,8 @@ class Report:
 
     def _headline(self) -> str:
         size = f"batch of {self.record.batch}, prompt of {self.record.layout_length}"
+        if self.record.past:
+            size += f" after {self.record.past} seen before"
         if not self.record.spans:
             return f"{self.method}: no visual tokens in the last prefill ({size})"
         counts = f"{self.visual_before} -> {self.visual_after} visual tokens, {100 * self.ratio:.1f} % removed"

@@ -68,7 +68,10 @@ def check_layers(layers: Sequence[int | float] | None) -> None:
 
 
 def check_order(places: Sequence[At]) -> None:
-    """Raise ValueError unless the places ascend from encoder over projector and layers to cache, equal ones allowed."""
+    """Raise ValueError unless places ascend from encoder over projector and layers to cache; equal ones may repeat."""
+    for place in ("encoder", "cache"):
+        if sum(at.place == place for at in places) > 1:
+            raise ValueError(f"at most one step may act in the {place}; merge them into one")
     for number, (before, after) in enumerate(pairwise(places), 2):
         stage, _, last = _extent(before)
         next_stage, first, _ = _extent(after)

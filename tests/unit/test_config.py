@@ -13,7 +13,7 @@ import yaml
 from mllm_squeeze import registry
 from mllm_squeeze.config import At, Recipe, build_reducer, describe, facts, load_recipe, resolve_layers, resolve_steps
 from mllm_squeeze.errors import ConfigError, UnknownNameError
-from mllm_squeeze.reducers.base import Place, Reducer
+from mllm_squeeze.reducers.base import DecodeReducer, Place, Reducer
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -26,6 +26,10 @@ class Rank(Reducer):
     layer: int = 0
 
 
+class Refresh(DecodeReducer):
+    pass
+
+
 class Pool(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"encoder", "projector"})
     known_count: ClassVar[bool] = False
@@ -34,7 +38,7 @@ class Pool(Reducer):
 
 @pytest.fixture(autouse=True)
 def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_own_reducers", {"rank": Rank, "pool": Pool})
+    monkeypatch.setattr(registry, "_own_reducers", {"rank": Rank, "pool": Pool, "refresh": Refresh})
     monkeypatch.setattr(registry, "_own_methods", {})
 
 
@@ -115,7 +119,7 @@ def test_ratio_replaces_keep_where_the_recipe_says_keep() -> None:
 
 @pytest.mark.parametrize("params", [{}, {"keep": 64}, {"ratio": 0.9, "layer": 0.3}])
 def test_recipes_round_trip_through_yaml(params: dict[str, Any], tmp_path: Path) -> None:
-    first = load_recipe(recipe(step(at={"cache": "decode"}, ratio=0.5)), **params)
+    first = load_recipe(recipe(step(reducer="refresh", at={"cache": "decode"})), **params)
     path = tmp_path / "sketch.yaml"
     path.write_text(first.to_yaml())
     again = load_recipe(path)
@@ -245,6 +249,10 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (step(at={}), {}, ["give exactly one of", "got none"]),
     (step(at={"layer": 3, "cache": "decode"}), {}, ["give exactly one of", "layer and cache"]),
     (lambda d: d["steps"].insert(0, {"reducer": "pool", "at": {"encoder": -2}}), {}, ["encoder is 'all' or", "got -2"]),
+    (step(at={"cache": "decode"}), {}, ["'rank' cannot act at cache decode", "at the end of the prefill"]),
+    (step(reducer="refresh", at={"cache": "decode"}, keep=3), {}, ["step 2", "keep has no effect on 'refresh'"]),
+    (step(reducer="refresh", at={"cache": "prefill"}), {}, ["cannot act at cache prefill", "write {cache: decode}"]),
+    (lambda d: d["steps"].extend([{"reducer": "rank", "at": {"cache": "prefill"}}] * 2), {}, ["at most one step"]),
     (step(at="projector"), {}, ["'rank' cannot act at projector", "Its places are: cache, layer"]),
     (lambda d: d["steps"][0].update(reducer="pool", rows=None), {}, ["'pool' cannot act at layer 2"]),
     (step(at={"layer": 1}, ratio=0.9), {}, ["ascending order of place", "step 2 acts at layer 1, after layer 2"]),

@@ -48,7 +48,9 @@ def test_keep_is_a_number_or_a_fraction():
     assert ops.kept_count(100) == 100
 
 
-@pytest.mark.parametrize("bad", [{"ratio": 1.0}, {"ratio": -0.1}, {"keep": 0}, {"keep": 1.5}, {"ratio": 0.5, "keep": 4}])
+@pytest.mark.parametrize(
+    "bad", [{"ratio": 1.0}, {"ratio": -0.1}, {"keep": 0}, {"keep": 1.5}, {"ratio": 0.5, "keep": 4}]
+)
 def test_what_is_out_of_range_is_an_error(bad):
     with pytest.raises(ValueError, match=r"ratio|keep"):
         ops.kept_count(10, **bad)

@@ -24,7 +24,11 @@ def test_top_k_breaks_ties_by_index():
 def test_top_k_has_a_k_per_row_and_never_takes_padding():
     scores = torch.tensor([[1.0, 2.0, 9.0, 9.0], [4.0, 3.0, 2.0, 1.0], [-INF, NAN, -INF, 9.0]])
     mask = ragged(2, 4, 3)
-    assert [chosen(ops.top_k_mask(scores, mask, torch.tensor([1, 3, 2])), i) for i in range(3)] == [[1], [0, 1, 2], [0, 1]]
+    assert [chosen(ops.top_k_mask(scores, mask, torch.tensor([1, 3, 2])), i) for i in range(3)] == [
+        [1],
+        [0, 1, 2],
+        [0, 1],
+    ]
     assert [chosen(ops.top_k_mask(scores, mask, 9), i) for i in range(3)] == [[0, 1], [0, 1, 2, 3], [0, 1, 2]]
     assert not ops.top_k_mask(scores, mask, torch.tensor([0, 0, 0])).any()
 

@@ -54,9 +54,7 @@ def test_attention_rank_asks_for_its_rows():
 
 
 def test_raters_worked_example():
-    tokens = visual_tokens(
-        [torch.eye(2)], [1], text={"features": [torch.tensor([[2.0, 0], [0, 1], [0, 0]])]}
-    )
+    tokens = visual_tokens([torch.eye(2)], [1], text={"features": [torch.tensor([[2.0, 0], [0, 1], [0, 0]])]})
     assert TextRankRecycle().choose_rows(tokens).tolist() == [[True, True, False]]
 
 
@@ -80,7 +78,9 @@ def test_raters_against_the_literal_rule(seed):
 
 def test_sparsevlm_worked_example():
     tokens = visual_tokens(
-        [torch.tensor([[7.0], [8.0], [9.0], [10.0]])], [3], signals={"attention": [torch.tensor([0.075, 0.11, 0.065, 0.2])]}
+        [torch.tensor([[7.0], [8.0], [9.0], [10.0]])],
+        [3],
+        signals={"attention": [torch.tensor([0.075, 0.11, 0.065, 0.2])]},
     )
     reduction = TextRankRecycle().reduce(tokens)
     assert assignment(reduction, 0, 4) == {0: 0, 1: 1, 3: 3}
@@ -162,7 +162,9 @@ def test_visionzip_against_the_literal_rule(seed):
         for t, value in row.items():
             others = [features[i][j].tolist() for j in target if target[j] == t and j != t]
             added = rules.mean(others) if others else [0.0] * 5
-            assert value == pytest.approx([a + b for a, b in zip(features[i][t].tolist(), added, strict=True)], abs=1e-5)
+            assert value == pytest.approx(
+                [a + b for a, b in zip(features[i][t].tolist(), added, strict=True)], abs=1e-5
+            )
 
 
 def test_visionzip_drops_separators_and_never_merges_them():

@@ -88,7 +88,7 @@ def test_dart_official_counts():
     official = PivotDissimilar(variant="official")
     kept = [official.count(576, ops.kept_count(576, r), ()) for r in (0.667, 0.778, 0.889)]
     assert official.count(576, 128, ()) == 132
-    # The code floors N * (1 - r) / 8; the rounding of the budget to a whole number changes 124 to 132 at 127.87.
+    # The code shares the fraction 127.87 and keeps 124; a budget here is a whole number before it is shared.
     assert kept == [196, 132, 68]
 
 
@@ -107,9 +107,7 @@ def test_dart_without_any_text():
 
 def test_tome_worked_example():
     x = torch.arange(1.0, 7.0)[:, None]
-    tokens = visual_tokens(
-        [x], [4], signals={"keys": [circle(0, 8, 60, 50, 120, 100)], "size": [torch.ones(6)]}
-    )
+    tokens = visual_tokens([x], [4], signals={"keys": [circle(0, 8, 60, 50, 120, 100)], "size": [torch.ones(6)]})
     reduction = BipartiteMerge().reduce(tokens)
     assert chosen(reduction.keep) == [1, 3, 4, 5]
     out = ops.merge_tokens(tokens.features, reduction.assign, reduction.weights)

@@ -59,9 +59,7 @@ def test_vidcom2_counts_an_unknown_grid_as_one_frame():
     assert unknown.sum() == 4
 
 
-DYCOKE = torch.cat(
-    [circle(0, 30, 60, 90), circle(0, 40, 60, 130), circle(80, 30, 62, 95), circle(85, 30, 152, 95)]
-)
+DYCOKE = torch.cat([circle(0, 30, 60, 90), circle(0, 40, 60, 130), circle(80, 30, 62, 95), circle(85, 30, 152, 95)])
 
 
 def test_dycoke_worked_example():

@@ -100,6 +100,17 @@ def test_a_cut_of_the_cache_leaves_the_layers_alone() -> None:
     assert report.ratio == 0.5
 
 
+def test_a_later_turn_sees_what_earlier_ones_left() -> None:
+    # 5 tokens were seen before; the first layer holds all of them, the second 3.
+    report = Report(record(past=5, cache_lengths=(15, 9)))
+    logits = 2 * 4 * 7
+    assert report.flops_dense == 2 * (264 * 10 + 24 * 10 * 15) + logits
+    assert report.flops == (264 * 10 + 24 * 10 * 15) + (264 * 6 + 24 * 6 * 9) + logits
+    assert report.cache_bytes_dense == 30 * 12
+    assert report.cache_bytes == 24 * 12
+    assert "prompt of 10 after 5 seen before" in str(report)
+
+
 def test_time_is_unknown_as_soon_as_one_step_was_not_measured() -> None:
     timed = StageRecord(1, "layer", "a", (6,), (3,), 10, 7, 0.001)
     untimed = replace(timed, seconds=None)

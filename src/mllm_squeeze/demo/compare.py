@@ -30,7 +30,7 @@ import mllm_squeeze as squeeze
 from mllm_squeeze import viz
 
 from . import folder
-from .contest import DENSE, Contender, Entry, line_up, measure_accuracy, measure_time, summarise
+from .contest import DENSE, Contender, Entry, hit, line_up, measure_accuracy, measure_time, summarise
 from .evaluate import answers
 from .questions import Item, held_out
 
@@ -38,10 +38,10 @@ METHODS = ("random", "fastv", "sparsevlm", "visionzip", "divprune", "tome")
 RATIOS = (0.5, 0.75)
 FULL_RATIOS = (0.5, 0.75, 0.9)
 NOTE = (
-    "tokens: visual tokens of a picture at the end, /layer: mean over the decoder layers; ± standard error; "
-    "ms: median prefill of a batch, vision encoder included; GFLOPs: language model, one prompt"
+    "tokens: visual tokens of a picture at the end, /layer: mean over the decoder layers; accuracy: first word of the "
+    "answer, ± standard error; ms: median prefill of a batch, encoder included; GFLOPs: language model, one prompt"
 )
-HEAD = ("method", "removed", "tokens", "/layer", "accuracy %", "to dense", "ms", "GFLOPs")
+HEAD = ("method", "cut", "tokens", "/layer", "accuracy %", "to dense", "ms", "GFLOPs")
 
 
 @dataclass
@@ -129,8 +129,10 @@ def main(
     )
     console.print(_table(comparison))
     if out is not None:
-        _save(comparison, Path(out), console)
+        _save(comparison, Path(out))
         _draw(contenders, processor, _examples(dense, items, pictures), Path(out) / "compare.png")
+        written = sorted(path.name for path in Path(out).glob("compare.*"))
+        console.print(f"in {out}: {', '.join(written)}")
     return comparison
 
 
@@ -164,11 +166,10 @@ def _table(comparison: Comparison) -> Table:
     return table
 
 
-def _save(comparison: Comparison, out: Path, console: Console) -> None:
+def _save(comparison: Comparison, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(comparison.to_json(), encoding="utf-8")
     (out / "compare.md").write_text(comparison.to_markdown(), encoding="utf-8")
-    console.print(f"written: compare.json, compare.md and compare.png in {out}")
 
 
 def _examples(dense: Contender, items: list[Item], count: int) -> list[Item]:
@@ -187,7 +188,7 @@ def _draw(contenders: list[Contender], processor: Any, items: list[Item], path: 
     captions = []
     for item in items:
         said = [answers(c.model, processor, [item])[0] for c in [contenders[0], *shown]]
-        captions.append([f"{word} {'✓' if word == item.answer else '✗'}" for word in said])
+        captions.append([f"{' '.join(words.split()[:1])} {'✓' if hit(words, item) else '✗'}" for words in said])
         kept.append([viz.survivors(c.handle.layout.spans[0], c.handle.cuts[-1]) for c in shown])
     titles = [f"{c.method}\n{len(kept[0][i])} kept" for i, c in enumerate(shown)]
     rows = ["\n".join(textwrap.wrap(item.question, 20)) for item in items]

@@ -27,9 +27,10 @@ class Entry:
     """One method at one budget.
 
     tokens: visual tokens per picture left in the end. tokens_per_layer: their mean over the decoder layers. accuracy,
-    error: share of right answers and its standard error. against_dense, against_dense_error: the paired difference in
-    accuracy. seconds: medians of the timed prefills of one batch, vision encoder included; seconds_low and seconds_high
-    are the quartiles. flops: of the language model's prefill, for one prompt.
+    error: share of right answers and its standard error. ended: share of answers that stopped after their word.
+    against_dense, against_dense_error: the paired difference in accuracy. seconds: median of the timed prefills of one
+    batch, vision encoder included; seconds_low and seconds_high are the quartiles. flops: of the language model's
+    prefill, for one prompt.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Entry:
     error: float
     against_dense: float
     against_dense_error: float
+    ended: float
     by_kind: dict[str, float]
     flops: float | None
     seconds: float
@@ -58,6 +60,7 @@ class Contender:
     handle: Any = None
     params: dict[str, Any] = field(default_factory=dict)
     right: list[list[float]] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
 
@@ -82,9 +85,15 @@ def measure_accuracy(
                 contender.handle.remove()
                 contender.handle = squeeze.apply(contender.model, contender.method, **contender.params, seed=seed)
             given = answers(contender.model, processor, items, batch)
-            contender.right.append([float(said == item.answer) for said, item in zip(given, items, strict=True)])
+            contender.right.append([float(hit(said, item)) for said, item in zip(given, items, strict=True)])
+            contender.ended.append(statistics.fmean(len(said.split()) == 1 for said in given))
             bar.update(task, advance=1, description=f"answers: {contender.method}")
     bar.update(task, description="answers")
+
+
+def hit(said: str, item: Item) -> bool:
+    """Whether the first word is the answer; that all answers are one word is a habit of the box, not the picture's."""
+    return said.split()[:1] == [item.answer]
 
 
 def _seeds_of(contender: Contender, seeds: int) -> int:
@@ -120,7 +129,7 @@ def summarise(contender: Contender, dense: Contender, reference: Report | None, 
     low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     tokens, per_layer, flops = _sizes(contender, reference)
     by_kind = {
-        kind: statistics.fmean(hit for hit, item in zip(right, items, strict=True) if item.kind == kind)
+        kind: statistics.fmean(value for value, item in zip(right, items, strict=True) if item.kind == kind)
         for kind in sorted({item.kind for item in items})
     }
     return Entry(
@@ -132,6 +141,7 @@ def summarise(contender: Contender, dense: Contender, reference: Report | None, 
         error=error,
         against_dense=difference,
         against_dense_error=difference_error,
+        ended=statistics.fmean(contender.ended),
         by_kind=by_kind,
         flops=flops,
         seconds=middle,

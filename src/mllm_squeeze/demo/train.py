@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,53 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import LlavaForConditionalGeneration
 
 from . import build
-from .pack import NAMED, TOKENS, Packed, pack, paint
+from .guide import Guide
+from .pack import TOKENS, Packed, pack, paint
 from .pictures import MANY
 from .questions import SHARES
-from .tower import HEADS, IGNORE, Teacher, see
+from .tower import Teacher, see
 
 FEW = (3, 5)
-GUIDED_LAYER = 1
+STAGES = ("tower", "answers", "deeper")
 
 
 @dataclass
 class Plan:
-    """All that a run depends on; the same plan gives the same steps, unless `minutes` cuts them short."""
+    """What all stages of a run share; the same plan and stages give the same steps, unless minutes cut them short."""
 
-    tower_steps: int = 900
-    steps: int = 3000
-    minutes: float = math.inf
+    tower_steps: int = 2100
     tower_batch: int = 8
+    tower_rate: float = 1.5e-3
     batch: int = 8
-    questions: int = 16
-    rate: float = 1e-3
-    guide: float = 0.6
+    questions: int = 24
     seed: int = 0
     device: str = "cpu"
     half: bool = False
-    grow: int = 1
     every: int = 50
+
+
+@dataclass
+class Stage:
+    """One stage of learning to answer: which layers are guided and how strongly, and whether it starts with few things."""
+
+    stream: int
+    steps: int
+    rate: float
+    guided: tuple[int, ...]
+    look: float
+    read: float
+    grow: bool
+    shares: dict[str, float]
+    minutes: float = math.inf
+
+
+ANSWERS = Stage(1, steps=3000, rate=1e-3, guided=(1,), look=0.6, read=0.6, grow=True, shares=SHARES)
+# The kinds that take longest get more of the questions.
+SLOW_FIRST = {"colour": 0.2, "shape": 0.12, "digit": 0.22, "place": 0.31, "count": 0.15}
+DEEPER = Stage(2, steps=3000, rate=7e-4, guided=(1, 2), look=0.2, read=0.0, grow=False, shares=SLOW_FIRST)
 
 
 class Clock:
@@ -83,63 +101,18 @@ def train_tower(model: LlavaForConditionalGeneration, plan: Plan) -> list[float]
     """First stage, in place: labels for each patch and for the CLS token; returns the loss of every step."""
     width: Any = model.config.vision_config
     teacher = Teacher(width.hidden_size).to(plan.device)
-    optimiser = _optimiser([*model.model.vision_tower.parameters(), *teacher.parameters()], plan.rate)
+    optimiser = _optimiser([*model.model.vision_tower.parameters(), *teacher.parameters()], plan.tower_rate)
     clock, losses = Clock(plan.tower_steps, math.inf), []
     for step in range(plan.tower_steps):
         batch = paint(np.random.default_rng([0, plan.seed, 0, step]), plan.tower_batch, (FEW[0], MANY[1]))
         states = see(model, batch.pixels.to(plan.device))
         loss, right = teacher(states, batch.dense.to(plan.device), batch.counts.to(plan.device))
-        _update(optimiser, loss, clock.rate(step, plan.rate))
+        _update(optimiser, loss, clock.rate(step, plan.tower_rate))
         losses.append(loss.item())
         if (step + 1) % plan.every == 0:
             words = " ".join(f"{name} {share:.3f}" for name, share in right.items())
             print(f"tower {step + 1:5d}  loss {loss.item():.3f}  {words}  {clock.passed():.1f} min", flush=True)
     return losses
-
-
-class Guide(nn.Module):
-    """Help for the first half of the second stage, without which it idles for an hour before it begins to learn.
-
-    At the input of one decoder layer, the answering token must know which words the question holds, and in that layer
-    it must look at the things that fit them.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration, layer: int) -> None:
-        super().__init__()
-        target: Any = model.model.language_model.layers[layer].self_attn
-        # In a list, so that the parameters of the language model do not count as the guide's own.
-        self.attention = [target]
-        self.heads = nn.ModuleList(nn.Linear(target.config.hidden_size, len(HEADS[name]) + 1) for name in NAMED)
-        self.inputs: dict[str, Any] = {}
-        self.hook = target.register_forward_pre_hook(self._keep, with_kwargs=True)
-
-    def _keep(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.inputs = kwargs
-
-    def read(self, batch: Packed) -> torch.Tensor:
-        """The loss for naming the words of the question, from the answering tokens."""
-        hidden = self.inputs["hidden_states"]
-        states = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], batch.ask]
-        parts = [
-            F.cross_entropy(head(states).flatten(0, 1), batch.named[..., i].flatten(), ignore_index=IGNORE)
-            for i, head in enumerate(self.heads)
-        ]
-        return torch.stack(parts).sum()
-
-    def look(self, batch: Packed) -> torch.Tensor:
-        """How little of their attention [B, heads, Q, S] falls on the things asked about: mean of -log of the share."""
-        hidden, (cos, sin) = self.inputs["hidden_states"], self.inputs["position_embeddings"]
-        attention = self.attention[0]
-        q = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        k = attention.k_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        q = q.transpose(1, 2)[rows, batch.ask].transpose(1, 2)
-        allowed = batch.mask[:, 0][rows, batch.ask][:, None]
-        weights = (q @ k.transpose(2, 3) * attention.scaling).float().masked_fill(~allowed, -math.inf).softmax(-1)
-        on_things = (weights[..., 2 : 2 + TOKENS].mean(1) * batch.spots).sum(-1)
-        away: torch.Tensor = -(on_things[batch.spots.any(-1)] + 1e-4).log().mean()
-        return away
 
 
 def answer_loss(
@@ -161,29 +134,51 @@ def answer_loss(
     return loss + 0.1 * stop, logits.argmax(-1) == batch.answers
 
 
+def deepen(model: LlavaForConditionalGeneration, at: int = 1) -> LlavaForConditionalGeneration:
+    """A model with one more decoder layer at index `at`, which does nothing yet: all answers stay as they are."""
+    settings: Any = copy.deepcopy(model.config)
+    settings.text_config.num_hidden_layers += 1
+    deeper: Any = build.model(settings)
+    decoder: Any = model.model.language_model
+    old = iter(decoder.layers)
+    for index, layer in enumerate(deeper.model.language_model.layers):
+        if index == at:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+        else:
+            layer.load_state_dict(next(old).state_dict())
+    rest = {name: value for name, value in model.state_dict().items() if ".language_model.layers." not in name}
+    deeper.load_state_dict(rest, strict=False)
+    grown: LlavaForConditionalGeneration = deeper.to(model.device)
+    return grown
+
+
 def train_answers(
-    model: LlavaForConditionalGeneration, tokens: PreTrainedTokenizerFast, plan: Plan, out: Path | None = None
+    model: LlavaForConditionalGeneration, plan: Plan, stage: Stage, out: Path | None = None
 ) -> list[float]:
-    """Second stage, in place: projector and language model learn to answer; returns the loss of every step."""
+    """Second and third stage, in place: projector and language model learn to answer; returns the loss of every step."""
+    tokens = build.tokenizer()
     parts = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
-    guide = Guide(model, GUIDED_LAYER).to(plan.device)
-    optimiser = _optimiser([p for part in (*parts, guide) for p in part.parameters()], plan.rate)
-    clock, losses, shares = Clock(plan.steps, plan.minutes), [], []
+    guide = Guide(model, stage.guided).to(plan.device)
+    optimiser = _optimiser([p for part in (*parts, guide) for p in part.parameters()], stage.rate)
+    clock, losses, shares = Clock(stage.steps, stage.minutes), [], []
     step = 0
     while (done := clock.done(step)) < 1:
-        rng = np.random.default_rng([0, plan.seed, 1, step])
+        rng = np.random.default_rng([0, plan.seed, stage.stream, step])
         # A crowded picture from the start gives no signal to begin with: the number of things grows after a while.
-        grown = min(1.0, max(0.0, (done - 0.1) / 0.3)) if plan.grow else 1.0
+        grown = min(1.0, max(0.0, (done - 0.1) / 0.3)) if stage.grow else 1.0
         things = tuple(round(few + grown * (many - few)) for few, many in zip(FEW, MANY, strict=True))
         pictures = paint(rng, plan.batch, (things[0], things[1]))
-        batch = pack(pictures.scenes, tokens, rng, plan.questions, SHARES).to(plan.device)
+        batch = pack(pictures.scenes, tokens, rng, plan.questions, stage.shares).to(plan.device)
         with torch.no_grad():
             features = see(model, pictures.pixels.to(plan.device))[:, 1:]
         with torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=plan.half):
             loss, right = answer_loss(model, batch, features, tokens.eos_token_id)
-            pull = plan.guide * max(0.0, 1 - done / 0.6)
-            read, look = (guide.read(batch), guide.look(batch)) if pull else (loss.new_zeros(()),) * 2
-        _update(optimiser, loss + pull * (read + look), clock.rate(step, plan.rate))
+            pull = max(0.0, 1 - done / 0.6)
+            look = guide.look(batch) if pull else loss.new_zeros(())
+            read = guide.read(batch) if pull and stage.read else loss.new_zeros(())
+        total = loss + pull * (stage.look * look + stage.read * read)
+        _update(optimiser, total, clock.rate(step, stage.rate))
         losses.append(loss.item())
         shares.append(right.float().mean().item())
         step += 1
@@ -196,7 +191,7 @@ def train_answers(
             )
         if out is not None and step % (5 * plan.every) == 0:
             save(model, out)
-    guide.hook.remove()
+    guide.leave()
     return losses
 
 
@@ -207,31 +202,34 @@ def save(model: LlavaForConditionalGeneration, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, train both stages, and save."""
+    """Read the command line, train the stages asked for, and save."""
     plan = Plan()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the trained model to")
-    parser.add_argument("--start", type=Path, help="a saved folder whose tower is used, instead of training one")
+    parser.add_argument("--start", type=Path, help="a saved folder to go on from, instead of an untrained model")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to train, in this order")
+    parser.add_argument("--steps", type=int, help="steps of each stage of answers")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit of each stage of answers")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's own choice")
     for name, value in vars(plan).items():
         kind: dict[str, Any] = {"action": "store_true"} if value is False else {"type": type(value), "default": value}
         parser.add_argument(f"--{name.replace('_', '-')}", **kind)
-    options = vars(parser.parse_args(arguments))
-    out, start, threads = options.pop("out"), options.pop("start"), options.pop("threads")
-    if threads:
-        torch.set_num_threads(threads)
-    plan = Plan(**options)
-    model: Any = (
-        build.model(build.config(), plan.seed)
-        if start is None
-        else LlavaForConditionalGeneration.from_pretrained(start)
-    )
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = Plan(**{name: getattr(options, name) for name in vars(plan)})
+    start = options.start
+    fresh = build.model(build.config(), plan.seed) if start is None else None
+    model: Any = fresh or LlavaForConditionalGeneration.from_pretrained(start)
     model.to(plan.device)
-    if start is None:
-        train_tower(model, plan)
-        save(model, out)
-    train_answers(model, build.tokenizer(), plan, out)
-    save(model, out)
+    for name in options.stages:
+        if name == "tower":
+            train_tower(model, plan)
+        else:
+            model = deepen(model) if name == "deeper" else model
+            stage = replace(DEEPER if name == "deeper" else ANSWERS, minutes=options.minutes)
+            train_answers(model, plan, replace(stage, steps=options.steps or stage.steps), options.out)
+        save(model, options.out)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class _Local(threading.local):
         self.frames: list[_Frame] = []
         self.sessions: list[Session | None] = []
         self.encode: EncodeCall | None = None
+        # Length of the prompt that generate() was called with, None outside of it.
+        self.prompt: int | None = None
 
 
 class Runtime:
@@ -57,7 +59,7 @@ class Runtime:
         self._local = _Local()
         self._hooks: list[RemovableHandle] = []
         self._taps: list[Tap] = []
-        self._overridden: list[str] = []
+        self._overridden: list[tuple[nn.Module, str]] = []
         self._undo: list[Callable[[], None]] = []
         self._encoder_signals = frozenset(
             name for name in ("saliency", "encoder_keys") if plan.needs(name)
@@ -74,6 +76,7 @@ class Runtime:
         """Hook the model; on an error everything is taken off again."""
         try:
             self._override_features()
+            self._override_generate()
             self._hook(self.parts.base, self._enter_base, self._leave_base)
             self._hook(self.parts.decoder, self._enter_decoder, self._leave_decoder)
             self._hook_layers()
@@ -91,8 +94,8 @@ class Runtime:
             hook.remove()
         for tap in reversed(self._taps):
             tap.close()
-        for name in self._overridden:
-            del self.parts.base.__dict__[name]
+        for module, name in self._overridden:
+            del module.__dict__[name]
         for undo in self._undo:
             undo()
         self._hooks, self._taps, self._overridden, self._undo = [], [], [], []
@@ -211,14 +214,33 @@ class Runtime:
         for modality in self.parts.ids:
             name = f"get_{modality}_features"
             original = getattr(self.parts.base, name, None)
-            if original is None:
-                continue
-            if name in self.parts.base.__dict__:
-                raise UnsupportedModelError(
-                    f"{name} of this model was replaced on the instance by other code. Remove that patch, or squeeze first."
-                )
-            self.parts.base.__dict__[name] = self._recording(modality, original)
-            self._overridden.append(name)
+            if original is not None:
+                self._override(self.parts.base, name, self._recording(modality, original))
+
+    def _override(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+        if name in module.__dict__:
+            raise UnsupportedModelError(
+                f"{name} of this {type(module).__name__} was replaced on the instance by other code. Remove that patch, or "
+                "squeeze first."
+            )
+        module.__dict__[name] = method
+        self._overridden.append((module, name))
+
+    def _override_generate(self) -> None:
+        original: Any = getattr(self.parts.model, "generate", None)
+        if original is None:
+            return
+
+        # Assisted decoding feeds prompt and guesses in one pass; only generate() knows where the prompt ends.
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            before, self._local.prompt = self._local.prompt, _prompt_length(args, kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._local.prompt = before
+
+        self._override(self.parts.model, "generate", generate)
 
     def _recording(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
         # generate() reads the signature, which `wraps` keeps.
@@ -300,20 +322,21 @@ class Runtime:
         layout = None
         if features and frame is not None:
             _refuse_packed(kwargs)
-            layout = self._layout(frame, features, states.shape[1])
+            layout = self._layout(frame, features, states.shape[1], past)
         session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
         if layout is not None:
             session.prepare(states.device)
         self._local.sessions[-1] = session
 
-    def _layout(self, frame: _Frame, features: Mapping[str, Features], width: int) -> Any:
+    def _layout(self, frame: _Frame, features: Mapping[str, Features], width: int, past: int) -> Any:
         ids = frame.inputs.get("input_ids")
         if ids is None:
             ids = self._ids_from_embeddings(frame.inputs["inputs_embeds"])
         mask = frame.inputs.get("attention_mask")
         real = mask[:, -width:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         ids = ids[:, -width:]
-        return find_layout(ids, real, features, self.parts.ids, self.parts.row.group_adjacent)
+        drafts = 0 if self._local.prompt is None else max(past + width - self._local.prompt, 0)
+        return find_layout(ids, real, features, self.parts.ids, self.parts.row.group_adjacent, drafts)
 
     def _ids_from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Return ids that tell placeholders from text, by their embedding, as the library itself does."""
@@ -374,6 +397,11 @@ class Runtime:
         if isinstance(output, tuple):
             return (session.restore(output[0]), *output[1:])
         return session.restore(output)
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    candidates = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+    return next((int(given.shape[1]) for given in candidates if isinstance(given, Tensor) and given.ndim >= 2), None)
 
 
 def _seen(past_key_values: Any) -> int:

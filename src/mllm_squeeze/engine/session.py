@@ -132,7 +132,7 @@ class Session:
         self.table: SpanTable = first_table(layout, device)
         visual, real = layout.visual, layout.real
         columns = torch.arange(layout.length)
-        behind = real & ~visual & (columns > torch.tensor(layout.first_visual)[:, None])
+        behind = layout.prompt & ~visual & (columns > torch.tensor(layout.first_visual)[:, None])
         count = max(int(behind.sum(1).max()), 1)
         order = (~behind).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
         self.text_place = order.to(device)

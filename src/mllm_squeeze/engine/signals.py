@@ -146,6 +146,7 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
         return True
 
     session.listeners[attention] = read
-    attention(norm(hidden), **{**given, "past_key_values": None, "attention_mask": None})
+    with torch.no_grad():
+        attention(norm(hidden), **{**given, "past_key_values": None, "attention_mask": None})
     del session.listeners[attention]
     return out[0]

@@ -25,12 +25,17 @@ class Features:
 
 
 def find_layout(
-    ids: Tensor, real: Tensor | None, features: Mapping[str, Features], token_ids: Mapping[str, int], grouped: bool
+    ids: Tensor,
+    real: Tensor | None,
+    features: Mapping[str, Features],
+    token_ids: Mapping[str, int],
+    grouped: bool,
+    drafts: int = 0,
 ) -> TokenLayout:
     """Return where the spans of a batch are.
 
     ids: int64 (B, T). real: bool (B, T) or None. features: per modality. token_ids: placeholder id per modality. grouped:
-    neighbouring items are tiles of one picture. One device-to-host copy.
+    neighbouring items are tiles of one picture. drafts: trailing tokens that are no prompt. One device-to-host copy.
 
     Raises:
         UnsupportedInputError: placeholders and features do not match, as in a prefill that is split into chunks.
@@ -45,7 +50,7 @@ def find_layout(
         # Families that give videos the image id encode both as images, so one modality owns the id.
         spans += _spans_of(ids == token, features[modalities[0]], grouped)
     spans.sort(key=lambda span: (span.sample, span.start))
-    return TokenLayout(ids.shape[0], ids.shape[1], tuple(spans), real)
+    return TokenLayout(ids.shape[0], ids.shape[1], tuple(spans), real, drafts)
 
 
 def _spans_of(placeholder: Tensor, features: Features, grouped: bool) -> list[Span]:

@@ -80,8 +80,12 @@ class Tap:
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         """Let the listener read, then compute attention as without the tap."""
         listener = self._listener()
-        if listener is not None and listener(query, key, mask, kwargs):
-            return query.transpose(1, 2), None
+        if listener is not None:
+            # Choosing tokens needs no gradient, and gradient checkpointing must find the same graph without a listener.
+            with torch.no_grad():
+                unwanted = listener(query, key, mask, kwargs)
+            if unwanted:
+                return query.transpose(1, 2), None
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, _eager(self.module))
         return function(_ModuleView(self.module, self.original), query, key, value, mask, **kwargs)
 

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .budget import *
-    from .merge import *
-    from .precision import *
-    from .score import *
-    from .segment import *
-    from .select import *
-    from .stride import *
+    from .budget import *  # noqa: F403
+    from .merge import *  # noqa: F403
+    from .precision import *  # noqa: F403
+    from .score import *  # noqa: F403
+    from .segment import *  # noqa: F403
+    from .select import *  # noqa: F403
+    from .stride import *  # noqa: F403
 
 _MODULES = {
     "budget": (

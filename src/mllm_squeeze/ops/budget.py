@@ -1,4 +1,4 @@
-"""How many tokens stay: the one place of the rounding rule, and schedules over several stages. Plain Python, no tensors."""
+"""How many tokens stay: the one place of the rounding rule, and schedules over stages. Plain Python, no tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def kept_count(length: int, ratio: float | None = None, keep: int | float | None
 
 
 def stage_fractions(kept: float, stages: int) -> tuple[float, ...]:
-    """Return the kept fraction after each of `stages` cuts, geometric: kept ** (i / stages), the last one exactly `kept`.
+    """Return the kept fraction after each of `stages` cuts, geometric: kept ** (i / stages), the last exactly `kept`.
 
     kept: fraction left when all stages have run, in (0, 1]. Raises ValueError when it or `stages` is out of range.
     """
@@ -45,7 +45,7 @@ def stage_fractions(kept: float, stages: int) -> tuple[float, ...]:
 def stage_counts(
     length: int, stages: int, ratio: float | None = None, keep: int | float | None = None
 ) -> tuple[int, ...]:
-    """Return the tokens left after each stage of a geometric schedule; the last is `kept_count(length, ratio, keep)`."""
+    """Return the tokens left after each stage of a geometric schedule, `kept_count(length, ratio, keep)` in the end."""
     last = kept_count(length, ratio, keep)
     if length <= 0:
         return (0,) * stages
@@ -61,7 +61,7 @@ def spread(total: int, parts: int) -> tuple[int, ...]:
 
 
 def recycle_sizes(dropped: int, share: float = 0.3, per_cluster: int = 10) -> tuple[int, int]:
-    """Return (candidates, clusters) that SparseVLM forms from `dropped` tokens: int(share * dropped) + 1, then one per ten."""
+    """Return (candidates, clusters) that SparseVLM forms of `dropped` tokens: int(share * dropped) + 1, one per ten."""
     candidates = min(int(share * dropped) + 1, dropped)
     return candidates, min(candidates // per_cluster + 1, candidates)
 
@@ -69,12 +69,12 @@ def recycle_sizes(dropped: int, share: float = 0.3, per_cluster: int = 10) -> tu
 def recycle_split(current: int, budget: int, share: float = 0.3, per_cluster: int = 10) -> tuple[int, int, int]:
     """Return (kept, candidates, clusters) with kept + clusters == budget, the split in which SparseVLM spends a budget.
 
-    The paper fixes `kept` and lets the clusters come on top; this solves for `kept` (the largest that fits). Where even one
-    kept token and its clusters exceed the budget, half of the budget (rounded down) goes to clusters.
+    The paper fixes `kept` and lets the clusters come on top; this solves for `kept` (the largest that fits). Where
+    even one kept token and its clusters exceed the budget, half of the budget (rounded down) goes to clusters.
     """
     if budget >= current:
         return current, 0, 0
-    # kept + clusters grows by 0 or 1 with kept, so the walk down cannot jump over the budget; it takes `clusters` steps.
+    # kept + clusters grows by 0 or 1 with kept, so the walk down cannot jump over the budget; it is `clusters` long.
     for kept in range(budget - 1, 0, -1):
         candidates, clusters = recycle_sizes(current - kept, share, per_cluster)
         if kept + clusters == budget:

@@ -17,8 +17,8 @@ from .select import compact_indices, local_index, positions, put_back, take, top
 def merge_tokens(x: Tensor, assign: Tensor, weights: Tensor) -> Tensor:
     """Return (S, N, D) where token t is the sum of weight * x over the tokens assigned to it; others keep x.
 
-    x: (S, N, D), any float dtype; sums run in float32 and the result has the dtype of x. weights: (S, N). Gradients flow
-    to x and weights.
+    x: (S, N, D), any float dtype; sums run in float32 and the result has the dtype of x. weights: (S, N). Gradients
+    flow to x and weights.
     """
     width = x.shape[1]
     total = segment_sum(at_least_float32(x) * weights[..., None], assign, width)
@@ -42,7 +42,7 @@ def mean_weights(assign: Tensor, size: Tensor | None = None) -> Tensor:
 
 
 def added_mean_weights(assign: Tensor) -> Tensor:
-    """Return float32 (S, N), the weights of target + mean of the tokens merged into it; 1 at targets, 0 at dropped tokens."""
+    """Return float32 (S, N), the weights of target + mean of the tokens merged into it; 1 at targets, 0 at dropped."""
     own = assign == positions(assign)
     others = torch.where(own, -1, assign)
     return own.float() + mean_weights(others)
@@ -57,9 +57,9 @@ def merged_size(assign: Tensor, size: Tensor) -> Tensor:
 def bipartite_match(metric: Tensor, mask: Tensor, r: Tensor, lead: int = 0) -> Tensor:
     """Return assign (S, N): the r best-matched tokens at even positions are merged into tokens at odd positions.
 
-    ToMe's bipartite soft matching. metric: (S, N, d), compared by cosine in float32. r: int64 (S,), capped at half of the
-    tokens. lead: tokens that stand before these and take part in the count of positions only (1 with a CLS token, so that
-    odd patches are merged into even ones). Many tokens may go to one; ties take the lowest index.
+    ToMe's bipartite soft matching. metric: (S, N, d), compared by cosine in float32. r: int64 (S,), capped at half of
+    the tokens. lead: tokens that stand before these and take part in the count of positions only (1 with a CLS token,
+    so that odd patches are merged into even ones). Many tokens may go to one; ties take the lowest index.
     """
     place = local_index(mask)
     even = mask & ((place + lead) % 2 == 0)
@@ -78,7 +78,7 @@ def bipartite_match(metric: Tensor, mask: Tensor, r: Tensor, lead: int = 0) -> T
 
 @selection
 def nearest_target(x: Tensor, targets: Tensor, members: Tensor, slots: int) -> Tensor:
-    """Return assign (S, N): each member goes to the target of largest cosine (the first on ties), targets to themselves.
+    """Return assign (S, N): members go to the target of largest cosine (the first on ties), targets to themselves.
 
     x: (S, N, d). targets, members: bool (S, N). slots: host number, at least the largest count of targets. Members of a
     span without target, and tokens that are neither, get -1.
@@ -97,10 +97,11 @@ def nearest_target(x: Tensor, targets: Tensor, members: Tensor, slots: int) -> T
 def density_peaks(x: Tensor, mask: Tensor, clusters: Tensor) -> Tensor:
     """Return assign (S, M): each token's cluster centre by density-peak clustering over nearest neighbours.
 
-    Distance d is Euclidean / sqrt(D). Density = exp(-mean of the squared `clusters` smallest d, its own 0 included); of
-    equal ones the lower index is denser. Separation = smallest d to a denser token, for the densest the largest d of all.
-    Centres are the `clusters` tokens of largest density * separation; the others join the nearest centre.
-    x: (S, M, D). clusters: int64 (S,). Memory O(S * M * M).
+    Distance d is Euclidean / sqrt(D). Density = exp(-mean of the squared `clusters` smallest d, its own 0 included);
+    of equal ones the lower index is denser. Separation = smallest d to a denser token, for the densest the largest d
+    of all. Centres are the `clusters` tokens of largest density * separation; the others join the nearest centre.
+
+    x: (S, M, D). mask: bool (S, M). clusters: int64 (S,). Memory O(S * M * M).
     """
     x = at_least_float32(x)
     mean = segment_sum(x, torch.where(mask, 0, -1), 1) / mask.sum(1).clamp(min=1)[:, None, None]

@@ -32,6 +32,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def on_device(values: Sequence[Any] | Tensor, like: Tensor) -> Tensor:
-    """Return (nested) host numbers as a tensor (int64 unless they are one already) on the device of `like`, without waiting for it."""
+    """Return host numbers, int64 unless they are a tensor, on the device of `like`, without waiting for it."""
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
     return host.to(like.device, non_blocking=True)

@@ -42,7 +42,7 @@ def paired_cosine(x: Tensor, partner: Tensor) -> Tensor:
 
 @selection
 def text_relevance(visual: Tensor, mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-    """Return float32 (S, T), how much the visual tokens look at each text token: softmax over the text, mean over visual.
+    """Return float32 (S, T), how much visual tokens look at each text token: softmax over the text, mean over visual.
 
     Raw dot products, not scaled. visual: (S, N, D) with mask bool (S, N); text: (S, T, D) with text_mask bool (S, T).
     """
@@ -72,7 +72,7 @@ def attention_from_rows(
     softcap: float | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """Return float32 (B, P), the attention that each key receives from the rows: mean over heads, weighted sum over rows.
+    """Return float32 (B, P), the attention each key receives from the rows: mean over heads, weighted sum over rows.
 
     query: (B, H, R, d) and key: (B, Hkv, P, d), after rotary embedding; grouped heads share a key without repeating it.
     row_weights: (B, R), zero leaves a row out. allowed: bool (B or 1, 1, R or 1, P), None lets every row see every key.

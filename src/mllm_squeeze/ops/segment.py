@@ -45,7 +45,7 @@ def segment_first(groups: Tensor, count: int) -> Tensor:
 
 
 def frame_ids(grid: Tensor, frames: Sequence[Sequence[int]]) -> Tensor:
-    """Return int64 (S, N), the frame of each token counted through all tiles of its span; -1 for separators and padding.
+    """Return int64 (S, N), the frame of each token counted through all tiles of its span; -1 for separators, padding.
 
     grid: int64 (S, N, 4), (tile, t, h, w). frames: the number of frames of each tile of each span; empty where unknown.
     """

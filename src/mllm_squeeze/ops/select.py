@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .precision import at_least_float32, on_device, selection
-from .score import cosine, unit
+from .score import unit
 
 # Above this many entries the matrix of all distances is not built; rows are computed when they are needed.
 _GRAM_LIMIT = 1 << 27
@@ -128,15 +128,11 @@ def put_back(base: Tensor, index: Tensor, filled: Tensor, values: Tensor) -> Ten
     return padded.scatter(1, torch.where(filled, index, width), values.to(base.dtype))[:, :width]
 
 
-def _nearest_other(x: Tensor, mask: Tensor, block: int) -> Tensor:
-    """Return (S, N), cosine distance of each unit vector to the nearest other token of its span, in blocks of rows."""
-    out = []
-    for start in range(0, x.shape[1], block):
-        rows = x[:, start : start + block]
-        distance = (1 - rows @ x.transpose(1, 2)).masked_fill(~mask[:, None], torch.inf)
-        distance.diagonal(offset=start, dim1=1, dim2=2).fill_(torch.inf)
-        out.append(distance.amin(2))
-    return torch.cat(out, 1)
+def _distances(x: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
+    """Return (S, stop - start, N), cosine distances from some unit vectors to all; infinite to itself and padding."""
+    distance = (1 - x[:, start:stop] @ x.transpose(1, 2)).masked_fill_(~mask[:, None], torch.inf)
+    distance.diagonal(offset=start, dim1=1, dim2=2).fill_(torch.inf)
+    return distance
 
 
 @selection
@@ -151,8 +147,10 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
     spans, width = mask.shape
     place = positions(mask)
     block = max(1, min(width, _GRAM_LIMIT // max(1, spans * width)))
-    gram = 1 - cosine(x, x, normed=True) if block == width else None
-    nearest = _nearest_other(x, mask, block)
+    blocks = (_distances(x, mask, start, min(width, start + block)) for start in range(0, width, block))
+    # With one block all distances are at hand; else each row is computed when it is needed.
+    gram = next(blocks) if block == width else None
+    nearest = gram.amin(2) if gram is not None else torch.cat([b.amin(2) for b in blocks], 1)
     chosen = torch.zeros_like(mask)
     k = torch.minimum(k, mask.sum(1))
     for step in range(min(steps, width)):

@@ -26,7 +26,7 @@ def stride_mask(mask: Tensor, k: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def grid_size(height: int, width: int, cells: int) -> tuple[int, int]:
-    """Return the (h, w) within height x width, h * w <= cells, whose aspect is closest; the larger one, then lower h, on ties."""
+    """Return the (h, w) within height x width, h * w <= cells, of closest aspect; the larger, then lower h, on ties."""
     best = (math.inf, 0, 0)
     size = (1, 1)
     for h in range(1, min(height, max(cells, 1)) + 1):
@@ -39,9 +39,10 @@ def grid_size(height: int, width: int, cells: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=256)
 def pooled_size(height: int, width: int, cells: int) -> tuple[int, int]:
-    """Return the (h, w) within height x width, h * w <= max(cells, 1), that fills `cells` best at nearly the same aspect.
+    """Return the (h, w) within height x width, h * w <= max(cells, 1), that fills `cells` best at nearly its aspect.
 
-    It maximises h * w / sqrt(bend), where bend >= 1 is how much the aspect changes; the less bent, then lower h, on ties.
+    It maximises h * w / sqrt(bend), where bend >= 1 is how much the aspect changes; the less bent, then lower h, on
+    ties.
     """
     best = (-math.inf, -math.inf, 0)
     size = (1, 1)
@@ -75,7 +76,7 @@ def _frame_pattern(height: int, width: int, k: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def grid_pattern(frames: int, height: int, width: int, k: int) -> Tensor:
-    """Return bool (frames * height * width,) on the CPU with min(k, all) True, spread evenly over frames, rows and columns.
+    """Return bool (frames * height * width,) on the CPU with min(k, all) True, even over frames, rows and columns.
 
     Frame t gets floor((t + 1) * k / frames) - floor(t * k / frames) tokens. The result is shared: do not write to it.
     """

@@ -16,7 +16,7 @@ Plan = list[tuple[int, int]]
 
 
 def plan(current: int, budget: int, tiles: tuple[Tile, ...]) -> Plan | None:
-    """Return the pooled (height, width) of each tile, None where runs are pooled: no grid, a cut before, or no cut at all."""
+    """Return the pooled (height, width) of each tile, None where runs are pooled: no grid, a cut before, or no cut."""
     cells = sum(tile.cells for tile in tiles)
     if budget >= current or not cells or current not in (cells, sum(tile.length for tile in tiles)):
         return None
@@ -25,7 +25,7 @@ def plan(current: int, budget: int, tiles: tuple[Tile, ...]) -> Plan | None:
 
 
 def table(plans: list[Plan | None], tiles: tuple[tuple[Tile, ...], ...]) -> list[list[list[int]]]:
-    """Return rows (height, width, pooled height, pooled width, windows before) of each tile of each span, padded with ones."""
+    """Return (height, width, pooled height, pooled width, windows before) of each tile of each span, padded by ones."""
     most = max(len(p or ()) for p in plans) or 1
     out = []
     for sizes, rectangles in zip(plans, tiles or ((),) * len(plans), strict=True):
@@ -40,8 +40,8 @@ def table(plans: list[Plan | None], tiles: tuple[tuple[Tile, ...], ...]) -> list
 def windows(grid: Tensor, sizes: Tensor) -> Tensor:
     """Return int64 (S, N), the window of each token, -1 for separators and padding.
 
-    grid: int64 (S, N, 4). sizes: int64 (S, tiles, 5), as `table` returns them. Cell (h, w) of a height x width tile goes
-    to window (h * pooled height // height, w * pooled width // width): disjoint, none empty.
+    grid: int64 (S, N, 4). sizes: int64 (S, tiles, 5), as `table` returns them. Cell (h, w) of a height x width tile
+    goes to window (h * pooled height // height, w * pooled width // width): disjoint, none empty.
     """
     tile, t, h, w = grid.unbind(-1)
     height, width, high, wide, before = ops.take(sizes, tile.clamp(min=0, max=sizes.shape[1] - 1)).unbind(-1)
@@ -53,10 +53,11 @@ def windows(grid: Tensor, sizes: Tensor) -> Tensor:
 class AveragePool(Reducer):
     """Replace each window of each tile's grid by its mean; the windows are disjoint and tile the grid, frame by frame.
 
-    Reads the grid (S, N, 4) only. A tile gets its share of the budget by area and each frame of it the same; the pooled grid fills that share as well
-    as a nearly unchanged aspect allows, so the budget is met from below (but each frame keeps one token). Separators are
-    dropped. Where the grid is not known or no longer whole, runs of consecutive tokens are averaged.
-    arXiv 2405.17430 (M3) and 2405.20985 (DeCo) train with such tokens; here it is training-free, behind the projector.
+    Reads the grid (S, N, 4) only. A tile gets its share of the budget by area and each frame of it the same; the
+    pooled grid fills that share as well as a nearly unchanged aspect allows, so the budget is met from below (but each
+    frame keeps one token). Separators are dropped. Where the grid is not known or no longer whole, runs of consecutive
+    tokens are averaged. arXiv 2405.17430 (M3) and 2405.20985 (DeCo) train with such tokens; here it is training-free,
+    behind the projector.
 
     Differs from the authors' code: windows are disjoint where the sides do not divide, instead of overlapping, and any
     budget is allowed (M3's code returns all tokens where the kernel is no whole number).

@@ -20,18 +20,16 @@ Place = Literal["encoder", "projector", "layer", "cache"]
 class Need:
     """One signal that a reducer asks the engine for; it arrives as `VisualTokens.signals[name]`.
 
-    name: one of
-      "attention"     float32 (S, N): attention that each visual token receives from chosen prompt rows, mean over heads
-                      and rows. `rows`: "last" (last prompt token), "text" (all prompt tokens after the first visual
-                      one), "chosen" (rows picked by `Reducer.choose_rows`). `source`: "current" reads the layer before
-                      the cut, "next" previews the projections of the layer behind it.
-      "keys"          (S, N, Hkv * d): keys of the layer before the cut, after rotary embedding, heads concatenated; also
-                      `TextTokens.keys`. In the encoder: (S, N, d), mean over the heads.
-      "normed"        (S, N, D): features after the final norm of the language model; also `TextTokens.normed`.
-      "saliency"      float32 (S, N): what the vision encoder attends to, summed over heads: the CLS row of the feature
-                      layer where there is a CLS token, else attention received from all tokens. Separators have -inf.
-      "encoder_keys"  (S, N, d): keys of that encoder layer, mean over heads.
-      "size"          float32 (S, N): patches merged into each token so far (encoder only).
+    name: one of "attention"     float32 (S, N): attention that each visual token receives from chosen prompt rows,
+    mean over heads and rows. `rows`: "last" (last prompt token), "text" (all prompt tokens after the first visual
+    one), "chosen" (rows picked by `Reducer.choose_rows`). `source`: "current" reads the layer before the cut, "next"
+    previews the projections of the layer behind it. "keys"          (S, N, Hkv * d): keys of the layer before the cut,
+    after rotary embedding, heads concatenated; also `TextTokens.keys`. In the encoder: (S, N, d), mean over the heads.
+    "normed"        (S, N, D): features after the final norm of the language model; also `TextTokens.normed`.
+    "saliency"      float32 (S, N): what the vision encoder attends to, summed over heads: the CLS row of the feature
+    layer where there is a CLS token, else attention received from all tokens. Separators have -inf. "encoder_keys"
+    (S, N, d): keys of that encoder layer, mean over heads. "size"          float32 (S, N): patches merged into each
+    token so far (encoder only).
     """
 
     name: Literal["attention", "keys", "normed", "saliency", "encoder_keys", "size"]
@@ -56,13 +54,12 @@ class TextTokens:
 class VisualTokens:
     """What a reducer sees: the visual tokens of all spans of a batch, padded to the longest span.
 
-    features: (S, N, D), the hidden states at the place of the cut. mask: bool (S, N), False is padding.
-    budget: int64 (S,), tokens to keep, on the device; `counts` are the same numbers on the host. current: tokens of each
-    span that are there now, on the host.
-    grid: int64 (S, N, 4), (tile, t, h, w) of each token, -1 for separators, padding and where the grid is unknown.
-    origin: int64 (S, N), place of each token in its span before any cut. lengths: tokens per span before any cut.
-    tiles: the rectangles of each span. lead: special tokens of the encoder before the patches (1 with a CLS token).
-    signals: see `Need`. text: None unless the reducer reads the text.
+    features: (S, N, D), the hidden states at the place of the cut. mask: bool (S, N), False is padding. budget: int64
+    (S,), tokens to keep, on the device; `counts` are the same numbers on the host. current: tokens of each span that
+    are there now, on the host. grid: int64 (S, N, 4), (tile, t, h, w) of each token, -1 for separators, padding and
+    where the grid is unknown. origin: int64 (S, N), place of each token in its span before any cut. lengths: tokens
+    per span before any cut. tiles: the rectangles of each span. lead: special tokens of the encoder before the patches
+    (1 with a CLS token). signals: see `Need`. text: None unless the reducer reads the text.
     """
 
     features: Tensor
@@ -84,8 +81,8 @@ class Reduction:
     """What a reducer returns.
 
     keep: bool (S, N), True for survivors. assign: int64 (S, N) or None: the survivor (index into N) that each token is
-    merged into; survivors point at themselves, -1 is dropped for good. weights: float32 (S, N) or None: the new state of
-    a survivor is the sum of weight * state over the tokens assigned to it; None takes the plain mean.
+    merged into; survivors point at themselves, -1 is dropped for good. weights: float32 (S, N) or None: the new state
+    of a survivor is the sum of weight * state over the tokens assigned to it; None takes the plain mean.
     """
 
     keep: Tensor
@@ -97,8 +94,8 @@ class Reducer(BaseModel):
     """Base of all reducers; a subclass adds parameters and writes `reduce`.
 
     places: where it may act. known_count: the number of survivors follows from the grid and the budget alone.
-    reads_text: the choice depends on the prompt's text. `ratio` is the fraction of the visual tokens removed, `keep` the
-    other way to say it: an int is tokens kept per span, a float the fraction kept.
+    reads_text: the choice depends on the prompt's text. `ratio` is the fraction of the visual tokens removed, `keep`
+    the other way to say it: an int is tokens kept per span, a float the fraction kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -142,8 +139,8 @@ class Reducer(BaseModel):
 class DecodeReducer(Reducer):
     """Base of reducers that act while decoding: step by step, on the entries of the cache, from `layer` on.
 
-    The attention of layer - 1 is read in each step; the layers from `layer` on attend to what `refresh` keeps. Nothing is
-    freed, so entries can come back.
+    The attention of layer - 1 is read in each step; the layers from `layer` on attend to what `refresh` keeps. Nothing
+    is freed, so entries can come back.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"cache"})
@@ -153,7 +150,7 @@ class DecodeReducer(Reducer):
     def refresh(self, row: Tensor, previous: Tensor | None, kept: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return (kept, stored): bool (B, V), what later layers see in this step, and what to hand in at the next.
 
-        row: float32 (B, V), attention of the new token. previous, kept: of the step before, None at the first. mask: bool
-        (B, V), False is no visual entry.
+        row: float32 (B, V), attention of the new token. previous, kept: of the step before, None at the first. mask:
+        bool (B, V), False is no visual entry.
         """
         raise NotImplementedError

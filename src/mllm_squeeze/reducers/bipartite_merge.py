@@ -18,8 +18,8 @@ def match_and_weigh(
 ) -> tuple[Tensor, Tensor]:
     """Return (assign, weights): the pairs merged to come down to the budget, and the weights of a size-weighted mean.
 
-    keys: (S, N, d). budget: int64 (S,); one call removes at most half of the tokens. lead: special tokens in front, which
-    shift the even/odd count. size: (S, N), patches in each token so far.
+    keys: (S, N, d). budget: int64 (S,); one call removes at most half of the tokens. lead: special tokens in front,
+    which shift the even/odd count. size: (S, N), patches in each token so far.
     """
     removed = (mask.sum(1) - budget).clamp(min=0)
     assign = ops.bipartite_match(keys, mask, removed, lead)
@@ -35,7 +35,8 @@ class BipartiteMerge(Reducer):
     to LLaVA, because FlashAttention takes no bias.
 
     Differs from the authors' code: the order of the tokens is kept, a merged token stands at the place of its target;
-    equal scores are ordered by index; the number per block follows from the budget and is spread evenly over the blocks.
+    equal scores are ordered by index; the number per block follows from the budget and is spread evenly over the
+    blocks.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"encoder"})

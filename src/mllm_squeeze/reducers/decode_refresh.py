@@ -18,14 +18,16 @@ def refresh(
 ) -> tuple[Tensor, Tensor]:
     """Return (kept, stored): the visual tokens to attend to in this step, and the row to hand in at the next.
 
-    row: (B, V), attention of the new token over the visual tokens, mean over heads. previous: the row stored before, kept:
-    bool (B, V), the choice before; both None at the first step. mask: bool (B, V), False is padding. Where the cosine of
-    row and previous is at least `threshold` the choice stays, else the int(V * (1 - drop)) of largest attention are
-    taken (at least one), ties lowest index first; each row of the batch decides for itself, without a sync.
+    row: (B, V), attention of the new token over the visual tokens, mean over heads. previous: the row stored before,
+    kept: bool (B, V), the choice before; both None at the first step. mask: bool (B, V), False is padding. Where the
+    cosine of row and previous is at least `threshold` the choice stays, else the int(V * (1 - drop)) of largest
+    attention are taken (at least one), ties lowest index first; each row of the batch decides for itself, without a
+    sync.
     """
     stored = row.detach().float().masked_fill(~mask, 0)
-    fraction = mask.sum(1).double() * (1 - drop)
-    chosen = ops.top_k_mask(stored, mask, (fraction + 1e-9).floor().clamp(min=1))
+    # In whole billionths: 10 * (1 - 0.8) is 2, not 1.9999999999999996.
+    limit = (mask.sum(1) * round((1 - drop) * 10**9)).div(10**9, rounding_mode="floor").clamp(min=1)
+    chosen = ops.top_k_mask(stored, mask, limit)
     if previous is None or kept is None:
         return chosen, stored
     alike = (ops.unit(stored) * ops.unit(previous)).sum(1, keepdim=True) >= threshold
@@ -35,12 +37,12 @@ def refresh(
 class DecodeRefresh(DecodeReducer):
     """Let the layers from `layer` on attend, while decoding, only to the visual tokens that layer - 1 attends to.
 
-    DyCoke, arXiv 2411.15024, stage two. drop: fraction of the visual tokens left out. threshold: the choice of the step
-    before stays while the attention over the visual tokens is at least this similar (cosine). The full cache is retained,
-    so tokens can come back.
+    DyCoke, arXiv 2411.15024, stage two. drop: fraction of the visual tokens left out. threshold: the choice of the
+    step before stays while the attention over the visual tokens is at least this similar (cosine). The full cache is
+    retained, so tokens can come back.
 
-    Differs from the authors' code: similar steps reuse the choice, as the paper says (the code then attends to all); the
-    last visual token can be left out too; a batch decides row by row.
+    Differs from the authors' code: similar steps reuse the choice, as the paper says (the code then attends to all);
+    the last visual token can be left out too; a batch decides row by row.
     """
 
     reads_text: ClassVar[bool] = True

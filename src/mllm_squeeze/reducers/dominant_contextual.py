@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def dominate_and_merge(
     saliency: Tensor, keys: Tensor, mask: Tensor, budget: Tensor, contextual: Tensor, slots: int
 ) -> Tensor:
-    """Return assign (S, N): dominant tokens and contextual targets to themselves, the others to the most similar target.
+    """Return assign (S, N): dominant tokens and contextual targets to themselves, others to the most similar target.
 
     saliency: (S, N), -inf at separators. keys: (S, N, d). budget, contextual: int64 (S,), tokens in all and those of
     them that are targets. slots: host number, the largest `contextual`.

@@ -24,8 +24,8 @@ class FarthestPoint(Reducer):
 
     DivPrune, arXiv 2503.02175; features (S, N, D), distance 1 - cosine, O(N) per pick.
 
-    Differs from the authors' code: distances are float32; a picked token cannot be picked again (duplicates in the image
-    make the code pass one token twice); several images, each with its budget; kept counts round half up.
+    Differs from the authors' code: distances are float32; a picked token cannot be picked again (duplicates in the
+    image make the code pass one token twice); several images, each with its budget; kept counts round half up.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector", "layer"})

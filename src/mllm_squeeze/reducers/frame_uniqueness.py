@@ -30,7 +30,7 @@ def typicality(features: Tensor, frame: Tensor, frames: int, channels: float) ->
 
 
 def frame_budgets(v: Tensor, frame: Tensor, budget: Tensor, frames: int, temperature: float) -> Tensor:
-    """Return int64 (S, frames), tokens to keep in each frame: near the mean share, more where the frame is less typical."""
+    """Return int64 (S, frames), tokens to keep in each frame: about the mean share, more in untypical frames."""
     size = ops.segment_count(frame, frames)
     there = size > 0
     unique = -ops.segment_mean(v, frame, frames)
@@ -43,13 +43,14 @@ def frame_budgets(v: Tensor, frame: Tensor, budget: Tensor, frames: int, tempera
 class FrameUniqueness(Reducer):
     """Keep in each frame the tokens least like the frame and the video; frames unlike the video keep more.
 
-    VidCom2, arXiv 2505.14454; features (S, N, D), computed in float32. The budget is the mean share; that of frame t is
-    scaled by 1 + p_t - 1 / T with p the softmax of its uniqueness at `temperature`, at most the whole frame, at least one
-    token, half to even: the number kept follows the video and may miss the budget by rounding. `channels` is the
-    fraction of channels, of smallest variance, that is looked at: the code's filter (1 turns it off), not in the paper.
+    VidCom2, arXiv 2505.14454; features (S, N, D), computed in float32. The budget is the mean share; that of frame t
+    is scaled by 1 + p_t - 1 / T with p the softmax of its uniqueness at `temperature`, at most the whole frame, at
+    least one token, half to even: the number kept follows the video and may miss the budget by rounding. `channels` is
+    the fraction of channels, of smallest variance, that is looked at: the code's filter (1 turns it off), not in the
+    paper.
 
-    Differs from the authors' code: float32 instead of the model's dtype; batches; separators stay where they were. A
-    video whose frames are not known counts as one frame.
+    Differs from the authors' code: float32 instead of the model's dtype; batches; separators stay where they were
+    (where they compete they count to the first frame). A video whose frames are not known counts as one frame.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})

@@ -21,7 +21,8 @@ def pivots_and_dissimilar(visual: Side, text: Side, total: Tensor, pivots: int, 
     """Return bool (S, N): the `pivots` visual tokens of largest norm, and for each pivot in turn those least like it.
 
     The `words` text tokens of largest norm are pivots as well, but are not counted. total: int64 (S,), tokens to keep;
-    what the visual pivots leave of it is shared evenly among all pivots, the first ones taking one more. Ties: lowest index.
+    what the visual pivots leave of it is shared evenly among all pivots, the first ones taking one more. Ties: lowest
+    index.
     """
     norms, features, mask = visual
     image, real = ops.best_first(norms, mask, pivots)
@@ -46,13 +47,14 @@ def pivots_and_dissimilar(visual: Side, text: Side, total: Tensor, pivots: int, 
 class PivotDissimilar(Reducer):
     """Keep the visual tokens of largest key norm as pivots, and those least similar to them and to pivot words.
 
-    DART, arXiv 2502.11494. Norms are L1 over keys (S, N, Hkv * d); likeness is the cosine of features after the language
-    model's final norm (S, N, D). variant: "paper" keeps the budget exactly; "official" adds the visual pivots to
-    floor(budget / pivots) tokens per pivot, as the authors' code does (128 keeps 132, 60 keeps 60).
+    DART, arXiv 2502.11494. Norms are L1 over keys (S, N, Hkv * d); likeness is the cosine of features after the
+    language model's final norm (S, N, D). variant: "paper" keeps the budget exactly; "official" adds the visual pivots
+    to floor(budget / pivots) tokens per pivot, as the authors' code does (128 keeps 132, 60 keeps 60).
 
     Differs from the authors' code: pivots take turns by descending norm, visual ones first (the code follows the hash
-    order of a set); with fewer words than pivots the others take their share; a budget below the number of visual pivots
-    keeps the largest of them; duplicates are never removed by a threshold, as in the code.
+    order of a set); with fewer words than pivots the others take their share; a budget below the number of visual
+    pivots keeps the largest of them; a ratio is turned into a whole number of tokens before it is shared (0.778 of 576
+    keeps 132, the code 124). The paper's duplication threshold is used by neither.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
@@ -76,7 +78,9 @@ class PivotDissimilar(Reducer):
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the pivots and the tokens that are least like them."""
         text, signals = tokens.text, tokens.signals
-        assert text is not None and text.keys is not None and text.normed is not None, "DART reads the text's keys"
+        assert text is not None
+        assert text.keys is not None
+        assert text.normed is not None
         total = [self.count(n, k, ()) for n, k in zip(tokens.current, tokens.counts, strict=True)]
         visual = (signals["keys"].float().abs().sum(-1), signals["normed"], tokens.mask)
         spoken = (text.keys.float().abs().sum(-1), text.normed, text.mask)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def random_subset(mask: Tensor, budget: Tensor, current: tuple[int, ...], seed: int) -> Tensor:
     """Return bool (S, N), `budget` (S,) tokens drawn without replacement; spans of one length draw the same places.
 
-    mask: bool (S, N) with `current` True in each row. The draw depends on the seed and the number of tokens only: not on
-    the batch, the device or the calls before.
+    mask: bool (S, N) with `current` True in each row. The draw depends on the seed and the number of tokens only: not
+    on the batch, the device or the calls before.
     """
     return ops.top_k_mask(ops.seeded_noise(mask, current, seed), mask, budget)
 

@@ -23,8 +23,8 @@ def changed(features: Tensor, mask: Tensor, grid: Tensor, frame: Tensor, shape: 
     """Return bool (S, N): frame 0 of each window of four, and of the others the `limit` tokens that changed most.
 
     Frames 1 and 3 are compared with the frame before, frame 2 with frame 0, place by place, by cosine, always with the
-    unpruned frame. features: (S, N, D). grid: (S, N, 4). frame: int64 (S, N), -1 for separators, which stay. shape: host
-    bounds (frames, height, width). limit: int64 (S, N) or (S, 1).
+    unpruned frame. features: (S, N, D). grid: (S, N, 4). frame: int64 (S, N), -1 for separators, which stay. shape:
+    host bounds (frames, height, width). limit: int64 (S, N) or (S, 1).
     """
     step = frame % WINDOW
     back = (step > 0).long() + (step == 2)
@@ -37,10 +37,10 @@ def changed(features: Tensor, mask: Tensor, grid: Tensor, frame: Tensor, shape: 
 class TemporalWindows(Reducer):
     """Compare the frames of each window of four place by place, and drop from frames 1 to 3 what changed least.
 
-    DyCoke, arXiv 2411.15024, stage one (the paper speaks of merging, it drops). features (S, N, D), cosine in float32. The
-    budget fixes the number kept in each of those frames: for whole windows the fraction 1 - K = (4 * kept - 1) / 3, at
-    least 0, so that at most three quarters can be removed. variant: "official" leaves frame 2 of the last window whole,
-    as the loop bound of the authors' code does, and so keeps more than the budget.
+    DyCoke, arXiv 2411.15024, stage one (the paper speaks of merging, it drops). features (S, N, D), cosine in float32.
+    The budget fixes the number kept in each of those frames, for whole windows the fraction (4 * kept - 1) / 3 (the
+    paper's 1 - K), at least 0, so that at most three quarters can be removed. variant: "official" leaves frame 2 of
+    the last window whole, as the loop bound of the authors' code does, and so keeps more than the budget.
 
     Differs from the authors' code: an odd last frame is not lost, up to four frames work, the tokens of a frame stay in
     raster order; ties take the lowest index; the number kept is solved from the budget. Frames without a whole window
@@ -64,8 +64,8 @@ class TemporalWindows(Reducer):
         shapes = {(tile.height, tile.width) for tile in tiles}
         if len(shapes) != 1 or current not in (sum(t.cells for t in tiles), sum(t.length for t in tiles)):
             raise UnsupportedInputError(
-                "Windows of frames need whole frames of one size, as they come from the projector; here the grid of the "
-                f"video is {tiles or 'not known'} with {current} tokens. Use frame_uniqueness or uniform_stride instead."
+                "Windows of frames need whole frames of one size, as they come from the projector; here the grid of "
+                f"the video is {tiles or 'not known'} with {current} tokens. Use vidcom2 or uniform instead."
             )
         ((height, width),) = shapes
         frames, area = sum(t.frames for t in tiles), height * width
@@ -81,16 +81,11 @@ class TemporalWindows(Reducer):
 
     def _spared(self, frames: int) -> int:
         """Return the frame that the official loop forgets, or -1."""
-        return (
-            frames - frames % WINDOW - WINDOW + 2
-            if frames % WINDOW == 0
-            else frames - 1
-            if frames % WINDOW == 3
-            else -1
-        )
+        last = frames % WINDOW or WINDOW  # frames in the last window
+        return frames - last + 2 if last > 2 else -1
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
-        """Return the number kept; raises UnsupportedInputError without whole frames, ConfigError if `keep` is too low."""
+        """Return the number kept; raises UnsupportedInputError without whole frames, ConfigError if keep is too low."""
         (frames, height, width), prunable, limit = self._sizes(current, budget, tiles)
         spared = self.variant == "official" and self._spared(frames) >= 0
         return current - (prunable - spared) * (height * width - limit)

@@ -36,16 +36,16 @@ def keep_and_recycle(
 
 
 class TextRankRecycle(Reducer):
-    """Rank visual tokens by the attention of the prompt's relevant words; cluster the best dropped ones and keep the means.
+    """Rank visual tokens by the attention of the relevant words; cluster the best dropped ones and keep the means.
 
     SparseVLM 1.5, arXiv 2410.04417. The words ("raters") are the text tokens that the visual embeddings look at more
-    than at the average one. Of the dropped tokens the best `share` are candidates, one cluster per `per_cluster` of them
-    (plus one); density-peak clustering over features (S, N, D) at the place of the cut. recycle=False only ranks.
+    than at the average one. Of the dropped tokens the best `share` are candidates, one cluster per `per_cluster` of
+    them (plus one); density-peak clustering over features (S, N, D) at the place of the cut. recycle=False only ranks.
 
-    Differs from the authors' code: the budget includes the clusters, kept + clusters equals it exactly; a cluster stands
-    at the place of its centre, not behind all kept tokens; equal densities are ordered by index instead of by noise; the
-    token counts of a stage follow the recipe, not a table of four budgets; where no word is above average all are raters
-    (the code yields NaN). Version 2.0 is not offered.
+    Differs from the authors' code: the budget includes the clusters, kept + clusters equals it exactly; a cluster
+    stands at the place of its centre, not behind all kept tokens; equal densities are ordered by index instead of by
+    noise; the token counts of a stage follow the recipe, not a table of four budgets; where no word is above average
+    all are raters (the code yields NaN). Version 2.0 is not offered.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})

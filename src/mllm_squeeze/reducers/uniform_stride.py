@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def even_sample(
     mask: Tensor, budget: Tensor, current: tuple[int, ...], counts: tuple[int, ...], tiles: tuple[tuple[Tile, ...], ...]
 ) -> Tensor:
-    """Return bool (S, N), `budget` (S,) tokens, evenly over the grid where it is one whole rectangle, else over the list.
+    """Return bool (S, N), `budget` (S,) tokens, even over the grid where it is one whole rectangle, else over the list.
 
     mask: bool (S, N). current, counts: tokens now and budget on the host. tiles: empty where no grid is to be used.
     """

@@ -1,4 +1,4 @@
-"""Builds what a reducer sees from lists of unpadded spans; padding holds NaN, so that whatever reads it is found out."""
+"""Builds what a reducer sees from lists of unpadded spans; padding holds NaN, so that whoever reads it is caught."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def visual_tokens(
     for i, rectangles in enumerate(tiles or ()):
         cells = [(n, *c) if c[0] >= 0 else (-1,) * 4 for n, tile in enumerate(rectangles) for c in tile.coordinates()]
         if cells:
-            grid[i, : len(cells)] = torch.tensor(cells)
+            grid[i, : lengths[i]] = torch.tensor(cells[: lengths[i]])  # a cut before leaves fewer tokens than cells
     return VisualTokens(
         features=pad(features, width, float("nan")),
         mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], width, False),

@@ -32,11 +32,6 @@ def softmax(row: Sequence[float]) -> list[float]:
     return [x / math.fsum(e) for x in e]
 
 
-def kept(length: int, fraction: float) -> int:
-    """Half rounds up, at least one, at most all."""
-    return min(length, max(1, int(math.floor(round(length * fraction, 7) + 0.5))))
-
-
 # SparseVLM
 
 
@@ -131,7 +126,9 @@ def divprune(x: Vectors, budget: int) -> list[int]:
 # DART
 
 
-def dart(norms: Vector, x: Vectors, word_norms: Vector, words: Vectors, total: int, pivots: int, spoken: int) -> set[int]:
+def dart(
+    norms: Vector, x: Vectors, word_norms: Vector, words: Vectors, total: int, pivots: int, spoken: int
+) -> set[int]:
     n = len(x)
     image = best(norms, range(n), min(pivots, total))
     text = best(word_norms, range(len(words)), spoken)

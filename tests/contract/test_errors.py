@@ -1,0 +1,235 @@
+"""Every error says what was given, what is allowed and what to do, has the promised type, and changes nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import matrix
+import oracle
+import pytest
+import snapshot
+import tiny
+import torch
+import transformers
+
+import mllm_squeeze as squeeze
+from mllm_squeeze import errors
+
+
+def uniform_at(layer: Any) -> dict[str, Any]:
+    """Return a recipe with one cut."""
+    steps = [{"reducer": "uniform_stride", "at": {"layer": layer}, "ratio": 0.5}]
+    return {"method": "mine", "steps": steps}
+
+
+# What is asked, the error's type and the built-in it also is, words that its message must hold.
+WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type, type, tuple[str, ...]]] = {
+    "method": (("fastvv",), {}, errors.UnknownNameError, KeyError, ("fastvv", "Did you mean 'fastv'")),
+    "file": (("nowhere/mine.yaml",), {}, errors.SqueezeError, Exception, ("nowhere/mine.yaml",)),
+    "parameter": (("fastv",), {"ration": 0.5}, errors.ConfigError, ValueError, ("ration", "ratio")),
+    "ratio one": (("fastv",), {"ratio": 1.0}, errors.ConfigError, ValueError, ("ratio", "1")),
+    "ratio negative": (("fastv",), {"ratio": -0.1}, errors.ConfigError, ValueError, ("ratio", "-0.1")),
+    "ratio above": (("fastv",), {"ratio": 50}, errors.ConfigError, ValueError, ("ratio", "50")),
+    "ratio word": (("fastv",), {"ratio": "half"}, errors.ConfigError, ValueError, ("ratio", "half")),
+    "ratio and keep": (("fastv",), {"ratio": 0.5, "keep": 64}, errors.ConfigError, ValueError, ("ratio", "keep")),
+    "keep zero": (("fastv",), {"keep": 0}, errors.ConfigError, ValueError, ("keep", "0")),
+    "keep above one": (("fastv",), {"keep": 1.5}, errors.ConfigError, ValueError, ("keep", "1.5")),
+    "layer above": (("fastv",), {"layer": 4}, errors.ConfigError, ValueError, ("4", "3")),
+    "layer negative": (("fastv",), {"layer": -1}, errors.ConfigError, ValueError, ("layer", "-1")),
+    "layer without attention": (("fastv",), {"layer": 0}, errors.ConfigError, ValueError, ("layer", "1")),
+    "layers not ascending": (("pyramiddrop",), {"layers": [3, 1]}, errors.ConfigError, ValueError, ("3", "1")),
+    "recipe without steps": (({"method": "mine"},), {}, errors.ConfigError, ValueError, ("steps",)),
+    "recipe layer": ((uniform_at(17),), {}, errors.ConfigError, ValueError, ("17", "3")),
+    "recipe reducer": (
+        ({"method": "mine", "steps": [{"reducer": "uniform_strid", "at": "projector"}]},),
+        {},
+        errors.UnknownNameError,
+        KeyError,
+        ("uniform_strid", "Did you mean 'uniform_stride'"),
+    ),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_requests(name: str) -> None:
+    arguments, params, kind, builtin, words = WRONG[name]
+    t = tiny.load("llava")
+    before = snapshot.snapshot(t.model)
+    with pytest.raises(kind) as caught:
+        squeeze.apply(t.model, *arguments, **params)
+    assert isinstance(caught.value, (squeeze.SqueezeError, builtin))
+    assert isinstance(caught.value, squeeze.SqueezeError) and isinstance(caught.value, builtin)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    snapshot.assert_same(before, snapshot.snapshot(t.model))
+
+
+@pytest.mark.quick
+def test_a_text_model() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    before = snapshot.snapshot(model)
+    with pytest.raises(errors.UnsupportedModelError, match="llama") as caught:
+        squeeze.apply(model, "fastv", ratio=0.5)
+    assert isinstance(caught.value, TypeError)
+    assert "LlamaForCausalLM" in str(caught.value)
+    snapshot.assert_same(before, snapshot.snapshot(model))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), "llava", None])
+def test_no_model_at_all(thing: Any) -> None:
+    with pytest.raises(errors.UnsupportedModelError, match=type(thing).__name__):
+        squeeze.apply(thing, "fastv", ratio=0.5)
+
+
+@pytest.mark.quick
+def test_twice() -> None:
+    t = tiny.load("llava")
+    with matrix.applied(t.model, "fastv"):
+        before = snapshot.snapshot(t.model)
+        with pytest.raises(errors.AlreadyAppliedError, match="fastv.*remove") as caught:
+            squeeze.apply(t.model, "divprune", ratio=0.5)
+        assert isinstance(caught.value, RuntimeError)
+        snapshot.assert_same(before, snapshot.snapshot(t.model))
+
+
+@pytest.mark.quick
+def test_removing_what_is_not_there() -> None:
+    t = tiny.load("llava")
+    with pytest.raises(errors.NotAppliedError, match="apply"):
+        squeeze.remove(t.model)
+    handle = squeeze.apply(t.model, "fastv", ratio=0.5, layer=2)
+    handle.remove()
+    with pytest.raises(errors.NotAppliedError, match="removed"):
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "kind", "implementation"),
+    matrix.cells(kinds=("image", "video", "two_images", "image_video"), fit=False),
+)
+def test_what_does_not_fit_is_said(family: str, method: str, kind: str, implementation: str) -> None:
+    """A method that cannot work on a model raises at apply; one that finds nothing to do in a prompt warns."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs[kind], oracle.forced_tokens(1, 2)
+    before = snapshot.snapshot(t.model)
+    verdict = squeeze.check(t.model)["methods"][method]
+    if family not in matrix.METHODS[method].families:
+        with pytest.raises(errors.UnsupportedModelError, match=method) as caught:
+            squeeze.apply(t.model, method, **matrix.METHODS[method].params)
+        assert "Use" in str(caught.value)
+        assert family in str(caught.value)
+        assert verdict != "fits"
+    else:
+        assert verdict == "fits"
+        dense = oracle.run(t.model, inputs, forced)
+        with matrix.applied(t.model, method, **calm(method)) as handle:
+            with pytest.warns(squeeze.SqueezeWarning, match=method):
+                squeezed = oracle.run(t.model, inputs, forced)
+            if "video" not in kind or "image" not in kind:
+                assert handle.cuts == ()
+                assert torch.equal(squeezed.prefill, dense.prefill)
+                assert torch.equal(squeezed.decode, dense.decode)
+    snapshot.assert_same(before, snapshot.snapshot(t.model))
+
+
+def calm(method: str) -> dict[str, Any]:
+    """Return parameters for a method that would go on while decoding."""
+    return {}
+
+
+def refused(call: Callable[[], Any], *words: str) -> None:
+    """Check that the call raises UnsupportedInputError with these words."""
+    with pytest.raises(errors.UnsupportedInputError) as caught:
+        call()
+    assert isinstance(caught.value, ValueError)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("method", matrix.CORE)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_a_static_cache(family: str, method: str) -> None:
+    t = tiny.load(family)
+    inputs = t.inputs["image"]
+    forced = oracle.forced_tokens(1, 2)
+    with matrix.applied(t.model, method):
+        good = oracle.run(t.model, inputs, forced)
+        cache = transformers.StaticCache(config=t.model.config.get_text_config(), max_cache_len=256)
+        refused(lambda: t.model(**inputs, past_key_values=cache, use_cache=True), "dynamic")
+        refused(lambda: t.model.generate(**inputs, max_new_tokens=2, cache_implementation="static"), "dynamic")
+        again = oracle.run(t.model, inputs, forced)
+    assert torch.equal(good.prefill, again.prefill)
+
+
+@pytest.mark.parametrize("method", matrix.CORE)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_a_prefill_in_chunks(family: str, method: str) -> None:
+    t = tiny.load(family)
+    with matrix.applied(t.model, method):
+        refused(
+            lambda: t.model.generate(**t.inputs["image"], max_new_tokens=2, prefill_chunk_size=8), "prefill_chunk_size"
+        )
+        # The next call is none the worse for it.
+        oracle.run(t.model, t.inputs["image"], oracle.forced_tokens(1, 1))
+
+
+@pytest.mark.quick
+def test_features_encoded_before_apply() -> None:
+    """Pre-encoded features without what the handle recorded are refused, not taken for a prompt without a picture."""
+    t = tiny.load("llava")
+    inputs = t.inputs["image"]
+    with torch.no_grad():
+        features = t.model.model.get_image_features(pixel_values=inputs["pixel_values"])
+    text = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    with matrix.applied(t.model, "fastv"):
+        refused(lambda: t.model(**text, mm_encoder_outputs={"image": features}), "apply")
+
+
+@pytest.mark.quick
+def test_a_prompt_without_pictures_warns_at_each_prefill() -> None:
+    t = tiny.load("llava")
+    with matrix.applied(t.model, "fastv"):
+        for _ in range(2):
+            with pytest.warns(squeeze.SqueezeWarning, match="no image"):
+                oracle.run(t.model, t.inputs["text"], oracle.forced_tokens(1, 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            oracle.generate(t.model, t.inputs["image"], oracle.forced_tokens(1, 3))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("method", ["fastv", "divprune"])
+def test_more_asked_than_there_is(method: str) -> None:
+    """Everything is kept, and a warning says so once per prompt, not once per token."""
+    t = tiny.load("llava")
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, 3)
+    dense = oracle.run(t.model, inputs, forced)
+    with matrix.applied(t.model, method, keep=99), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        squeezed = oracle.run(t.model, inputs, forced)
+    texts = [str(w.message) for w in caught if issubclass(w.category, squeeze.SqueezeWarning)]
+    assert len(texts) == 1
+    assert "99" in texts[0]
+    assert "25" in texts[0]
+    assert torch.equal(dense.prefill, squeezed.prefill)
+    assert torch.equal(dense.decode, squeezed.decode)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", matrix.FAMILIES)
+def test_check_names_every_method(family: str) -> None:
+    t = tiny.load(family)
+    found = squeeze.check(t.model)
+    assert found["family"] == t.model.config.model_type
+    assert found["layers"] == 4
+    assert found["tower"] == t.family.tower
+    assert set(found["methods"]) == set(squeeze.methods()) >= set(matrix.METHODS)
+    fit = {m for m, verdict in found["methods"].items() if verdict == "fits"}
+    assert fit & set(matrix.METHODS) == {m.name for m in matrix.METHODS.values() if family in m.families}

@@ -1,0 +1,109 @@
+"""What methods read is what the dense model computes: attention of chosen rows, of the next layer, of the encoder."""
+
+from __future__ import annotations
+
+import matrix
+import oracle
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def attention_of(t: tiny.TinyModel, inputs: tiny.Inputs, layer: int) -> Tensor:
+    """Return the dense attention (B, T, T) of a decoder layer, mean over heads, from eager attention maps."""
+    with matrix.attention(t.model, "eager"):
+        width = inputs["input_ids"].shape[1]
+        where = oracle.positions(t.model, inputs, 0)[..., :width]
+        out = t.model(**inputs, position_ids=where, output_attentions=True)
+    return out.attentions[layer].float().mean(1)
+
+
+def best(scores: Tensor, columns: Tensor, count: int) -> set[int]:
+    """Return the columns with the highest scores."""
+    order = scores[columns].argsort(descending=True, stable=True)[:count]
+    return set(columns[order].tolist())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("family", matrix.FAMILIES)
+def test_fastv_keeps_what_the_last_token_attends_to(family: str, layer: int, implementation: str) -> None:
+    t = tiny.load(family)
+    for kind in ("image", "two_images"):
+        inputs = t.inputs[kind]
+        scores = attention_of(t, inputs, layer - 1)[0, -1]
+        with matrix.attention(t.model, implementation), matrix.applied(t.model, "fastv", layer=layer) as handle:
+            oracle.run(t.model, inputs, oracle.forced_tokens(1, 0))
+            kept, spans = set(handle.cuts[0].kept[0].tolist()), handle.layout.spans
+        for span in spans:
+            columns = torch.tensor(span.columns)
+            assert kept & set(span.columns) == best(scores, columns, (span.length + 1) // 2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", matrix.FAMILIES)
+def test_fastv_in_a_padded_batch(family: str, side: str) -> None:
+    t = tiny.load(family)
+    batch = t.batch(("image", "two_images"), side)
+    attention = attention_of(t, batch.inputs, 1)
+    with matrix.applied(t.model, "fastv") as handle:
+        oracle.run(t.model, batch.inputs, oracle.forced_tokens(2, 0))
+        cut, layout = handle.cuts[0], handle.layout
+    for span in layout.spans:
+        real = batch.inputs["attention_mask"][span.sample].nonzero().flatten()
+        scores = attention[span.sample, int(real[-1])]
+        kept = set(cut.kept[span.sample].tolist()) & set(span.columns)
+        assert kept == best(scores, torch.tensor(span.columns), (span.length + 1) // 2)
+
+
+@pytest.mark.parametrize("family", matrix.FAMILIES)
+def test_the_preview_is_the_attention_of_the_next_layer(family: str) -> None:
+    """The first cut of PyramidDrop previews a layer that still sees everything, so the dense map tells its choice."""
+    t = tiny.load(family)
+    for kind in ("image", "two_images"):
+        inputs = t.inputs[kind]
+        scores = attention_of(t, inputs, 1)[0, -1]
+        with matrix.applied(t.model, "pyramiddrop", layers=[1], ratio=0.5) as handle:
+            oracle.run(t.model, inputs, oracle.forced_tokens(1, 0))
+            kept, spans = set(handle.cuts[0].kept[0].tolist()), handle.layout.spans
+        for span in spans:
+            columns = torch.tensor(span.columns)
+            assert kept & set(span.columns) == best(scores, columns, (span.length + 1) // 2)
+
+
+@torch.no_grad()
+def cls_attention(t: tiny.TinyModel, pixels: Tensor) -> Tensor:
+    """Return (tiles, N): what the CLS token of a CLIP tower attends to in the feature layer, sum over heads."""
+    tower = t.model.get_submodule(t.family.tower)
+    t.model.set_attn_implementation("eager")
+    try:
+        maps = tower(pixels, output_attentions=True).attentions
+    finally:
+        t.model.set_attn_implementation("sdpa")
+    # Features are hidden state -2: the output of the second to last layer.
+    return maps[-2].float().sum(1)[:, 0, 1:]
+
+
+@pytest.mark.parametrize("kind", ["image", "two_images"])
+def test_visionzip_keeps_what_the_encoder_attends_to(kind: str) -> None:
+    t = tiny.load("llava")
+    inputs = t.inputs[kind]
+    scores = cls_attention(t, inputs["pixel_values"])
+    with matrix.applied(t.model, "visionzip", keep=12) as handle:
+        oracle.run(t.model, inputs, oracle.forced_tokens(1, 0))
+        kept, spans = set(handle.cuts[0].kept[0].tolist()), handle.layout.spans
+    for tile, span in enumerate(spans):
+        columns = torch.tensor(span.columns)
+        assert len(kept & set(span.columns)) == 12
+        # 5.4 of 6.4 parts of the budget are dominant tokens, rounded: 10 of 12.
+        dominant = best(dict_scores(scores[tile], columns, inputs["input_ids"].shape[1]), columns, 10)
+        assert dominant <= kept
+
+
+def dict_scores(scores: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Spread the scores of a span over the columns of the prompt."""
+    out = torch.zeros(width)
+    out[columns] = scores
+    return out

@@ -1,0 +1,245 @@
+"""The command line: what it prints, what it refuses, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mllm_squeeze import __version__, registry
+from mllm_squeeze.cli import app
+from mllm_squeeze.errors import UnknownNameError
+
+GROUPS = ("reducers", "methods", "families")
+
+
+def call(*words: object, code: int = 0) -> Result:
+    """Run the command with a wide terminal, so that no line is folded."""
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "400", "NO_COLOR": "1"})
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an untrained LLaVA with its processor, and a picture."""
+    from mllm_squeeze.demo import build, pictures
+
+    path = tmp_path_factory.mktemp("model")
+    build.model(build.config(width=32, tower_layers=3, layers=4)).save_pretrained(path)
+    build.processor().save_pretrained(path)
+    from PIL import Image
+
+    Image.new("RGB", (pictures.SIDE, pictures.SIDE), "red").save(path / "picture.png")
+    return path
+
+
+def test_methods_lists_all_of_them() -> None:
+    lines = call("methods").output.splitlines()
+    for name in registry.method_names():
+        assert any(line.split()[:1] == [name] for line in lines)
+    (fastv,) = (line for line in lines if line.split()[:1] == ["fastv"])
+    assert "layer 2" in fastv
+    assert "2403.06764" in fastv
+
+
+def test_methods_as_json() -> None:
+    rows = json.loads(call("methods", "--json").stdout)
+    assert [row["method"] for row in rows] == registry.method_names()
+    (fastv,) = (row for row in rows if row["method"] == "fastv")
+    assert fastv["reads_text"] is True
+    assert fastv["known_count"] is True
+    assert fastv["places"] == ["layer 2"]
+    assert fastv["paper"]["venue"] == "ECCV 2024"
+
+
+def test_one_broken_recipe_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_own_methods", {"broken": {"method": "broken"}})
+    output = call("methods").output
+    assert "steps is a list" in output
+    assert "fastv" in output
+    rows = json.loads(call("methods", "--json").stdout)
+    assert "steps is a list" in next(row for row in rows if row["method"] == "broken")["error"]
+
+
+@pytest.mark.parametrize("name", registry.method_names())
+def test_describe_shows_recipe_params_and_facts(name: str) -> None:
+    told = json.loads(call("describe", name, "--json").stdout)
+    output = call("describe", name).output
+    assert told["summary"] in output
+    for param, value in told["params"].items():
+        assert f"{param} = {value}" in output
+    assert "# " in output, "the comments of the recipe are part of it"
+
+
+def test_describe_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: mine\nsteps: [{reducer: random_subset, at: projector, ratio: 0.25}]\n")
+    assert "ratio: 0.25" in call("describe", path).output
+
+
+def test_describe_shows_a_registered_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [{"reducer": "random_subset", "at": "projector", "ratio": 0.25}]
+    monkeypatch.setattr(registry, "_own_methods", {"mine": {"method": "mine", "steps": steps}})
+    assert "ratio: 0.25" in call("describe", "mine").output
+
+
+def test_an_error_is_one_clean_message() -> None:
+    result = call("describe", "fastw", code=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: Unknown method 'fastw'. Allowed: ")
+    assert "Did you mean 'fastv'?" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_debug_shows_where_it_came_from() -> None:
+    result = call("--debug", "describe", "fastw", code=1)
+    assert isinstance(result.exception, UnknownNameError)
+
+
+def test_brackets_in_messages_are_no_markup(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: mine\nsteps: [[red]]\n")
+    assert "[['red']]" in call("describe", path, code=2).stderr
+
+
+def test_env_names_the_versions() -> None:
+    import torch
+    import transformers
+
+    told = json.loads(call("env", "--json").stdout)
+    assert told["mllm-squeeze"] == __version__
+    assert told["transformers"] == transformers.__version__
+    assert torch.__version__.startswith(told["torch"])
+    assert told["device"]
+    assert transformers.__version__ in call("env").output
+
+
+def test_version() -> None:
+    assert call("--version").output.strip() == f"mllm-squeeze {__version__}"
+
+
+@pytest.mark.parametrize("words", [["methods"], ["describe", "fastv"], ["--help"], ["methods", "--json"]])
+def test_looking_imports_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys, time; begin = time.perf_counter()\n"
+        "from mllm_squeeze.cli import app\n"
+        f"app({words!r}, standalone_mode=False)\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])\n"
+        "print(f'{time.perf_counter() - begin:.2f} s', file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    print(words, done.stderr.strip())
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights"]])
+def test_check_tells_what_fits(folder: Path, weights: list[str]) -> None:
+    told = json.loads(call("check", folder, "--json", *weights).stdout)
+    assert told["family"] == "llava"
+    assert told["layers"] == 4
+    assert set(told["methods"]) == set(registry.method_names())
+    assert told["methods"]["fastv"] == "fits"
+    assert "video" in told["methods"]["vidcom2"]
+
+
+def test_check_reads_a_config_file(folder: Path) -> None:
+    lines = call("check", folder / "config.json").output.splitlines()
+    assert any("fastv" in line and "yes" in line for line in lines)
+    assert any("vidcom2" in line and "video" in line for line in lines)
+
+
+def test_check_names_what_cannot_be_loaded(tmp_path: Path) -> None:
+    assert "cannot be loaded as a multimodal model" in call("check", tmp_path, code=2).stderr
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "llama" in call("check", tmp_path, code=2).stderr.lower()
+
+
+def ask(folder: Path, *words: object, code: int = 0) -> Result:
+    picture = ["--image", folder / "picture.png"]
+    return call("run", folder, *picture, "--prompt", "what is red ?", "--max-new-tokens", 2, *words, code=code)
+
+
+def test_run_answers_and_reports(folder: Path) -> None:
+    output = ask(folder, "--method", "fastv", "--ratio", 0.75, "--param", "layer=1", "--device", "cpu").output
+    assert "fastv" in output
+    assert "layer 1" in output
+    assert "196" in output and "49" in output
+
+
+def test_run_compares_with_the_untouched_model(folder: Path) -> None:
+    output = ask(folder, "--method", "divprune", "--keep", 8, "--compare", "--dtype", "float32").output
+    assert "against the untouched model" in output
+    assert "dense" in output
+
+
+WRONG: list[tuple[list[object], str]] = [
+    (["--method", "fastv", "--ratio", 1.5], "ratio is the fraction removed"),
+    (["--method", "fastv", "--ratio", 0.5, "--keep", 3], "exclude each other"),
+    (["--method", "fastv", "--keep", "many"], "keep is the tokens kept"),
+    (["--method", "fastv", "--param", "layer"], "--param takes name=value"),
+    (["--method", "fastv", "--param", "layr=3"], "Did you mean 'layer'?"),
+    (["--method", "fastv", "--param", "layer=40"], "from 0 to 3"),
+    (["--method", "fastv", "--dtype", "float8"], "dtype is one of auto"),
+    (["--method", "fastv", "--device", "toaster"], "'toaster' cannot be used"),
+    (["--method", "fastv", "--image", "nowhere.png"], "There is no file nowhere.png"),
+    (["--method", "vidcom2"], "video"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), WRONG)
+def test_run_refuses_in_one_sentence(folder: Path, words: list[object], says: str) -> None:
+    stderr = ask(folder, *words, code=2).stderr
+    assert says in stderr
+    assert "Traceback" not in stderr
+
+
+def test_run_wants_a_picture(folder: Path) -> None:
+    assert "at least one --image" in call("run", folder, "--prompt", "hi", "--method", "fastv", code=2).stderr
+
+
+def test_run_says_when_the_processor_takes_no_chat(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "chat_template.jinja").unlink()
+    assert "processor refuses this prompt" in ask(bare, "--method", "fastv", code=2).stderr
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mllm_squeeze.demo import compare
+
+    seen: dict[str, Any] = {}
+
+    def main(methods: Any, ratios: Any, questions: int, pictures: int, out: Path | None, *, command: str) -> None:
+        seen.update(methods=list(methods), ratios=list(ratios), questions=questions, pictures=pictures, out=out)
+
+    monkeypatch.setattr(compare, "main", main)
+    call("demo", "--methods", "fastv, random", "--ratio", 0.5, "--ratio", 0.9, "--pictures", 1, "--out", tmp_path)
+    assert seen == {
+        "methods": ["fastv", "random"],
+        "ratios": [0.5, 0.9],
+        "questions": 100,
+        "pictures": 1,
+        "out": tmp_path,
+    }
+    call("demo")
+    assert seen["methods"] == list(compare.METHODS)
+    assert seen["ratios"] == list(compare.RATIOS)
+    call("demo", "--methods", "all")
+    assert "divprune" in seen["methods"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--methods", "fastw"], "Did you mean 'fastv'?"), (["--ratio", "2"], "ratio is the fraction removed")],
+)
+def test_demo_refuses_before_it_starts(words: list[str], says: str) -> None:
+    assert says in call("demo", "--methods", "fastv", *words, code=2).stderr
