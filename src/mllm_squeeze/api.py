@@ -69,7 +69,8 @@ class Handle:
         """
         if self._last is None:
             raise NotAppliedError(
-                "Nothing to report: no prompt with an image or video went through the model since apply. Run the model once."
+                "Nothing to report: no prompt with an image or video went through the model since apply. Run the model "
+                "once."
             )
         return Report(record(self.method, self._last))
 
@@ -151,7 +152,9 @@ def remove(model: nn.Module) -> None:
     """
     found = _handle_of(find_parts(model).model)
     if found is None:
-        raise NotAppliedError(f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first.")
+        raise NotAppliedError(
+            f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."
+        )
     found.remove()
 
 

@@ -82,7 +82,9 @@ def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
                 "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
             )
         elif need.name == "normed" and parts.final_norm is None:
-            raise UnsupportedModelError(f"'{recipe.method}' reads normed states; no final norm was found in this model.")
+            raise UnsupportedModelError(
+                f"'{recipe.method}' reads normed states; no final norm was found in this model."
+            )
 
 
 def _lacks_saliency(parts: ModelParts) -> bool:
@@ -97,7 +99,8 @@ def _check_attention(recipe: Recipe, cut: PlannedCut, need: Need, parts: ModelPa
         layer = parts.layers[cut.layer]
         if find_attention(layer) is None or find_pre_norm(layer) is None:
             raise UnsupportedModelError(
-                f"'{recipe.method}' previews layer {cut.layer}, whose attention or norm was not found. Set source: current."
+                f"'{recipe.method}' previews layer {cut.layer}, whose attention or norm was not found; set source: "
+                "current."
             )
         return
     if cut.layer == 0:

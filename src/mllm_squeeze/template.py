@@ -155,8 +155,8 @@ def _budget(raw: dict[str, Any], name: str, where: str) -> None:
 def resolve(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the recipe with every reference replaced by the typed value of its param."""
     document = {key: value for key, value in raw.items() if key != "params"}
-    root = OmegaConf.create({**raw.get("params", {}), _DOCUMENT: document})
     try:
+        root = OmegaConf.create({**raw.get("params", {}), _DOCUMENT: document})
         plain = cast("dict[str, Any]", OmegaConf.to_container(root, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue:
         missing = [name for name, value in raw.get("params", {}).items() if value == "???"]

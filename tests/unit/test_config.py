@@ -210,6 +210,8 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (lambda d: d["steps"][0].update(rows="${oc.env:HOME}"), {}, ["${oc.env:HOME} is not one of its params"]),
     (lambda d: d["params"].update(layer="???"), {}, ["the param layer has no default"]),
     (lambda d: d["params"].update(layer="${layer}"), {}, ["sketch"]),
+    (None, {"layer": object()}, ["sketch", "object"]),
+    (None, {"layer": "${nowhere}"}, ["sketch", "nowhere"]),
     (lambda d: d.update(params=[1]), {}, ["params is a mapping", "got [1]"]),
     (lambda d: d.update(summary=object()), {}, ["sketch", "object"]),
     # Keys.
@@ -296,7 +298,7 @@ def test_a_recipe_without_budget_takes_none() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("method: [", "line 2"),
+        ("method: [", "line "),
         ("method: a\nmethod: b\nsteps: []", "duplicate"),
         ("- a\n- b\n", "a recipe is a mapping"),
         ("", "steps is a list"),

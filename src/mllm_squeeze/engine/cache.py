@@ -19,9 +19,9 @@ class KeptEntries:
 
     columns: int64 (B, P), logical place of each held entry, ascending in each row. valid: bool (B, P) or None, False
     where a shorter row of a batch is padded on the left. seen: tokens seen when these were written; what is appended
-    later is held in full. shift: int64 (B,), cut tokens per row, by which renumbered positions fall behind. tail: number
-    of trailing entries that are consecutive tokens in every row. visual: bool (B, P), True for visual entries; None where
-    nobody asks.
+    later is held in full. shift: int64 (B,), cut tokens per row, by which renumbered positions fall behind. tail:
+    number of trailing entries that are consecutive tokens in every row. visual: bool (B, P), True for visual entries;
+    None where nobody asks.
     """
 
     columns: Tensor
@@ -107,8 +107,8 @@ class CutLayerMixin:
         appended = self.held - self.entries.columns.shape[1]
         if count > appended + self.entries.tail:
             raise UnsupportedInputError(
-                f"Cannot crop {count} tokens from a cache whose last uncut stretch holds {appended + self.entries.tail}: "
-                "the cut before it cannot be undone. Crop less, or prefill again."
+                f"Cannot crop {count} tokens from a cache whose last uncut stretch holds "
+                f"{appended + self.entries.tail}: the cut before it cannot be undone. Crop less, or prefill again."
             )
         into = max(count - appended, 0)
         if into:
@@ -147,7 +147,7 @@ class CutLayerMixin:
 
 
 @memoised
-def _cut_class(base: type) -> type:
+def _cut_class(base: type) -> Any:
     # `_layer_type` None keeps transformers from putting the subclass into its own tables.
     return type(f"Cut{base.__name__}", (CutLayerMixin, base), {"_layer_type": None})
 
@@ -199,7 +199,7 @@ def announce(cache: Any, layer: int, entries: KeptEntries) -> None:
         cache.layers.append(cache.layer_class_to_replicate())
     found = cache.layers[layer]
     if not isinstance(found, CutLayerMixin):
-        cls = _cut_class(type(found))
+        cls: Any = _cut_class(found.__class__)
         found = cls.__new__(cls)
         found.__dict__ = cache.layers[layer].__dict__
         cache.layers[layer] = found

@@ -22,8 +22,8 @@ from mllm_squeeze.reducers.base import Need, VisualTokens
 class _Candidates:
     """The tokens a reducer may choose from: some spans (rows of the table), without separators where it asks so.
 
-    rows: spans it reduces. table: those rows. order: int64 (S', N'), slots of the table in which candidates stand. mask:
-    bool (S', N'). current, budget: per row, on the host.
+    rows: spans it reduces. table: those rows. order: int64 (S', N'), slots of the table in which candidates stand.
+    mask: bool (S', N'). current, budget: per row, on the host.
     """
 
     rows: list[int]

@@ -25,8 +25,8 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
     before = kv.kept_entries(past_key_values, reducer.layer - 1)
     if before is None or before.columns.shape != entries.columns.shape:
         raise ConfigError(
-            f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put its "
-            "layer at least one behind the last cut."
+            f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put "
+            "its layer at least one behind the last cut."
         )
     visual = entries.visual
 

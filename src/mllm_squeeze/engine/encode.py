@@ -20,8 +20,8 @@ from mllm_squeeze.families.structure import ModelParts
 class EncodeCall:
     """Collects encoder signals while a feature method runs.
 
-    wanted: names of the signals ("saliency", "encoder_keys") that the plan's reducers read. merge: the reduction that runs
-    inside the encoder, None without one.
+    wanted: names of the signals ("saliency", "encoder_keys") that the plan's reducers read. merge: the reduction that
+    runs inside the encoder, None without one.
     """
 
     def __init__(

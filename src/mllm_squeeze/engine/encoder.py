@@ -19,8 +19,8 @@ from mllm_squeeze.reducers.base import Reducer, VisualTokens
 class EncoderMerge:
     """State of one call of the encoder: which patch is part of which token by now.
 
-    last: number of the block whose output the LLM takes; merging happens in front of the blocks 1 .. last, with the keys
-    of the block before.
+    last: number of the block whose output the LLM takes; merging happens in front of the blocks 1 .. last, with the
+    keys of the block before.
     """
 
     def __init__(self, parts: ModelParts, reducer: Reducer, last: int) -> None:
@@ -50,12 +50,14 @@ class EncoderMerge:
         tiles, count, _ = patches.shape
         if self._source is None or self._sizes is None:
             self._start(tiles, count, hidden.device)
-        assert self._keys is not None and self._source is not None and self._sizes is not None
+        assert self._source is not None
+        assert self._sizes is not None
         left = self._schedule[block - 1]
         if left >= count:
             return hidden
         reduction = self.reducer.reduce(self._tokens(patches, left))
-        assert reduction.assign is not None and reduction.weights is not None
+        assert reduction.assign is not None
+        assert reduction.weights is not None
         merged = ops.merge_tokens(patches, reduction.assign, reduction.weights)
         order = (~reduction.keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :left]
         place = (reduction.keep.cumsum(1) - 1).gather(1, reduction.assign)
@@ -78,7 +80,8 @@ class EncoderMerge:
             )
 
     def _tokens(self, patches: Tensor, left: int) -> VisualTokens:
-        assert self._keys is not None and self._sizes is not None
+        assert self._keys is not None
+        assert self._sizes is not None
         tiles, count, _ = patches.shape
         mask = torch.ones(tiles, count, dtype=torch.bool, device=patches.device)
         return VisualTokens(
@@ -106,7 +109,8 @@ class EncoderMerge:
         """Return bool (length,) per item: the first LLM token of each merged group, and all separators.
 
         Raises:
-            UnsupportedInputError: the family mixes neighbouring tokens of such a picture, so groups are not whole tokens.
+            UnsupportedInputError: the family mixes neighbouring tokens of such a picture, so groups are not whole
+            tokens.
         """
         if self._source is None:
             return None
@@ -120,8 +124,8 @@ class EncoderMerge:
 def _first_of_group(number: Tensor, groups: Tensor) -> Tensor:
     if bool((number != number.round()).any()):
         raise UnsupportedInputError(
-            "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no longer "
-            "whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
+            "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no "
+            "longer whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
         )
     group = groups[number.long().clamp(min=0)]
     place = torch.arange(len(number), device=number.device)
@@ -132,7 +136,7 @@ def _first_of_group(number: Tensor, groups: Tensor) -> Tensor:
 
 
 def schedule(count: int, goal: int, blocks: int, reducer: Reducer) -> tuple[int, ...]:
-    """Return the tokens left in front of each of `blocks` blocks: as even as can be, within what one block can merge."""
+    """Return the tokens left in front of each of `blocks` blocks, as even as one block's limit allows."""
     left, out = count, []
     for block in range(blocks):
         want = left - -(-(left - goal) // (blocks - block))

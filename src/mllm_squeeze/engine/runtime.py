@@ -61,9 +61,7 @@ class Runtime:
         self._taps: list[Tap] = []
         self._overridden: list[tuple[nn.Module, str]] = []
         self._undo: list[Callable[[], None]] = []
-        self._encoder_signals = frozenset(
-            name for name in ("saliency", "encoder_keys") if plan.needs(name)
-        )
+        self._encoder_signals = frozenset(name for name in ("saliency", "encoder_keys") if plan.needs(name))
         self._chooses_rows = [
             cut
             for cut in plan.cuts
@@ -129,13 +127,15 @@ class Runtime:
             attention = find_attention(self.parts.layers[number])
             if attention is None:
                 raise UnsupportedModelError(
-                    f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another layer."
+                    f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another "
+                    "layer."
                 )
-            self._tap(attention, lambda attention=attention: self._decoder_listener(attention))
+            self._tap(attention, functools.partial(self._decoder_listener, attention))
 
     @property
     def _decode(self) -> DecodeReducer:
-        assert self.plan.decode is not None and isinstance(self.plan.decode.reducer, DecodeReducer)
+        assert self.plan.decode is not None
+        assert isinstance(self.plan.decode.reducer, DecodeReducer)
         return self.plan.decode.reducer
 
     def _follow_deepstack(self) -> None:
@@ -153,7 +153,9 @@ class Runtime:
         for number in range(last):
             attention = find_attention(blocks[number])
             if attention is None:
-                raise UnsupportedModelError(f"Block {number} of the vision encoder has no attention whose keys can be read.")
+                raise UnsupportedModelError(
+                    f"Block {number} of the vision encoder has no attention whose keys can be read."
+                )
             self._tap(attention, self._merge_listener)
             before = functools.partial(self._before_block, number + 1)
             self._hooks.append(blocks[number + 1].register_forward_pre_hook(before, with_kwargs=True))
@@ -189,8 +191,8 @@ class Runtime:
         attention = None if block is None or self.parts.blocks is None else find_attention(self.parts.blocks[block])
         if attention is None:
             raise UnsupportedModelError(
-                f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a method "
-                "that needs no encoder signal (fastv, divprune)."
+                f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a "
+                "method that needs no encoder signal (fastv, divprune)."
             )
         self._tap(attention, self._encoder_listener)
 
@@ -220,8 +222,8 @@ class Runtime:
     def _override(self, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
         if name in module.__dict__:
             raise UnsupportedModelError(
-                f"{name} of this {type(module).__name__} was replaced on the instance by other code. Remove that patch, or "
-                "squeeze first."
+                f"{name} of this {type(module).__name__} was replaced on the instance by other code. Remove that "
+                "patch, or squeeze first."
             )
         module.__dict__[name] = method
         self._overridden.append((module, name))
@@ -275,8 +277,8 @@ class Runtime:
             return None
         if modality == "video" and self.parts.row.road != "identity":
             warnings.warn(
-                f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their tokens "
-                "behind the encoder; use vidcom2 or dycoke for them.",
+                f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
+                "tokens behind the encoder; use vidcom2 or dycoke for them.",
                 SqueezeWarning,
                 stacklevel=2,
             )
@@ -295,8 +297,8 @@ class Runtime:
             found = getattr(output, _MARK, None)
             if found is None:
                 raise UnsupportedInputError(
-                    f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled in "
-                    "chunks. Encode them after squeeze.apply, and leave prefill_chunk_size unset."
+                    f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "
+                    "in chunks. Encode them after squeeze.apply, and leave prefill_chunk_size unset."
                 )
             frame.features[modality] = found
 

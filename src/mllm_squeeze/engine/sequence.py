@@ -16,8 +16,8 @@ class Rows:
     """The queries and keys of one layer call, in logical columns.
 
     queries: int64 (B, M), query columns of this call (0 is the first token of the call). keys: int64 (B, P), columns of
-    all held entries, the new ones included, counted from the first token ever seen. query_valid, key_valid: bool or None.
-    past: tokens seen before this call. width: tokens of this call before any cut.
+    all held entries, the new ones included, counted from the first token ever seen. query_valid, key_valid: bool or
+    None. past: tokens seen before this call. width: tokens of this call before any cut.
     """
 
     queries: Tensor
@@ -60,8 +60,8 @@ def shorten_mask(mask: Any, rows: Rows, implementation: str) -> Tensor | None:
         return _mask_from_nothing(rows, implementation)
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise UnsupportedInputError(
-            f"Attention masks of type {type(mask).__name__} ({implementation}) cannot be shortened. Load the model with "
-            "attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+            f"Attention masks of type {type(mask).__name__} ({implementation}) cannot be shortened. Load the model "
+            "with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
         )
     return _shorten_2d(mask, rows) if mask.ndim == 2 else _shorten_4d(mask, rows)
 

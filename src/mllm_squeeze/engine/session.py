@@ -27,8 +27,8 @@ from mllm_squeeze.reducers.base import Reduction
 class Cut:
     """One cut of the last prefill: from `layer` on, the model sees only the kept columns.
 
-    layer: zero-based. index: int64 (B, M), columns of the padded prompt. valid: bool (B, M) or None, False where a shorter
-    row is padded.
+    layer: zero-based. index: int64 (B, M), columns of the padded prompt. valid: bool (B, M) or None, False where a
+    shorter row is padded.
     """
 
     layer: int
@@ -67,7 +67,7 @@ class StageTrace:
 
 
 def now(device: torch.device) -> Any:
-    """Return a point in time: seconds on a CPU, a recorded event on a GPU, where waiting would cost more than the rule."""
+    """Return a point in time: seconds on a CPU, a recorded event on a GPU, so that nothing waits."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -151,8 +151,8 @@ class Session:
     def advance(self, layer: int, hidden: Tensor, chosen: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Drop all visual tokens but the chosen ones.
 
-        hidden: (B, M, D). chosen: bool (S, N) over the table of now. counts: tokens each span keeps, on the host. Returns
-        hidden states (B, M', D), shorter rows padded on the left.
+        hidden: (B, M, D). chosen: bool (S, N) over the table of now. counts: tokens each span keeps, on the host.
+        Returns hidden states (B, M', D), shorter rows padded on the left.
         """
         batch, length, _ = hidden.shape
         keep = self._keep_tokens(batch, length, chosen, hidden.device)
@@ -204,7 +204,8 @@ class Session:
 
     def _restored(self, hidden: Tensor) -> Tensor:
         """Return the full-length states (B, T, D): survivors as they are now, the others as they were when cut."""
-        assert self._full is not None and self.index is not None
+        assert self._full is not None
+        assert self.index is not None
         full = self._full.to(hidden.device)
         index = self.index.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         if self.valid is not None:
@@ -216,7 +217,7 @@ class Session:
         return hidden if self.index is None else self._restored(hidden)
 
     def forget(self) -> None:
-        """Let go of what only the pass itself needed, so that keeping the session for its report keeps no activations."""
+        """Let go of what only the pass needed, so that a session kept for its report holds no activations."""
         self._full = None
         self.features = {}
         self.listeners.clear()

@@ -1,4 +1,4 @@
-"""Signals for a cut inside the language model: chosen attention rows, keys, normed states; encoder signals as they came."""
+"""Signals for a cut inside the language model: chosen attention rows, keys, normed states, encoder signals."""
 
 from __future__ import annotations
 

@@ -34,8 +34,9 @@ def find_layout(
 ) -> TokenLayout:
     """Return where the spans of a batch are.
 
-    ids: int64 (B, T). real: bool (B, T) or None. features: per modality. token_ids: placeholder id per modality. grouped:
-    neighbouring items are tiles of one picture. drafts: trailing tokens that are no prompt. One device-to-host copy.
+    ids: int64 (B, T). real: bool (B, T) or None. features: per modality. token_ids: placeholder id per modality.
+    grouped: neighbouring items are tiles of one picture. drafts: trailing tokens that are no prompt. One
+    device-to-host copy.
 
     Raises:
         UnsupportedInputError: placeholders and features do not match, as in a prefill that is split into chunks.
@@ -126,8 +127,8 @@ def _merge_adjacent(spans: list[Span]) -> list[Span]:
 class SpanTable:
     """The visual tokens of all spans, padded to the longest, as they stand in the sequence now.
 
-    sample: int64 (S,). place: int64 (S, N), column in the sequence of now. mask: bool (S, N). origin: int64 (S, N), place
-    in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host.
+    sample: int64 (S,). place: int64 (S, N), column in the sequence of now. mask: bool (S, N). origin: int64 (S, N),
+    place in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host.
     """
 
     sample: Tensor
@@ -166,11 +167,11 @@ def first_table(layout: TokenLayout, device: torch.device) -> SpanTable:
         place[row, : span.length] = torch.tensor(span.columns)
         mask[row, : span.length] = True
         if span.tiles:
-            cells = [(n, *cell) if cell[0] >= 0 else (-1,) * 4 for n, t in enumerate(span.tiles) for cell in t.coordinates()]
+            cells = [
+                (n, *cell) if cell[0] >= 0 else (-1,) * 4 for n, t in enumerate(span.tiles) for cell in t.coordinates()
+            ]
             grid[row, : span.length] = torch.tensor(cells)
     origin = torch.arange(width).expand(len(layout.spans), -1)
     sample = torch.tensor([span.sample for span in layout.spans])
     current = tuple(span.length for span in layout.spans)
-    return SpanTable(
-        sample.to(device), place.to(device), mask.to(device), origin.to(device), grid.to(device), current
-    )
+    return SpanTable(sample.to(device), place.to(device), mask.to(device), origin.to(device), grid.to(device), current)

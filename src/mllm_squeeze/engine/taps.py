@@ -6,7 +6,7 @@ import copy
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,8 @@ class Tap:
         config = getattr(module, "config", None)
         if config is None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} does not choose its attention through a config, so its scores cannot be read. "
-                "Use a method that needs no attention (divprune, uniform)."
+                f"{type(module).__name__} does not choose its attention through a config, so its scores cannot be "
+                "read. Use a method that needs no attention (divprune, uniform)."
             )
         self.module = module
         self.original = config
@@ -97,9 +97,10 @@ def _tapped_attention(
     return config._squeeze_tap.forward(query, key, value, attention_mask, **kwargs)
 
 
-def _eager(module: nn.Module) -> Callable[..., Any] | None:
-    found: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return found
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    # Only called where the user set "eager", which each modeling file has of its own.
+    found: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return cast("Callable[..., Any]", found)
 
 
 def _register() -> None:
@@ -128,10 +129,10 @@ def score_rows(
 ) -> Tensor:
     """Return the attention that each key receives from chosen query rows, mean over heads, weighted over rows.
 
-    query: (B, H, M, d). key: (B, Hkv, P, d). mask: as the attention function got it. rows: int64 (B, R). weights: float32
-    (B, R), 0 for padding. Returns float32 (B, P).
+    query: (B, H, M, d). key: (B, Hkv, P, d). mask: as the attention function got it. rows: int64 (B, R). weights:
+    float32 (B, R), 0 for padding. Returns float32 (B, P).
     """
-    batch, heads, _, dim = query.shape
+    _batch, heads, _queries, dim = query.shape
     picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
     allowed = _allowed(mask, rows, query.shape[2], key.shape[2])
     return ops.attention_from_rows(

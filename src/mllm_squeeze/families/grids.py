@@ -29,7 +29,7 @@ def find_tiles(
     elif rule == "anyres":
         tiles = _anyres(parts, inputs)
     elif rule == "square":
-        tiles = [_square(length) for length in lengths]
+        tiles = list(map(_square, lengths))
     else:
         tiles = [() for _ in lengths]
     return [
@@ -55,7 +55,7 @@ def _thw(parts: ModelParts, grids: torch.Tensor | None) -> list[tuple[Tile, ...]
 
 
 def _frames(frames: int, lengths: Sequence[int]) -> list[tuple[Tile, ...]]:
-    tiles = []
+    tiles: list[tuple[Tile, ...]] = []
     for length in lengths:
         per_frame, tail = divmod(length, frames)
         side = math.isqrt(per_frame)

@@ -105,7 +105,7 @@ def _pool_frames(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor, f
 def _block_merge(
     parts: ModelParts, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int], values: Tensor
 ) -> list[Tensor]:
-    unit = parts.config.vision_config.spatial_merge_size ** 2
+    unit = parts.config.vision_config.spatial_merge_size**2
     merged = values.reshape(-1, unit, values.shape[-1]).mean(1)
     order = _window_order(parts, inputs[f"{modality}_grid_thw"])
     if order is not None:
@@ -126,7 +126,7 @@ def _window_order(parts: ModelParts, grids: Tensor) -> Tensor | None:
         patch_size=vision.patch_size,
         kwargs={},
     )
-    return cast("Tensor", torch.as_tensor(index))
+    return torch.as_tensor(index)
 
 
 def _pixel_shuffle(parts: ModelParts, values: Tensor) -> list[Tensor]:

@@ -32,8 +32,8 @@ class ModelParts:
     """The parts of one model that the engine hooks.
 
     model: the HuggingFace model (a PEFT wrapper is looked through). base: the inner model that scatters the features.
-    decoder: the text model; layers: its decoder layers. tower, blocks, projector: of the first encoder, None where there
-    is none. ids: placeholder token id of each modality. row: the family's row.
+    decoder: the text model; layers: its decoder layers. tower, blocks, projector: of the first encoder, None without
+    one. ids: placeholder token id of each modality. row: the family's row.
     """
 
     model: nn.Module
@@ -165,8 +165,9 @@ def find_parts(model: nn.Module) -> ModelParts:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if callable(get_base) else model
+    get_base: Any = getattr(model, "get_base_model", None)
+    found: nn.Module = get_base() if callable(get_base) else model
+    return found
 
 
 def _first(root: nn.Module | None, paths: tuple[str, ...]) -> Any:

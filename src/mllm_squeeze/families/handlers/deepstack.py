@@ -19,7 +19,7 @@ def has_deepstack(decoder: nn.Module) -> bool:
 def follow_cuts(decoder: nn.Module, kept: Callable[[], Kept | None]) -> Callable[[], None]:
     """Make the deepstack addition of one text model follow the cuts; returns what takes it off again.
 
-    kept: returns (index int64 (B, M), valid bool (B, M) or None), the columns still there, or None where nothing was cut.
+    kept: returns (index int64 (B, M), valid bool (B, M) or None), the columns still there, or None without a cut.
     """
     original: Any = decoder._deepstack_process
 
