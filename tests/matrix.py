@@ -16,7 +16,7 @@ import mllm_squeeze as squeeze
 import tiny
 
 IMPLEMENTATIONS = ("sdpa", "eager")
-FAMILIES = tuple(tiny.FAMILIES)
+FAMILIES = tiny.CORE_FAMILIES
 # One plain family, one with separators among its visual tokens, one with M-RoPE, one that injects features later.
 REPRESENTATIVE = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 # Encoders in which a token stays one token up to the LLM, and tokens of a tile stand in a batch row of their own.

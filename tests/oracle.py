@@ -23,8 +23,13 @@ _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 class CutLike(Protocol):
     """One step of a squeeze."""
 
-    layer: int
-    kept: Sequence[Tensor]
+    @property
+    def layer(self) -> int:
+        """First layer that runs short."""
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Columns that each sample keeps."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -184,13 +185,23 @@ def test_labels_agree_with_the_scene() -> None:
                 assert dense[0, patch] == list(pictures.COLOURS).index(thing.colour) + 1
 
 
+def test_a_deeper_model_answers_as_before(boxed: tuple[Any, Any]) -> None:
+    model, processor = boxed
+    deeper = train.deepen(model).eval()
+    assert len(deeper.model.language_model.layers) == len(model.model.language_model.layers) + 1
+    item = next(demo.held_out(1, seed=9))
+    inputs = processor(images=item.picture, text=demo.prompt(processor, item.question), return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(deeper(**inputs).logits, model(**inputs).logits)
+
+
 def test_a_small_run_trains_saves_and_lowers_the_loss(tmp_path: Any) -> None:
-    plan = train.Plan(tower_steps=8, steps=12, tower_batch=2, batch=2, questions=4, every=6, rate=3e-3)
+    plan = train.Plan(tower_steps=8, tower_batch=2, tower_rate=3e-3, batch=2, questions=4, every=6)
     model = build.model(build.config(width=32, tower_layers=3, layers=2))
     seen = train.train_tower(model, plan)
     assert seen[-1] < seen[0]
     before = model.model.vision_tower.state_dict()["embeddings.class_embedding"].clone()
-    losses = train.train_answers(model, build.tokenizer(), plan)
+    losses = train.train_answers(model, plan, replace(train.ANSWERS, steps=12, rate=3e-3))
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     assert torch.equal(before, model.model.vision_tower.state_dict()["embeddings.class_embedding"])
     train.save(model, tmp_path)

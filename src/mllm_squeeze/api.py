@@ -14,8 +14,8 @@ from mllm_squeeze.config import Recipe, load_recipe
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Cut, Session
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
-from mllm_squeeze.families.structure import ModelParts, find_parts
-from mllm_squeeze.families.table import TABLE
+from mllm_squeeze.family.structure import ModelParts, find_parts
+from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.planner import make_plan, why_not
 from mllm_squeeze.recording import record
@@ -72,7 +72,7 @@ class Handle:
                 "Nothing to report: no prompt with an image or video went through the model since apply. Run the model "
                 "once."
             )
-        return Report(record(self.method, self._last))
+        return Report(record(self.recipe, self._last))
 
     def remove(self) -> None:
         """Take the method off; the model is as it was.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm_squeeze.config import Recipe, build_reducer, resolve_steps
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
-from mllm_squeeze.families.structure import ModelParts, find_attention, find_pre_norm
+from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.reducers.base import Need, Reducer
 
 
@@ -33,6 +33,7 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
                 for stage, layer in enumerate(layers)
             ]
             for cut in planned:
+                _check_shared(recipe, cut, parts)
                 _check_needs(recipe, cut, parts)
             cuts += planned
     return Plan(tuple(cuts), recipe.positions == "repack", encoder, decode)
@@ -57,12 +58,11 @@ def _check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None
 
 def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
     row = parts.row
-    layer = getattr(parts.config, "vision_feature_layer", -1)
     reasons = [
         (row.tower != "batched", "its vision encoder packs the patches of all images into one row"),
         (not row.per_token, "its projector merges several patches into one token"),
         (parts.blocks is None or parts.projector is None, "its encoder blocks or projector were not found"),
-        (not isinstance(layer, int), "it concatenates features of several encoder layers"),
+        (not isinstance(parts.feature_layers, int), "it concatenates features of several encoder layers"),
     ]
     for bad, reason in reasons:
         if bad:
@@ -70,6 +70,15 @@ def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
                 f"'{recipe.method}' merges tokens inside the vision encoder, which does not fit '{row.model_type}': "
                 f"{reason}. Use a method that acts at the projector or in the LLM."
             )
+
+
+def _check_shared(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
+    first = min(parts.kv_sources.values(), default=len(parts.layers))
+    if cut.layer > first:
+        raise ConfigError(
+            f"'{recipe.method}' cuts at layer {cut.layer}, but the last {len(parts.kv_sources)} layers of this model borrow "
+            f"keys and values from layer {first} on, so layer must be at most {first}."
+        )
 
 
 def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_squeeze.config import Recipe
 from mllm_squeeze.engine.session import Session
-from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.report import ModelDims, PrefillRecord, SpanRecord, StageRecord
 
 
-def record(method: str, session: Session) -> PrefillRecord:
+def record(recipe: Recipe, session: Session) -> PrefillRecord:
     """Return what a prefill did, in plain numbers."""
     layout, parts = session.layout, session.parts
     assert layout is not None
     lengths = tuple(session.lengths.get(n, layout.length) for n in range(len(parts.layers)))
     return PrefillRecord(
-        method=method,
+        method=recipe.method,
         layout_length=layout.length,
         batch=layout.batch,
         spans=tuple(SpanRecord(span.sample, span.modality, span.length) for span in layout.spans),
@@ -23,7 +24,7 @@ def record(method: str, session: Session) -> PrefillRecord:
             StageRecord(
                 layer=trace.layer,
                 place="encoder" if trace.cut is session.plan.encoder else "layer",
-                reducer=type(trace.cut.reducer).__name__,
+                reducer=recipe.steps[trace.cut.step].reducer,
                 before=trace.before,
                 after=trace.after,
                 sequence_before=trace.sequence_before,
@@ -35,7 +36,8 @@ def record(method: str, session: Session) -> PrefillRecord:
         layer_lengths=lengths,
         dims=model_dims(parts),
         element_bytes=next(parts.decoder.parameters()).element_size(),
-        cache_lengths=tuple(n + session.past for n in lengths),
+        past=session.past,
+        cache_lengths=tuple(n + session.held.get(layer, session.past) for layer, n in enumerate(lengths)),
     )
 
 

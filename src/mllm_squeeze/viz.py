@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from mllm_squeeze.layout import Span, Tile, TokenLayout
 
     class _Cut(Protocol):
-        layer: int
-        kept: Sequence[Any]
+        @property
+        def layer(self) -> int: ...
+        @property
+        def kept(self) -> Sequence[Any]: ...
 
     class _Handle(Protocol):
-        layout: TokenLayout
-        cuts: Sequence[_Cut]
-        method: str
+        @property
+        def layout(self) -> TokenLayout | None: ...
+        @property
+        def cuts(self) -> Sequence[_Cut]: ...
+        @property
+        def method(self) -> str: ...
 
 
 Box = tuple[float, float, float, float]
@@ -131,6 +136,8 @@ def handle_figure(
     image processor cut out the centred square. boxes: as in `show`; found from the picture's shape where the span is
     cut into several crops of equal size. Raises ConfigError where the span or its grid is not known.
     """
+    if handle.layout is None:
+        raise ConfigError("nothing to draw: no prompt with an image or video went through the model since apply")
     spans = handle.layout.spans
     if not 0 <= span < len(spans):
         raise ConfigError(f"there is no span {span}: the last prefill had {len(spans)} (numbers start at 0)")

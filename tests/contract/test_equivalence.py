@@ -51,7 +51,9 @@ def check_cuts(t: tiny.TinyModel, inputs: tiny.Inputs, handle: Any) -> None:
             before = set(kept)
 
 
-@pytest.mark.parametrize(("family", "method", "kind", "implementation"), matrix.cells(implementations=("sdpa", "eager")))
+@pytest.mark.parametrize(
+    ("family", "method", "kind", "implementation"), matrix.cells(implementations=("sdpa", "eager"))
+)
 def test_cut_equals_mask(family: str, method: str, kind: str, implementation: str) -> None:
     t = tiny.load(family)
     inputs = t.inputs[kind]

@@ -6,15 +6,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import matrix
-import oracle
 import pytest
-import snapshot
-import tiny
 import torch
 import transformers
 
+import matrix
 import mllm_squeeze as squeeze
+import oracle
+import snapshot
+import tiny
 from mllm_squeeze import errors
 
 

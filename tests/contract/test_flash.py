@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import matrix
-import oracle
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import matrix
+import oracle
+import tiny
 
 METHODS = ["random", *matrix.CORE, "visionzip"]
 STEPS = 5
@@ -31,8 +31,8 @@ def reference_flash(
 ) -> tuple[Tensor, None]:
     """Compute what FlashAttention computes, and refuse what it cannot take.
 
-    query: (B, H, Tq, d). key, value: (B, Hkv, Tk, d). attention_mask: (B, Tk), 0 or False for padded keys, or None. Query i
-    sees keys up to i + Tk - Tq. Gaps in position_ids would be read as packed sequences, as transformers does.
+    query: (B, H, Tq, d). key, value: (B, Hkv, Tk, d). attention_mask: (B, Tk), 0 or False for padded keys, or None.
+    Query i sees keys up to i + Tk - Tq. Gaps in position_ids would be read as packed sequences, as transformers does.
     """
     queries, keys = query.shape[2], key.shape[2]
     assert attention_mask is None or attention_mask.ndim == 2, f"FlashAttention got a mask {attention_mask.shape}"
@@ -56,11 +56,10 @@ def reference_flash(
 
 
 @pytest.fixture(autouse=True)
-def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for flash_attention_2 where it is looked up; only for text models, a packed tower keeps its own."""
     monkeypatch.setitem(type(ALL_ATTENTION_FUNCTIONS)._global_mapping, "flash_attention_2", reference_flash)
     monkeypatch.setitem(type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping, "flash_attention_2", flash_attention_mask)
-    yield
 
 
 class FlashText:
@@ -144,5 +143,4 @@ def test_several_tokens_in_one_decode_step(family: str) -> None:
             greedy = t.model.generate(**t.inputs["image"], **settings)
             lookup = t.model.generate(**t.inputs["image"], **settings, prompt_lookup_num_tokens=3)
         assert torch.equal(greedy.sequences, lookup.sequences)
-        pairs = zip(lookup.logits, greedy.logits, strict=False)
-        oracle.assert_close(*(torch.stack(x) for x in zip(*pairs, strict=True)), what=method)
+        oracle.assert_close(torch.stack(lookup.logits[:STEPS]), torch.stack(greedy.logits[:STEPS]), method)

@@ -52,7 +52,7 @@ before = state()
 import mllm_squeeze, mllm_squeeze.api, mllm_squeeze.engine.runtime, mllm_squeeze.ops
 import mllm_squeeze.engine.cache as engine_cache
 [getattr(mllm_squeeze, name) for name in mllm_squeeze.__all__]
-mllm_squeeze.families(), mllm_squeeze.methods()
+mllm_squeeze.methods()
 after = state()
 new = {n for n in after["loggers"] if n not in before["loggers"]}
 after["loggers"] = {n: v for n, v in after["loggers"].items() if n not in new}
@@ -61,8 +61,16 @@ assert not changed, changed
 """
 
 
+NAMES = """
+import mllm_squeeze.family.table
+import mllm_squeeze as squeeze
+assert "llava" in squeeze.families()
+assert "llava" in squeeze.families()
+"""
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("script", [NOTHING_LOADED, NOTHING_CHANGED], ids=["loads nothing", "changes nothing"])
+@pytest.mark.parametrize("script", [NOTHING_LOADED, NOTHING_CHANGED, NAMES], ids=["loads", "changes", "names"])
 def test_import(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

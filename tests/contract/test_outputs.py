@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ import tiny
 METHODS = [*matrix.CORE, "visionzip"]
 
 
-def squeezed(family: str, method: str, kind: str = "image", **settings: object) -> tuple[tiny.TinyModel, object, tuple]:
+def squeezed(family: str, method: str, kind: str = "image", **settings: Any) -> tuple[tiny.TinyModel, Any, Any]:
     """Return the model, its output without gradients, and the cuts."""
     t = tiny.load(family)
     with matrix.applied(t.model, method) as handle, torch.no_grad():

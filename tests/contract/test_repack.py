@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import matrix
-import oracle
 import pytest
-import tiny
 
+import matrix
 import mllm_squeeze as squeeze
+import oracle
+import tiny
 
 STEPS = 8
 ONE_AXIS = [f for f in matrix.FAMILIES if not f.startswith("qwen")]

@@ -31,7 +31,7 @@ def test_a_b_a_gives_a_twice(family: str, method: str) -> None:
     with matrix.applied(t.model, method):
         first = answers(t, "image")
         middle = answers(t, "two_images")
-        with pytest.warns(UserWarning):
+        with pytest.warns(UserWarning, match="no image"):
             answers(t, "text")
         assert torch.equal(first, answers(t, "image"))
         assert torch.equal(middle, answers(t, "two_images"))

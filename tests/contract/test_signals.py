@@ -1,13 +1,14 @@
-"""What methods read is what the dense model computes: attention of chosen rows, of the next layer, of the encoder."""
+"""What methods read is what the dense model computes: attention of the last row, of the next layer."""
 
 from __future__ import annotations
 
-import matrix
-import oracle
 import pytest
-import tiny
 import torch
 from torch import Tensor
+
+import matrix
+import oracle
+import tiny
 
 
 @torch.no_grad()
@@ -71,39 +72,3 @@ def test_the_preview_is_the_attention_of_the_next_layer(family: str) -> None:
         for span in spans:
             columns = torch.tensor(span.columns)
             assert kept & set(span.columns) == best(scores, columns, (span.length + 1) // 2)
-
-
-@torch.no_grad()
-def cls_attention(t: tiny.TinyModel, pixels: Tensor) -> Tensor:
-    """Return (tiles, N): what the CLS token of a CLIP tower attends to in the feature layer, sum over heads."""
-    tower = t.model.get_submodule(t.family.tower)
-    t.model.set_attn_implementation("eager")
-    try:
-        maps = tower(pixels, output_attentions=True).attentions
-    finally:
-        t.model.set_attn_implementation("sdpa")
-    # Features are hidden state -2: the output of the second to last layer.
-    return maps[-2].float().sum(1)[:, 0, 1:]
-
-
-@pytest.mark.parametrize("kind", ["image", "two_images"])
-def test_visionzip_keeps_what_the_encoder_attends_to(kind: str) -> None:
-    t = tiny.load("llava")
-    inputs = t.inputs[kind]
-    scores = cls_attention(t, inputs["pixel_values"])
-    with matrix.applied(t.model, "visionzip", keep=12) as handle:
-        oracle.run(t.model, inputs, oracle.forced_tokens(1, 0))
-        kept, spans = set(handle.cuts[0].kept[0].tolist()), handle.layout.spans
-    for tile, span in enumerate(spans):
-        columns = torch.tensor(span.columns)
-        assert len(kept & set(span.columns)) == 12
-        # 5.4 of 6.4 parts of the budget are dominant tokens, rounded: 10 of 12.
-        dominant = best(dict_scores(scores[tile], columns, inputs["input_ids"].shape[1]), columns, 10)
-        assert dominant <= kept
-
-
-def dict_scores(scores: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Spread the scores of a span over the columns of the prompt."""
-    out = torch.zeros(width)
-    out[columns] = scores
-    return out

@@ -56,7 +56,7 @@ def read_on(t: tiny.TinyModel, inputs: tiny.Inputs, answer: Tensor, new: Tensor,
 
 
 def two_turns(t: tiny.TinyModel, handle: Any, forced: Tensor) -> tuple[list[Tensor], list[Any], list[Any], tiny.Turn]:
-    """Prefill a picture, answer it, feed a second picture on the same cache, decode; return logits and both sets of cuts."""
+    """Prefill a picture, answer it, feed a second one on the same cache, decode; return logits and both cuts."""
     inputs, answer = t.inputs["image"], oracle.forced_tokens(1, 3, seed=1)
     turn = t.turn(inputs, answer, 50, 51, "image:1", 52, 53, 54, 55, 56)
     width = inputs["input_ids"].shape[1]
@@ -120,7 +120,7 @@ def len_of(cuts: list[Any]) -> int:
 @pytest.mark.parametrize("family", [f for f in matrix.FAMILIES if "qwen" not in f])
 @pytest.mark.parametrize("method", ["random", "fastv", "divprune"])
 def test_a_second_picture_through_generate(family: str, method: str) -> None:
-    """generate() with the whole conversation, the new picture and the cache (M-RoPE models cannot, dense or squeezed)."""
+    """generate() with the whole conversation, the new picture and the cache (M-RoPE models cannot, even dense)."""
     t = tiny.load(family)
     forced = oracle.forced_tokens(1, NEW)
     inputs = t.inputs["image"]

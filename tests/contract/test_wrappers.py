@@ -147,7 +147,9 @@ def test_weights_offloaded_by_accelerate(family: str, method: str) -> None:
     assert torch.equal(steps.decode, expected.decode)
     lines = snapshot.differences(before, snapshot.snapshot(t.model))
     # accelerate itself swaps the meta weights at every forward.
-    assert not [line for line in lines if "_parameters" not in line and "_buffers" not in line and "version" not in line]
+    assert not [
+        line for line in lines if "_parameters" not in line and "_buffers" not in line and "version" not in line
+    ]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

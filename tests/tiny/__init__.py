@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -17,21 +18,68 @@ from typing import Any
 import transformers
 from torch import Tensor
 
+from tiny.audio_line import AUDIO_LINE
+from tiny.gemma_line import GEMMA_LINE
+from tiny.glm_line import GLM_LINE
+from tiny.idefics_line import IDEFICS_LINE
 from tiny.llava_line import LLAVA_LINE
+from tiny.misc_line import MISC_LINE
+from tiny.mistral_line import MISTRAL_LINE
+from tiny.moe_line import MOE_LINE
 from tiny.parts import Family
-from tiny.prompts import KINDS, Batch, Inputs, Turn, collate, make_batch, make_turn, sample
+from tiny.plain_line import PLAIN_LINE
+from tiny.prompts import KINDS, Batch, Inputs, Turn, collate, kinds_of, make_batch, make_turn, sample
+from tiny.query_line import QUERY_LINE
 from tiny.qwen_line import QWEN_LINE
+from tiny.tile_line import TILE_LINE
 
-__all__ = ["FAMILIES", "Batch", "Inputs", "TinyModel", "Turn", "fresh", "load"]
+__all__ = [
+    "ALL_FAMILIES",
+    "CORE_FAMILIES",
+    "FAMILIES",
+    "Batch",
+    "Inputs",
+    "TinyModel",
+    "Turn",
+    "available",
+    "fresh",
+    "kinds",
+    "load",
+]
 
 transformers.logging.set_verbosity_error()
 
-FAMILIES: dict[str, Family] = {**LLAVA_LINE, **QWEN_LINE}
+CORE_FAMILIES = (*LLAVA_LINE, *QWEN_LINE)
+FAMILIES: dict[str, Family] = {
+    **LLAVA_LINE,
+    **QWEN_LINE,
+    **PLAIN_LINE,
+    **MISC_LINE,
+    **QUERY_LINE,
+    **AUDIO_LINE,
+    **TILE_LINE,
+    **GLM_LINE,
+    **MOE_LINE,
+    **MISTRAL_LINE,
+    **IDEFICS_LINE,
+    **GEMMA_LINE,
+}
+
+
+def available(name: str) -> bool:
+    """Say whether the installed transformers has this family, and whether the packages are here that it needs."""
+    family = FAMILIES[name]
+    here = all(importlib.util.find_spec(module) for module in family.modules)
+    return here and (not family.wants or hasattr(transformers, family.wants))
+
+
+# Those that the installed transformers has, with the packages that they need.
+ALL_FAMILIES = tuple(name for name in FAMILIES if available(name))
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model and its prompts by kind, "image", "video", "two_images", "image_video", "text" where it has them."""
+    """A model and its prompts by kind ("image", "video", "text" ... see `prompts.KINDS`), those it has."""
 
     name: str
     model: Any
@@ -56,10 +104,14 @@ class TinyModel:
         return TinyModel(self.name, copy.deepcopy(self.model), self.inputs, self.family)
 
 
+def kinds(name: str) -> list[str]:
+    """Return the kinds of prompt that this family takes, without building its model."""
+    return kinds_of(FAMILIES[name])
+
+
 def _build(name: str) -> TinyModel:
     family = FAMILIES[name]
-    kinds = {k: v for k, v in KINDS.items() if family.video is not None or "video" not in k}
-    inputs = {kind: collate(family, [sample(family, *parts)]) for kind, parts in kinds.items()}
+    inputs = {kind: collate(family, [sample(family, *KINDS[kind])]) for kind in kinds_of(family)}
     return TinyModel(name, family.model(), inputs, family)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 VOCAB, HIDDEN, LAYERS = 160, 64, 4
 PAD, BOS = 0, 1
-IMAGE, VIDEO, START, END = 100, 101, 103, 104
+IMAGE, VIDEO, AUDIO, START, END = 100, 101, 102, 103, 104
 SPECIAL = [PAD, BOS, 2, *range(100, 110)]
 BEFORE, AFTER = (BOS, 11, 12, 13), (14, 15, 16, 17, 18, 19)
 
@@ -28,20 +28,35 @@ class Piece:
 class Family:
     """How to build one model and what it may be shown.
 
-    image, video: make the piece number `n`; pieces differ in content and, where the family allows, in size.
-    visual_ids: placeholder ids. token_types: the model wants `mm_token_type_ids`. tower: path of the vision encoder.
+    image, video, audio: make the piece number `n`; pieces differ in content and, where the family allows, in size.
+    visual_ids: placeholder ids. token_types: the model wants `mm_token_type_ids`. tower: path of the encoder.
+    per_sample: arrays with one row per sample, (1, pieces, ...), instead of one row per piece. packed: arrays joined
+    along their last dim. derived: what else the model wants that follows from the ids (B, T) and the arrays. before:
+    text in front of the first piece. lacks: kinds of prompt that the pieces permit but the library does not. wants:
+    class that not every transformers has. modules: packages that it needs besides.
     """
 
     model: Callable[[], Any]
-    image: Callable[[int], Piece]
+    image: Callable[[int], Piece] | None = None
     video: Callable[[int], Piece] | None = None
     visual_ids: tuple[int, ...] = (IMAGE, VIDEO)
     token_types: bool = False
     tower: str = "model.vision_tower"
+    audio: Callable[[int], Piece] | None = None
+    per_sample: tuple[str, ...] = ()
+    packed: tuple[str, ...] = ()
+    derived: Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    before: tuple[int, ...] = BEFORE
+    lacks: tuple[str, ...] = ()
+    wants: str = ""
+    modules: tuple[str, ...] = ()
 
 
-def build(cls: Any, config: Any) -> Any:
-    """Return the model with weights large enough that every token matters, in eval mode, with seed 0."""
+def build(cls: Any, config: Any, std: float = 0.12) -> Any:
+    """Return the model with weights large enough that every token matters, in eval mode, with seed 0.
+
+    std: of the matrices; smaller where rounding grows to more than 1e-5 (recurrent layers).
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = cls(config)
@@ -53,7 +68,7 @@ def build(cls: Any, config: Any) -> Any:
                 if weight is head:
                     nn.init.normal_(weight, std=0.06)
                 elif weight.ndim >= 2 and weight.std() < 0.2:
-                    nn.init.normal_(weight, std=0.12)
+                    nn.init.normal_(weight, std=std)
                 elif name.endswith("bias"):
                     nn.init.normal_(weight, std=0.05)
     model.eval()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from tiny.parts import AFTER, BEFORE, PAD, VIDEO, Family, Piece
+from tiny.parts import AFTER, PAD, VIDEO, Family, Piece
 
 Inputs = dict[str, Tensor]
 
@@ -17,9 +18,13 @@ KINDS: dict[str, tuple[int | str, ...]] = {
     "video": ("video:0",),
     "two_images": ("image:1", 31, 32, "image:2"),
     "image_video": ("image:0", 33, 34, "video:0"),
+    "two_videos": ("video:1", 31, 32, "video:2"),
+    "audio": ("audio:0",),
+    "two_audios": ("audio:1", 31, 32, "audio:2"),
+    "audio_image": ("audio:0", 33, 34, "image:0"),
     "text": (35, 36, 37, 38),
 }
-_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+_TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "cross_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,25 @@ class Batch:
 
 def _piece(family: Family, name: str) -> Piece:
     kind, number = name.split(":")
-    make = family.image if kind == "image" else family.video
+    make = getattr(family, kind)
     if make is None:
         raise ValueError(f"this family has no {kind}")
     return make(int(number))
 
 
+def kinds_of(family: Family) -> list[str]:
+    """Return the kinds of prompt that the family takes."""
+    out = []
+    for kind, parts in KINDS.items():
+        pieces = [p.split(":")[0] for p in parts if isinstance(p, str)]
+        if kind not in family.lacks and all(getattr(family, p) is not None for p in pieces):
+            out.append(kind)
+    return out
+
+
 def sample(family: Family, *parts: int | str, bare: bool = False, tail: Sequence[int] = AFTER) -> Sample:
-    """Return the prompt BEFORE + parts + tail; a part is a token or a piece such as "image:0". Bare: parts only."""
-    ids: list[int] = [] if bare else list(BEFORE)
+    """Return the prompt before + parts + tail; a part is a token or a piece such as "image:0". Bare: parts only."""
+    ids: list[int] = [] if bare else list(family.before)
     arrays = []
     for part in parts:
         if isinstance(part, int):
@@ -65,11 +80,25 @@ def sample(family: Family, *parts: int | str, bare: bool = False, tail: Sequence
 
 
 def _join(pieces: list[Tensor]) -> Tensor:
-    """Concatenate along dim 0; the crops of any-resolution images (dim 1) are padded to the most."""
-    if pieces[0].ndim == 5:
-        most = max(p.shape[1] for p in pieces)
-        pieces = [torch.cat([p, p.new_zeros(p.shape[0], most - p.shape[1], *p.shape[2:])], 1) for p in pieces]
-    return torch.cat(pieces)
+    """Concatenate along dim 0; the other dims (crops, frames, height, width) are padded with zeros to the most."""
+    most = [max(sizes) for sizes in zip(*(p.shape[1:] for p in pieces), strict=True)]
+    out = []
+    for p in pieces:
+        room = [n for size, full in zip(p.shape[:0:-1], most[::-1], strict=True) for n in (0, full - size)]
+        out.append(functional.pad(p, room))
+    return torch.cat(out)
+
+
+def _gather(family: Family, name: str, samples: Sequence[Sample]) -> Tensor:
+    """Return one array of the batch: a row per piece, or per sample (a sample without a piece gets zeros)."""
+    rows = [[a[name] for a in s.arrays if name in a] for s in samples]
+    if name in family.per_sample:
+        first = next(r[0] for r in rows if r)
+        empty = first.new_zeros(1, 0, *first.shape[2:])
+        rows = [[_join([p.transpose(0, 1) for p in r]).transpose(0, 1) if r else empty] for r in rows]
+    if name in family.packed:
+        return torch.cat([p for r in rows for p in r], -1)
+    return _join([p for r in rows for p in r])
 
 
 def collate(
@@ -80,11 +109,11 @@ def collate(
     before: inputs of an earlier turn and its answer (1, A), which then stand in front of the only sample.
     """
     rows = [list(s.ids) for s in samples]
-    arrays = [a for s in samples for a in s.arrays]
     if before is not None:
         old, answer = before
         rows = [old["input_ids"][0].tolist() + answer[0].tolist() + rows[0]]
-        arrays = [{k: v for k, v in old.items() if k not in _TEXT}, *arrays]
+        arrays = {k: v for k, v in old.items() if k not in _TEXT}
+        samples = [Sample(tuple(rows[0]), (arrays, *samples[0].arrays))]
     width = max(len(r) for r in rows)
     ids = torch.full((len(rows), width), PAD)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -95,8 +124,10 @@ def collate(
     out: Inputs = {"input_ids": ids, "attention_mask": mask}
     if family.token_types:
         out["mm_token_type_ids"] = token_types(family, ids)
-    for name in dict.fromkeys(k for a in arrays for k in a):
-        out[name] = _join([a[name] for a in arrays if name in a])
+    for name in dict.fromkeys(k for s in samples for a in s.arrays for k in a):
+        out[name] = _gather(family, name, samples)
+    if family.derived is not None:
+        out |= family.derived(ids, out)
     return out
 
 

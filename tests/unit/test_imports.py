@@ -18,12 +18,12 @@ NAME = "mllm_squeeze"
 ALLOWED = {
     "ops": set(),
     "reducers": {"ops", "reducers.base", "errors", "layout"},
-    "families": {"layout", "errors"},
+    "family": {"layout", "errors"},
     # The parts of a model are found by the families' structural adapter; the engine knows no family by name (`table`).
-    "engine": {"layout", "ops", "reducers.base", "errors", "families"},
+    "engine": {"layout", "ops", "reducers.base", "errors", "family"},
 }
-OWN_FOLDER = {"ops", "families", "engine"}
-FORBIDDEN = {"engine": {"families.table"}}
+OWN_FOLDER = {"ops", "family", "engine"}
+FORBIDDEN = {"engine": {"family.table"}}
 
 
 def imported(path: Path) -> set[str]:

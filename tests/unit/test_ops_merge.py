@@ -31,6 +31,9 @@ def test_merge_sums_in_float32_and_keeps_the_dtype():
     out = ops.merge_tokens(x, assign, torch.full((1, 1000), 1.0))
     assert out.dtype == torch.bfloat16
     assert out[0, 0, 0] == 1000  # bfloat16 sums stop growing at 256
+    pair = torch.tensor([[[1.0], [-1.0]]], dtype=torch.bfloat16)
+    out = ops.merge_tokens(pair, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[0.334, 0.333]]))
+    assert out[0, 0, 0].item() == pytest.approx(0.001, rel=0.004)  # weights in bfloat16 give 0.00098
 
 
 def test_gradients_reach_every_merged_token():
@@ -65,7 +68,7 @@ def test_bipartite_worked_example():
 @pytest.mark.parametrize("seed", range(3))
 def test_bipartite_against_the_literal_rule(seed, lead):
     torch.manual_seed(seed)
-    lengths, r = [1, 2, 9, 24, 23], [5, 1, 3, 50, 8]
+    lengths, r = [1, 2, 9, 24, 23, 11], [5, 1, 3, 50, 8, 11]
     keys = pad([torch.randn(n, 6) for n in lengths], 24, NAN)
     mask = pad([torch.ones(n, dtype=torch.bool) for n in lengths], 24, False)
     assign = ops.bipartite_match(keys, mask, torch.tensor(r), lead)

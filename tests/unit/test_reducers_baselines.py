@@ -83,8 +83,15 @@ def test_avgpool_is_nested():
 @pytest.mark.parametrize("seed", range(3))
 def test_avgpool_against_the_literal_windows(seed):
     torch.manual_seed(seed)
-    tiles = [(Tile(1, 5, 7),), (Tile(3, 4, 4),), (Tile(1, 2, 3, 1), Tile(1, 6, 4, 1, tail=1)), (Tile(2, 1, 5),)]
-    budgets = [11, 20, 13, 1]
+    tiles = [
+        (Tile(1, 5, 7),),
+        (Tile(3, 4, 4),),
+        (Tile(1, 2, 3, 1), Tile(1, 6, 4, 1, tail=1)),
+        (Tile(2, 1, 5),),
+        (Tile(3, 6, 2),),
+        (Tile(2, 2, 3), Tile(2, 4, 4)),
+    ]
+    budgets = [11, 20, 13, 1, 20, 20]
     features = [torch.randn(sum(t.length for t in row), 3) for row in tiles]
     tokens = visual_tokens(features, budgets, tiles=tiles)
     reduction = AveragePool().reduce(tokens)

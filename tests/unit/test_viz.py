@@ -43,7 +43,7 @@ class Cut:
 
 @dataclass
 class Handle:
-    layout: TokenLayout
+    layout: TokenLayout | None
     cuts: tuple[Cut, ...]
     method: str = "fastv"
 
@@ -187,8 +187,10 @@ def test_wrong_lengths_are_named(changes: dict[str, object], message: str) -> No
         viz.show(Image.new("RGB", (9, 9)), [Tile(1, 3, 3)], **arguments)  # type: ignore[arg-type]
 
 
-def test_unknown_span_or_grid_is_named() -> None:
+def test_missing_prefill_span_or_grid_is_named() -> None:
     span = Span(0, "image", 0, ((0, 9),))
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        viz.handle_figure(Handle(None, ()), Image.new("RGB", (9, 9)))
     with pytest.raises(ConfigError, match="no span 3"):
         viz.handle_figure(handle_for(span, [0]), Image.new("RGB", (9, 9)), span=3)
     with pytest.raises(ConfigError, match="grid of span 0 is not known"):

@@ -41,6 +41,7 @@ NOTE = (
     "tokens: visual tokens of a picture at the end, /layer: mean over the decoder layers; accuracy: first word of the "
     "answer, ± standard error; ms: median prefill of a batch, encoder included; GFLOPs: language model, one prompt"
 )
+ACROSS = 6
 HEAD = ("method", "cut", "tokens", "/layer", "accuracy %", "to dense", "ms", "GFLOPs")
 
 
@@ -130,8 +131,8 @@ def main(
     console.print(_table(comparison))
     if out is not None:
         _save(comparison, Path(out))
-        _draw(contenders, processor, _examples(dense, items, pictures), Path(out) / "compare.png")
-        written = sorted(path.name for path in Path(out).glob("compare.*"))
+        _draw(contenders, processor, _examples(dense, items, pictures), Path(out))
+        written = sorted(path.name for path in Path(out).glob("compare*"))
         console.print(f"in {out}: {', '.join(written)}")
     return comparison
 
@@ -154,7 +155,7 @@ def _cells(entry: Entry) -> list[str]:
 
 def _table(comparison: Comparison) -> Table:
     title = f"{comparison.questions} held-out questions, prefill in batches of {comparison.batch}"
-    table = Table(title=title, caption=NOTE, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, caption=NOTE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, name in enumerate(HEAD):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     last = 0.0
@@ -178,16 +179,23 @@ def _examples(dense: Contender, items: list[Item], count: int) -> list[Item]:
     return (known or items)[:count]
 
 
-def _draw(contenders: list[Contender], processor: Any, items: list[Item], path: Path) -> None:
-    """Draw what each method keeps at the middle ratio, a row for each item, with the answer under each picture."""
+def _draw(contenders: list[Contender], processor: Any, items: list[Item], out: Path) -> None:
+    """Draw what each method keeps at the middle ratio, ACROSS methods to a file: compare.png, compare-2.png."""
     ratios = sorted({c.ratio for c in contenders if c.handle is not None})
     if not ratios or not items:
         return
-    shown = [c for c in contenders if c.handle is not None and c.ratio == ratios[len(ratios) // 2]]
+    chosen = [c for c in contenders if c.handle is not None and c.ratio == ratios[len(ratios) // 2]]
+    for start in range(0, len(chosen), ACROSS):
+        name = "compare.png" if start == 0 else f"compare-{1 + start // ACROSS}.png"
+        _draw_some(contenders[0], chosen[start : start + ACROSS], processor, items, out / name)
+
+
+def _draw_some(dense: Contender, shown: list[Contender], processor: Any, items: list[Item], path: Path) -> None:
+    """A row for each item, a column for each contender, with the answer under each picture."""
     kept: list[list[list[int]]] = []
     captions = []
     for item in items:
-        said = [answers(c.model, processor, [item])[0] for c in [contenders[0], *shown]]
+        said = [answers(c.model, processor, [item])[0] for c in [dense, *shown]]
         captions.append([f"{' '.join(words.split()[:1])} {'✓' if hit(words, item) else '✗'}" for words in said])
         kept.append([viz.survivors(c.handle.layout.spans[0], c.handle.cuts[-1]) for c in shown])
     titles = [f"{c.method}\n{len(kept[0][i])} kept" for i, c in enumerate(shown)]

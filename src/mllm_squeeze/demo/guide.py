@@ -50,7 +50,7 @@ class Guide(nn.Module):
         return torch.stack(parts).sum()
 
     def look(self, batch: Packed) -> torch.Tensor:
-        """How little of the answering tokens' attention falls on the things asked about: the mean of -log of its share."""
+        """How little of the answering tokens' attention falls on the things asked about: mean of -log of the share."""
         return torch.stack([self._look(attention, batch) for attention in self.watched]).mean()
 
     def _look(self, attention: Any, batch: Packed) -> torch.Tensor:

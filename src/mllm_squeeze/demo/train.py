@@ -45,12 +45,13 @@ class Plan:
 
 @dataclass
 class Stage:
-    """One stage of learning to answer: which layers are guided and how strongly, and whether it starts with few things."""
+    """One stage of learning to answer: which layers are guided and how much, and whether it starts with few things."""
 
     stream: int
     steps: int
     rate: float
     guided: tuple[int, ...]
+    guided_until: float
     look: float
     read: float
     grow: bool
@@ -58,10 +59,12 @@ class Stage:
     minutes: float = math.inf
 
 
-ANSWERS = Stage(1, steps=3000, rate=1e-3, guided=(1,), look=0.6, read=0.6, grow=True, shares=SHARES)
+ANSWERS = Stage(1, steps=3000, rate=1e-3, guided=(1,), guided_until=0.6, look=0.6, read=0.6, grow=True, shares=SHARES)
 # The kinds that take longest get more of the questions.
-SLOW_FIRST = {"colour": 0.2, "shape": 0.12, "digit": 0.22, "place": 0.31, "count": 0.15}
-DEEPER = Stage(2, steps=3000, rate=7e-4, guided=(1, 2), look=0.2, read=0.0, grow=False, shares=SLOW_FIRST)
+SLOW_FIRST = {"colour": 0.15, "shape": 0.1, "digit": 0.2, "place": 0.25, "count": 0.3}
+DEEPER = Stage(
+    2, steps=3000, rate=7e-4, guided=(1, 2), guided_until=0.3, look=0.2, read=0.0, grow=False, shares=SLOW_FIRST
+)
 
 
 class Clock:
@@ -156,7 +159,7 @@ def deepen(model: LlavaForConditionalGeneration, at: int = 1) -> LlavaForConditi
 def train_answers(
     model: LlavaForConditionalGeneration, plan: Plan, stage: Stage, out: Path | None = None
 ) -> list[float]:
-    """Second and third stage, in place: projector and language model learn to answer; returns the loss of every step."""
+    """Later stages, in place: projector and language model learn to answer; returns the loss of every step."""
     tokens = build.tokenizer()
     parts = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
     guide = Guide(model, stage.guided).to(plan.device)
@@ -174,7 +177,7 @@ def train_answers(
             features = see(model, pictures.pixels.to(plan.device))[:, 1:]
         with torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=plan.half):
             loss, right = answer_loss(model, batch, features, tokens.eos_token_id)
-            pull = max(0.0, 1 - done / 0.6)
+            pull = max(0.0, 1 - done / stage.guided_until) if stage.guided_until else 0.0
             look = guide.look(batch) if pull else loss.new_zeros(())
             read = guide.read(batch) if pull and stage.read else loss.new_zeros(())
         total = loss + pull * (stage.look * look + stage.read * read)
@@ -218,9 +221,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     plan = Plan(**{name: getattr(options, name) for name in vars(plan)})
-    start = options.start
-    fresh = build.model(build.config(), plan.seed) if start is None else None
-    model: Any = fresh or LlavaForConditionalGeneration.from_pretrained(start)
+    if options.start is None:
+        model: Any = build.model(build.config(), plan.seed)
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(options.start)
     model.to(plan.device)
     for name in options.stages:
         if name == "tower":

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from mllm_squeeze.errors import UnsupportedInputError
 
@@ -153,6 +154,9 @@ def _cut_class(base: type) -> Any:
 
 
 _CUTTABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+# Layers that hold no token by token entries, and those that borrow the entries of another layer.
+# transformers < 5.17 has no class for the latter.
+_WITHOUT_ENTRIES = (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", LinearAttentionLayer))
 
 
 def require_cuttable(cache: Any) -> None:
@@ -167,7 +171,7 @@ def require_cuttable(cache: Any) -> None:
             "past_key_values=DynamicCache(config=model.config), or none at all."
         )
     for layer in cache.layers:
-        if not isinstance(layer, CutLayerMixin) and type(layer) not in _CUTTABLE:
+        if not isinstance(layer, CutLayerMixin) and type(layer) not in (*_CUTTABLE, *_WITHOUT_ENTRIES):
             raise UnsupportedInputError(
                 f"The cache holds a {type(layer).__name__}; layers of different length need a dynamic cache. Use "
                 "cache_implementation='dynamic' (the default of generate) instead of a static or quantised one."
@@ -198,6 +202,8 @@ def announce(cache: Any, layer: int, entries: KeptEntries) -> None:
     while len(cache.layers) <= layer:
         cache.layers.append(cache.layer_class_to_replicate())
     found = cache.layers[layer]
+    if isinstance(found, _WITHOUT_ENTRIES):
+        return
     if not isinstance(found, CutLayerMixin):
         cls: Any = _cut_class(found.__class__)
         found = cls.__new__(cls)

@@ -12,9 +12,9 @@ from mllm_squeeze.engine.encoder import EncoderMerge
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.taps import score_received, score_rows
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.families.grids import find_tiles
-from mllm_squeeze.families.road import to_llm_tokens
-from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.family.grids import find_tiles
+from mllm_squeeze.family.road import to_llm_tokens
+from mllm_squeeze.family.structure import ModelParts
 
 
 class EncodeCall:
@@ -53,9 +53,11 @@ class EncodeCall:
         """Return lengths, tiles and signals of the items that the feature method returned.
 
         Raises:
-            UnsupportedModelError: the features come in a form that is not known, or no signal was read.
+            UnsupportedModelError: a signal that the method needs was not read.
         """
-        lengths = item_lengths(output, self.parts.row.model_type)
+        lengths = item_lengths(output)
+        if lengths is None:
+            return Features(self.modality, None)
         tiles = find_tiles(self.parts, self.modality, inputs, lengths)
         signals = {name: self._carried(name, inputs, lengths) for name in self.wanted}
         survivors = None if self.merge is None else self.merge.survivors(self.modality, inputs, lengths)
@@ -77,17 +79,11 @@ class EncodeCall:
         return tuple(item.squeeze(-1) if flat else item for item in carried)
 
 
-def item_lengths(output: Any, model_type: str) -> list[int]:
-    """Return the visual tokens of each item of a feature method's output.
-
-    Raises:
-        UnsupportedModelError: the projected features are not where transformers puts them.
-    """
+def item_lengths(output: Any) -> list[int] | None:
+    """Return the tokens of each item of a feature method's output, None where the output does not tell."""
     features = getattr(output, "pooler_output", None)
     if isinstance(features, Tensor) and features.ndim == 3:
         return [features.shape[1]] * features.shape[0]
     if isinstance(features, (list, tuple)) and all(isinstance(item, Tensor) for item in features):
         return [item.numel() // item.shape[-1] for item in features]
-    raise UnsupportedModelError(
-        f"The features of '{model_type}' are a {type(features).__name__}; expected one tensor per image or video."
-    )
+    return None

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mllm_squeeze import ops
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
-from mllm_squeeze.families.road import to_llm_tokens
-from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.family.road import to_llm_tokens
+from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.reducers.base import Reducer, VisualTokens
 
 

@@ -23,11 +23,18 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
 from mllm_squeeze.engine.taps import Listener, Tap
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
-from mllm_squeeze.families.handlers.deepstack import follow_cuts, has_deepstack
-from mllm_squeeze.families.structure import ModelParts, find_attention
+from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
+from mllm_squeeze.family.structure import ModelParts, find_attention
+from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
 
 _MARK = "mllm_squeeze_features"
+# Arguments that bring a modality into a prompt.
+_INPUTS = {
+    "image": ("pixel_values", "image_pixel_values"),
+    "video": ("pixel_values_videos",),
+    "audio": ("input_features", "audio_input_features", "input_values"),
+}
 
 
 @dataclass
@@ -236,11 +243,17 @@ class Runtime:
         # Assisted decoding feeds prompt and guesses in one pass; only generate() knows where the prompt ends.
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            before, self._local.prompt = self._local.prompt, _prompt_length(args, kwargs)
+            given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+            given = {**given.pop("kwargs", {}), **given.pop("generate_kwargs", {}), **given}
+            before, self._local.prompt = self._local.prompt, _prompt_length(given)
+            if self.parts.row.own_generate:
+                self._local.frames.append(_Frame(given))
             try:
                 return original(*args, **kwargs)
             finally:
                 self._local.prompt = before
+                if self.parts.row.own_generate:
+                    self._local.frames.pop()
 
         self._override(self.parts.model, "generate", generate)
 
@@ -261,11 +274,11 @@ class Runtime:
                 output = original(*args, **kwargs)
             finally:
                 self._local.encode = None
-            if not hasattr(output, "pooler_output"):
+            if isinstance(output, tuple):
                 return output
             found = call.features(inputs, output)
             setattr(output, _MARK, found)
-            if self._local.frames:
+            if self._local.frames and not self.parts.row.by_runs:
                 self._local.frames[-1].features[modality] = found
             return output
 
@@ -300,7 +313,8 @@ class Runtime:
                     f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "
                     "in chunks. Encode them after squeeze.apply, and leave prefill_chunk_size unset."
                 )
-            frame.features[modality] = found
+            if not self.parts.row.by_runs:
+                frame.features[modality] = found
 
     def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._local.frames.pop()
@@ -315,30 +329,48 @@ class Runtime:
             return
         past_key_values = kwargs.get("past_key_values")
         frame = self._local.frames[-1] if self._local.frames else None
-        features = frame.features if frame is not None and self.enabled else {}
+        past = _seen(past_key_values)
+        # Where generate() itself is the frame, its later passes are decode steps.
+        features = self._features(frame) if not (self.parts.row.own_generate and past) else {}
         if not features and not _has_cut(past_key_values):
-            if self.enabled and states.shape[1] > 1 and not _seen(past_key_values):
+            if self.enabled and states.shape[1] > 1 and not past:
                 _warn_no_image()
             return
-        past = _seen(past_key_values)
         layout = None
         if features and frame is not None:
             _refuse_packed(kwargs)
-            layout = self._layout(frame, features, states.shape[1], past)
+            layout = self._layout(frame, features, states, past)
         session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
         if layout is not None:
             session.prepare(states.device)
         self._local.sessions[-1] = session
 
-    def _layout(self, frame: _Frame, features: Mapping[str, Features], width: int, past: int) -> Any:
+    def _features(self, frame: _Frame | None) -> dict[str, Features]:
+        """Return what was encoded for this pass; modalities that are encoded without a method are told by their inputs."""
+        if frame is None or not self.enabled:
+            return {}
+        found = dict(frame.features)
+        encoded = frame.inputs.get("mm_encoder_outputs") or {}
+        for modality, names in _INPUTS.items():
+            given = any(frame.inputs.get(name) is not None for name in names) or encoded.get(modality) is not None
+            if modality in self.parts.ids and modality not in found and given:
+                found[modality] = Features(modality, None)
+        return found
+
+    def _layout(self, frame: _Frame, features: Mapping[str, Features], states: Tensor, past: int) -> TokenLayout:
+        width = states.shape[1]
         ids = frame.inputs.get("input_ids")
         if ids is None:
             ids = self._ids_from_embeddings(frame.inputs["inputs_embeds"])
         mask = frame.inputs.get("attention_mask")
         real = mask[:, -width:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         ids = ids[:, -width:]
+        # A generate() of its own expands its rows for beams behind our back.
+        ids = ids.repeat_interleave(states.shape[0] // ids.shape[0], dim=0)
+        real = None if real is None else real.repeat_interleave(ids.shape[0] // real.shape[0], dim=0)
         drafts = 0 if self._local.prompt is None else max(past + width - self._local.prompt, 0)
-        return find_layout(ids, real, features, self.parts.ids, self.parts.row.group_adjacent, drafts)
+        types = frame.inputs.get("mm_token_type_ids")
+        return find_layout(ids, real, features, self.parts.ids, self.parts.row.grouped, types, drafts)
 
     def _ids_from_embeddings(self, embeddings: Tensor) -> Tensor:
         """Return ids that tell placeholders from text, by their embedding, as the library itself does."""
@@ -370,8 +402,9 @@ class Runtime:
             decoding.listen(session, find_attention(module), self._decode, kwargs.get("past_key_values"))
         new = session.shorten(number, hidden, kwargs)
         session.lengths[number] = hidden.shape[1]
+        session.held[number] = kv.held_entries(kwargs.get("past_key_values"), number)
         if args:
-            return (hidden, *args[1:]), new
+            return (hidden, *(session.per_token(given) for given in args[1:])), new
         return args, {**new, "hidden_states": hidden}
 
     def _cut(self, session: Session, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -401,8 +434,8 @@ class Runtime:
         return session.restore(output)
 
 
-def _prompt_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    candidates = [args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+def _prompt_length(given: Mapping[str, Any]) -> int | None:
+    candidates = [given.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
     return next((int(given.shape[1]) for given in candidates if isinstance(given, Tensor) and given.ndim >= 2), None)
 
 

@@ -35,7 +35,7 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_rope(tables: Any, index: Tensor, width: int) -> Any:
-    """Take rows of rotary tables: (cos, sin) of shape (B or 1, T, D), a complex tensor, or a dict of them."""
+    """Take rows of rotary tables: (cos, sin) of shape (B or 1, T, D), three of them stacked, a complex tensor, or a dict."""
     if tables is None:
         return None
     if isinstance(tables, dict):
@@ -44,6 +44,8 @@ def gather_rope(tables: Any, index: Tensor, width: int) -> Any:
         return type(tables)(gather_rope(table, index, width) for table in tables)
     if tables.shape[-2] != width:
         return tables
+    if tables.ndim == 4:
+        return torch.stack([gather_rows(axis, index) for axis in tables])
     return gather_rows(tables, index)
 
 
@@ -64,6 +66,17 @@ def shorten_mask(mask: Any, rows: Rows, implementation: str) -> Tensor | None:
             "with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
         )
     return _shorten_2d(mask, rows) if mask.ndim == 2 else _shorten_4d(mask, rows)
+
+
+def shorten_padding(mask: Any, rows: Rows) -> Tensor | None:
+    """Return the padding mask (B, M) of a layer that mixes tokens without attention, None where all tokens are real."""
+    if mask is None:
+        return rows.query_valid
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise UnsupportedInputError(
+            f"A layer without attention got a mask of type {type(mask).__name__}; expected 2-D."
+        )
+    return _shorten_2d(mask, rows)
 
 
 def is_flash(implementation: str) -> bool:
@@ -93,7 +106,10 @@ def _shorten_4d(mask: Tensor, rows: Rows) -> Tensor:
     columns, inside = _columns(rows, mask.shape[-1])
     if columns.device != mask.device:
         columns, inside = columns.to(mask.device), inside.to(mask.device)
-    queries = rows.queries.to(mask.device) if mask.shape[-2] == rows.width else torch.zeros_like(rows.queries)
+    queries = rows.queries.to(mask.device)
+    if mask.shape[-2] != rows.width:
+        # One row for all queries, or rows that the model took already.
+        queries = torch.arange(mask.shape[-2], device=mask.device).expand(batch, -1)
     mask = mask.expand(batch, -1, -1, -1)
     pick = torch.arange(batch, device=mask.device)[:, None, None]
     short = mask[pick, :, queries[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -15,10 +15,10 @@ from torch.nn import functional
 from mllm_squeeze import ops
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.sequence import Rows, gather_rope, gather_rows, is_flash, shorten_mask
+from mllm_squeeze.engine.sequence import Rows, gather_rope, gather_rows, is_flash, shorten_mask, shorten_padding
 from mllm_squeeze.engine.spans import Features, SpanTable, first_table
 from mllm_squeeze.errors import UnsupportedInputError
-from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Reduction
 
@@ -94,7 +94,9 @@ class Session:
         self.width, self.past = width, past
         self.cuts: list[Cut] = []
         self.traces: list[StageTrace] = []
+        # Sequence length of each layer in this pass, and the entries it held before.
         self.lengths: dict[int, int] = {}
+        self.held: dict[int, int] = {}
         # What taps of this pass should read, by attention module, and what they read, by cut.
         self.listeners: dict[nn.Module, Any] = {}
         self.read: dict[tuple[int, str], Tensor] = {}
@@ -214,7 +216,9 @@ class Session:
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Return the full-length output of the last layer; unchanged where nothing was cut."""
-        return hidden if self.index is None else self._restored(hidden)
+        if self.index is None or hidden.shape[1] != self.index.shape[1]:
+            return hidden
+        return self._restored(hidden)
 
     def forget(self) -> None:
         """Let go of what only the pass needed, so that a session kept for its report holds no activations."""
@@ -227,14 +231,29 @@ class Session:
 
     # What a layer is given
 
-    def rows_of(self, layer: int, past_key_values: Any) -> tuple[Rows, kv.KeptEntries | None]:
-        """Return the queries and keys that a layer sees in this pass."""
-        entries = kv.kept_entries(past_key_values, layer)
-        held = kv.held_entries(past_key_values, layer)
-        key = ("rows", id(entries), held)
-        if key not in self._memo:
-            self._memo[key] = (self._rows(entries, held), entries)
-        return self._memo[key]
+    def rows_of(self, layer: int, past_key_values: Any, width: int) -> tuple[Rows, kv.KeptEntries | None]:
+        """Return the queries and keys that a layer sees in this pass; width: tokens it runs on."""
+        source = self.parts.kv_sources.get(layer)
+        entries = kv.kept_entries(past_key_values, layer if source is None else source)
+        held = kv.held_entries(past_key_values, layer if source is None else source)
+        if source is not None:
+            return self._borrowed(entries, held, width), entries
+        if not self.parts.has_entries(layer):
+            held = 0
+        rows: Rows = self._once(("rows", id(entries), held), lambda: self._rows(entries, held))
+        return rows, entries
+
+    def _borrowed(self, entries: kv.KeptEntries | None, held: int, width: int) -> Rows:
+        """Return the rows of a layer that borrows keys and values, which hold the tokens of this pass already."""
+        index = self._index_now(entries)
+        if entries is None or not held:
+            keys, key_valid = index + self.past, self.valid
+        else:
+            keys, key_valid = entries.extended(held)
+        # Where only the last logits are wanted, such layers run on the last tokens only.
+        index = index[:, index.shape[1] - width :]
+        query_valid = None if self.valid is None else self.valid[:, self.valid.shape[1] - width :]
+        return Rows(index, keys.to(index.device), query_valid, key_valid, self.past, self.width)
 
     def close(self, closed: Tensor) -> None:
         """Take held entries (bool (B, P')) out of the sight of the layers to come."""
@@ -273,7 +292,8 @@ class Session:
     def shorten(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of a layer that sees only survivors, and announce them to its KV layer."""
         past_key_values = kwargs.get("past_key_values")
-        entries = kv.kept_entries(past_key_values, layer)
+        source = self.parts.kv_sources.get(layer)
+        entries = kv.kept_entries(past_key_values, layer if source is None else source)
         if self.index is None and entries is None:
             return kwargs
         new = self.given(layer, hidden, kwargs)
@@ -282,14 +302,21 @@ class Session:
         if plain and mask is None:
             # Decode on an even cut: no mask to fix.
             return new
-        rows, entries = self.rows_of(layer, past_key_values)
-        new["attention_mask"] = self._once(
-            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self.implementation)
-        )
-        if self.index is not None and past_key_values is not None:
+        rows, entries = self.rows_of(layer, past_key_values, hidden.shape[1])
+        new["attention_mask"] = self._mask(layer, mask, rows)
+        if self.index is not None and past_key_values is not None and source is None:
             announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
             kv.announce(past_key_values, layer, announced)
         return new
+
+    def _mask(self, layer: int, mask: Any, rows: Rows) -> Tensor | None:
+        if not self.parts.has_entries(layer):
+            # Layers without entries read which tokens are real, not who may see whom.
+            return self._once(("real", id(mask), id(rows)), lambda: shorten_padding(mask, rows))
+        found: Tensor | None = self._once(
+            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self.implementation)
+        )
+        return found
 
     def given(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a layer with rotary tables and positions of the survivors; the mask is left."""
@@ -303,6 +330,13 @@ class Session:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+    def per_token(self, given: Any) -> Any:
+        """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
+        index = self.index
+        if index is None or not isinstance(given, Tensor) or given.ndim != 3 or given.shape[1] != self.width:
+            return given
+        return gather_rows(given, index)
 
     def _gathered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take the survivors' rows of rotary tables and positions."""

@@ -12,7 +12,7 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.engine.taps import score_rows
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.families.structure import find_attention, find_pre_norm
+from mllm_squeeze.family.structure import find_attention, find_pre_norm
 from mllm_squeeze.reducers.base import Need, TextTokens
 
 _ENCODER = ("saliency", "encoder_keys")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ from mllm_squeeze.layout import Span, Tile, TokenLayout
 
 @dataclass(frozen=True)
 class Features:
-    """What the encoder gave for one modality: visual tokens and tiles per item, and signals per token of each item."""
+    """What the encoder gave for one modality: visual tokens and tiles per item, and signals per token of each item.
+
+    lengths: None where the encoder does not tell; then each unbroken run of placeholders is an item.
+    """
 
     modality: str
-    lengths: tuple[int, ...]
-    tiles: tuple[tuple[Tile, ...], ...]
+    lengths: tuple[int, ...] | None
+    tiles: tuple[tuple[Tile, ...], ...] = ()
     signals: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     # Survivors of a reduction inside the encoder, bool (length,) per item; the cut happens before layer 0.
     survivors: tuple[Tensor, ...] | None = None
@@ -29,14 +32,15 @@ def find_layout(
     real: Tensor | None,
     features: Mapping[str, Features],
     token_ids: Mapping[str, int],
-    grouped: bool,
+    grouped: Sequence[str],
+    types: Tensor | None = None,
     drafts: int = 0,
 ) -> TokenLayout:
     """Return where the spans of a batch are.
 
     ids: int64 (B, T). real: bool (B, T) or None. features: per modality. token_ids: placeholder id per modality.
-    grouped: neighbouring items are tiles of one picture. drafts: trailing tokens that are no prompt. One
-    device-to-host copy.
+    grouped: modalities whose neighbouring items are tiles of one picture. types: int (B, T), 1 image and 2 video, which
+    tells modalities with one id apart. drafts: trailing tokens that are no prompt. One device-to-host copy.
 
     Raises:
         UnsupportedInputError: placeholders and features do not match, as in a prefill that is split into chunks.
@@ -44,18 +48,29 @@ def find_layout(
     ids = ids.cpu()
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.cpu().bool()
     spans: list[Span] = []
-    by_id: dict[int, list[str]] = {}
-    for modality in features:
-        by_id.setdefault(token_ids[modality], []).append(modality)
-    for token, modalities in by_id.items():
-        # Families that give videos the image id encode both as images, so one modality owns the id.
-        spans += _spans_of(ids == token, features[modalities[0]], grouped)
+    for modality, found in features.items():
+        placeholder = ids == token_ids[modality]
+        twins = [other for other in features if other != modality and token_ids[other] == token_ids[modality]]
+        if twins:
+            placeholder &= _of_type(types, modality, ids)
+        spans += _spans_of(placeholder, found, modality in grouped)
     spans.sort(key=lambda span: (span.sample, span.start))
     return TokenLayout(ids.shape[0], ids.shape[1], tuple(spans), real, drafts)
 
 
+def _of_type(types: Tensor | None, modality: str, ids: Tensor) -> Tensor:
+    if types is None:
+        raise UnsupportedInputError(
+            "Images and videos of this family share one placeholder id. Pass mm_token_type_ids, as the processor gives "
+            "them, or prompt with one modality at a time."
+        )
+    return types.cpu()[:, -ids.shape[1] :] == (2 if modality == "video" else 1)
+
+
 def _spans_of(placeholder: Tensor, features: Features, grouped: bool) -> list[Span]:
     places = placeholder.nonzero().tolist()
+    if features.lengths is None:
+        return _spans_by_runs(placeholder, features.modality)
     lengths = list(features.lengths)
     repeats, rest = divmod(len(places), max(sum(lengths), 1))
     if not lengths or rest or repeats < 1:
@@ -77,6 +92,14 @@ def _spans_of(placeholder: Tensor, features: Features, grouped: bool) -> list[Sp
         runs = _runs([column for _, column in columns])
         spans.append(Span(samples.pop(), features.modality, item, runs, features.tiles[item]))
     return _merge_adjacent(spans) if grouped else spans
+
+
+def _spans_by_runs(placeholder: Tensor, modality: str) -> list[Span]:
+    spans: list[Span] = []
+    for sample, row in enumerate(placeholder):
+        columns = row.nonzero().flatten().tolist()
+        spans += [Span(sample, modality, len(spans) + n, (run,)) for n, run in enumerate(_runs(columns))]
+    return spans
 
 
 def _expanded(places: Sequence[Sequence[int]], lengths: list[int], repeats: int) -> list[int]:
@@ -115,12 +138,21 @@ def _merge_adjacent(spans: list[Span]) -> list[Span]:
         last = merged[-1] if merged else None
         if last is not None and last.sample == span.sample and sum(last.runs[-1]) == span.start:
             runs = (*last.runs[:-1], (last.runs[-1][0], last.runs[-1][1] + span.length))
-            merged[-1] = Span(
-                last.sample, last.modality, last.item, runs, last.tiles + span.tiles, last.items + span.items
-            )
+            tiles = _frames(last, span) if span.modality == "video" else last.tiles + span.tiles
+            merged[-1] = Span(last.sample, last.modality, last.item, runs, tiles, last.items + span.items)
         else:
             merged.append(span)
     return merged
+
+
+def _frames(last: Span, span: Span) -> tuple[Tile, ...]:
+    """Join frames of equal geometry into one tile."""
+    if len(last.tiles) != 1 or len(span.tiles) != 1:
+        return last.tiles + span.tiles
+    one, other = last.tiles[0], span.tiles[0]
+    if replace(one, frames=other.frames) != other:
+        return last.tiles + span.tiles
+    return (replace(one, frames=one.frames + other.frames),)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ def stride_mask(mask: Tensor, k: Tensor) -> Tensor:
     # The smallest i with i * n / k >= place is the only one that can land on it, because the step is at least 1.
     i = (place * k + n - 1).div(n.clamp(min=1), rounding_mode="floor")
     landed = (i * n).div(k, rounding_mode="floor") == place
-    return mask & ((landed & (i < k)) | (k >= n))
+    return mask & (landed | (k >= n))
 
 
 @functools.lru_cache(maxsize=256)

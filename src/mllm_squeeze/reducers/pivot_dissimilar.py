@@ -36,11 +36,10 @@ def pivots_and_dissimilar(visual: Side, text: Side, total: Tensor, pivots: int, 
     there = [*real.unbind(1), *spoken.unbind(1)]
     rest = total - kept.sum(1)
     sharing = (real.sum(1) + spoken.sum(1)).clamp(min=1)
-    turn = rest * 0
-    for similar, exists in zip(likeness, there, strict=True):
+    # Where visual pivots are missing there is nothing to share, so the number of a pivot is its turn.
+    for turn, (similar, exists) in enumerate(zip(likeness, there, strict=True)):
         quota = (rest.div(sharing, rounding_mode="floor") + (turn < rest % sharing)) * exists
         kept = kept | ops.top_k_mask(-similar, mask & ~kept, quota)
-        turn = turn + exists
     return kept
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
-from mllm_squeeze.families.table import TABLE, FamilyRow
+from mllm_squeeze.family.table import TABLE, FamilyRow
 
 _TOWERS = ("visual", "vision_tower", "vision_model", "image_tower", "video_tower", "audio_tower", "encoder")
 _BLOCKS = (
@@ -23,6 +23,7 @@ _BLOCKS = (
 )
 _PROJECTORS = ("multi_modal_projector", "visual.merger", "merger", "projector", "connector", "mlp1")
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1")
 
@@ -78,7 +79,7 @@ class ModelParts:
     @property
     def lead(self) -> int:
         """Special tokens in front of the patches inside the tower: 1 with a CLS token, else 0."""
-        return 1 if self.row.cls == "first" and self._tower_has_cls else 0
+        return 1 if self.row.cls and self._tower_has_cls else 0
 
     @property
     def _tower_has_cls(self) -> bool:
@@ -100,13 +101,34 @@ class ModelParts:
         return self.feature_block if self.lead else max(len(self.blocks) - 2, 0)
 
     @property
+    def feature_layers(self) -> int | list[int]:
+        """Which hidden states of the encoder the LLM gets: an index into them, or several whose features are joined."""
+        found: Any = getattr(self.config, "vision_feature_layer", None)
+        return getattr(self.config, "vision_feature_layers", -1) if found is None else found
+
+    @property
     def feature_block(self) -> int | None:
         """Number of the encoder block whose output the LLM gets, None without blocks."""
         if self.blocks is None:
             return None
-        layer = getattr(self.config, "vision_feature_layer", -1)
-        layer = layer if isinstance(layer, int) else layer[-1]
+        layer = self.feature_layers
+        layer = layer if isinstance(layer, int) else layer[0]
         return len(self.blocks) + layer if layer < 0 else layer - 1
+
+    @cached_property
+    def kv_sources(self) -> dict[int, int]:
+        """For each layer that borrows keys and values, the layer it borrows them from: the last own one of its type."""
+        config: Any = self.text_config
+        shared = getattr(config, "num_kv_shared_layers", None) or 0
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers)
+        own = len(self.layers) - shared
+        last = {kind: number for number, kind in enumerate(kinds[:own])}
+        return {number: last[kinds[number]] for number in range(own, len(self.layers)) if kinds[number] in last}
+
+    def has_entries(self, layer: int) -> bool:
+        """True where a layer keeps token by token, False for linear attention and convolutions."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        return kinds is None or kinds[layer] not in _RECURRENT
 
     def path(self, module: nn.Module | None) -> str | None:
         """Return the dotted name of a part, None where it is not there."""
@@ -141,12 +163,7 @@ def find_parts(model: nn.Module) -> ModelParts:
             f"Got a {type(model).__name__} without a HuggingFace config. Pass a model loaded with transformers, for "
             "example AutoModelForImageTextToText.from_pretrained(...)."
         )
-    row = TABLE.get(model_type)
-    if row is None:
-        raise UnsupportedModelError(
-            f"The family '{model_type}' ({type(inner).__name__}) is not in the table of multimodal families. "
-            f"{did_you_mean(model_type, TABLE)} A text-only model has no visual tokens to squeeze."
-        )
+    row = _row_of(inner, model_type)
     base = getattr(inner, "base_model", inner)
     decoder, layers = _find_decoder(inner)
     tower = _first(base, _TOWERS)
@@ -165,9 +182,24 @@ def find_parts(model: nn.Module) -> ModelParts:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
+    """Look through a PEFT wrapper, and take the thinker of an omni model, which holds all that the prompt goes through."""
     get_base: Any = getattr(model, "get_base_model", None)
     found: nn.Module = get_base() if callable(get_base) else model
-    return found
+    thinker = getattr(found, "thinker", None)
+    return thinker if isinstance(thinker, nn.Module) else found
+
+
+def _row_of(model: nn.Module, model_type: str) -> FamilyRow:
+    """Return the row of a family; one with several towers has a row per tower."""
+    config: Any = model.config
+    vision = getattr(getattr(config, "vision_config", None), "model_type", None)
+    row = TABLE.get(f"{model_type}+{vision}") or TABLE.get(model_type)
+    if row is not None:
+        return row
+    raise UnsupportedModelError(
+        f"The family '{model_type}' ({type(model).__name__}) is not in the table of multimodal families. "
+        f"{did_you_mean(model_type, TABLE)} A text-only model has no visual tokens to squeeze."
+    )
 
 
 def _first(root: nn.Module | None, paths: tuple[str, ...]) -> Any:
@@ -181,7 +213,8 @@ def _first(root: nn.Module | None, paths: tuple[str, ...]) -> Any:
 
 
 def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
     seen: set[int] = set()
     while isinstance(decoder, nn.Module) and id(decoder) not in seen:
         seen.add(id(decoder))
@@ -195,9 +228,20 @@ def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
+def _at_path(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
 def _placeholder_ids(config: Any, row: FamilyRow) -> dict[str, int]:
-    ids = {}
+    ids = {modality: int(_at_path(config, path)) for modality, path in row.id_paths}
     for modality in row.modalities:
+        if modality in ids:
+            continue
+        if modality == "video" and row.shared_id:
+            ids[modality] = ids["image"]
+            continue
         for name in (f"{modality}_token_id", f"{modality}_token_index"):
             value = getattr(config, name, None)
             if isinstance(value, int):

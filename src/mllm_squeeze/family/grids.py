@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mllm_squeeze.families.road import pack_anyres, tiles_per_image
-from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.family.road import pack_anyres, tiles_per_image
+from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Tile
 
 
@@ -24,14 +24,18 @@ def find_tiles(
     rule = parts.row.grid
     if rule == "thw":
         tiles = _thw(parts, inputs.get(f"{modality}_grid_thw"))
-    elif modality == "video":
+    elif modality == "video" and rule == "anyres":
         tiles = _frames(inputs["pixel_values_videos"].shape[1], lengths)
+    elif rule == "rows":
+        tiles = _rows(parts, inputs.get("image_sizes"))
     elif rule == "anyres":
         tiles = _anyres(parts, inputs)
     elif rule == "square":
         tiles = list(map(_square, lengths))
     else:
         tiles = [() for _ in lengths]
+    if len(tiles) != len(lengths):
+        return [() for _ in lengths]
     return [
         found if sum(tile.length for tile in found) == length else ()
         for found, length in zip(tiles, lengths, strict=True)
@@ -50,8 +54,15 @@ def _square(length: int) -> tuple[Tile, ...]:
 def _thw(parts: ModelParts, grids: torch.Tensor | None) -> list[tuple[Tile, ...]]:
     if grids is None:
         return []
-    merge = parts.config.vision_config.spatial_merge_size
+    merge = getattr(parts.config.vision_config, "spatial_merge_size", 1)
     return [(Tile(int(t), int(h) // merge, int(w) // merge),) for t, h, w in grids.tolist()]
+
+
+def _rows(parts: ModelParts, sizes: torch.Tensor | None) -> list[tuple[Tile, ...]]:
+    if sizes is None:
+        return []
+    cell = parts.config.vision_config.patch_size * getattr(parts.config, "spatial_merge_size", 1)
+    return [(Tile(1, int(height) // cell, int(width) // cell),) for height, width in sizes.tolist()]
 
 
 def _frames(frames: int, lengths: Sequence[int]) -> list[tuple[Tile, ...]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.families.structure import ModelParts
+from mllm_squeeze.family.structure import ModelParts
 
 
 def to_llm_tokens(
@@ -36,12 +36,14 @@ def to_llm_tokens(
     road = parts.row.road
     if road == "block_merge":
         items = _block_merge(parts, modality, inputs, lengths, values)
-    elif modality == "video":
+    elif road == "packed_rows":
+        items = _packed_rows(parts, inputs, values)
+    elif road == "anyres" and modality == "video":
         items = _pool_frames(parts, inputs, values, fill)
     elif road == "anyres":
         items = pack_anyres(parts, values, inputs, fill)
-    elif road == "pixel_shuffle":
-        items = _pixel_shuffle(parts, values)
+    elif road == "pool":
+        items = _pool(values, lengths)
     elif road == "identity":
         items = list(values)
     else:
@@ -129,11 +131,23 @@ def _window_order(parts: ModelParts, grids: Tensor) -> Tensor | None:
     return torch.as_tensor(index)
 
 
-def _pixel_shuffle(parts: ModelParts, values: Tensor) -> list[Tensor]:
-    base: Any = parts.base
+def _pool(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Mean over the square of tower tokens behind each LLM token: pixel shuffles and pools that keep the raster order."""
     tiles, count, channels = values.shape
-    side = round(count**0.5)
-    shuffled = base.pixel_shuffle(
-        values.reshape(tiles, side, side, channels), scale_factor=parts.config.downsample_ratio
-    )
-    return list(shuffled.reshape(tiles, -1, shuffled.shape[-1] // channels, channels).mean(2))
+    side, per_tile = math.isqrt(count), sum(lengths) // tiles
+    window = side // max(math.isqrt(per_tile), 1)
+    grid = values.reshape(tiles, side, side, channels).permute(0, 3, 1, 2)
+    pooled = functional.avg_pool2d(grid, window, window).flatten(2).transpose(1, 2).reshape(-1, channels)
+    return list(torch.split(pooled, list(lengths))) if len(pooled) == sum(lengths) else []
+
+
+def _packed_rows(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor) -> list[Tensor]:
+    """Split a packed row into images, and take the mean over the square that a patch merger joins."""
+    patch = parts.config.vision_config.patch_size
+    merge = getattr(parts.config, "spatial_merge_size", 1)
+    items, start = [], 0
+    for height, width in (torch.as_tensor(inputs["image_sizes"]) // patch).tolist():
+        grid = values[start : start + height * width].reshape(1, height, width, -1).permute(0, 3, 1, 2)
+        items.append(functional.avg_pool2d(grid, merge, merge).flatten(2)[0].transpose(0, 1))
+        start += height * width
+    return items

@@ -1,0 +1,111 @@
+"""One short row per HuggingFace `model_type`: only what looking at the model cannot tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Road = Literal["identity", "anyres", "block_merge", "pool", "packed_rows", "none"]
+Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """What a family does between its pixels and its text model.
+
+    model_type: `config.model_type`. modalities: what it takes. grid: rule that gives the rectangle of each span. road:
+    how tower tokens become LLM tokens, so that a tower score can travel the same way ("none": it cannot). tower:
+    "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may put a CLS token first. grouped: modalities whose
+    feature items, where no text stands between them, are tiles of one picture or frames of one video. per_token: the
+    projector maps one tower token to one LLM token. saliency: config name of the list of full-attention tower blocks, ""
+    for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config path of the
+    placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through the inner
+    model. by_runs: the feature method does not tell what is an item; each run of placeholders is one. note: what a user
+    should know.
+    """
+
+    model_type: str
+    modalities: tuple[str, ...] = ("image",)
+    grid: Grid = "square"
+    road: Road = "none"
+    tower: Literal["batched", "packed"] = "batched"
+    cls: bool = False
+    grouped: tuple[str, ...] = ()
+    per_token: bool = False
+    saliency: str = ""
+    shared_id: bool = False
+    id_paths: tuple[tuple[str, str], ...] = ()
+    own_generate: bool = False
+    by_runs: bool = False
+    note: str = ""
+
+
+_BOTH = ("image", "video")
+_OMNI = ("image", "video", "audio")
+_QWEN = FamilyRow("qwen2_vl", _BOTH, grid="thw", road="block_merge", tower="packed")
+_WINDOWED = replace(_QWEN, saliency="fullatt_block_indexes")
+_GLM = replace(_QWEN, shared_id=True)
+_LLAVA = FamilyRow("llava", road="identity", cls=True, per_token=True)
+_ANYRES = replace(_LLAVA, grid="anyres", road="anyres")
+_POOLED = FamilyRow("gemma3", road="pool")
+_AUDIO = FamilyRow("qwen2_audio", ("audio",), grid="unknown")
+_HYBRID_NOTE = "Layers without attention cannot be read: cut behind a full-attention layer (layer - 1 must be one)."
+_QUERIES_NOTE = "The LLM sees a few query tokens only; the encoder and Q-Former cost stays."
+
+_ROWS = (
+    _LLAVA,
+    FamilyRow("llava+pixtral", grid="rows", road="packed_rows", tower="packed", per_token=True),
+    replace(_LLAVA, model_type="vipllava"),
+    FamilyRow("video_llava", _BOTH, road="identity", cls=True, grouped=("video",)),
+    replace(_ANYRES, model_type="llava_next"),
+    replace(_ANYRES, model_type="llava_next_video", modalities=_BOTH),
+    replace(_ANYRES, model_type="llava_onevision", modalities=_BOTH, cls=False),
+    FamilyRow("granite4_vision", grid="unknown"),
+    _QWEN,
+    replace(_WINDOWED, model_type="qwen2_5_vl"),
+    replace(_QWEN, model_type="qwen3_vl"),
+    replace(_QWEN, model_type="qwen3_vl_moe"),
+    replace(_QWEN, model_type="qwen3_5", note=_HYBRID_NOTE),
+    replace(_QWEN, model_type="qwen3_5_moe", note=_HYBRID_NOTE),
+    replace(_WINDOWED, model_type="qwen2_5_omni_thinker", modalities=_OMNI),
+    replace(_QWEN, model_type="qwen3_omni_moe_thinker", modalities=_OMNI),
+    replace(_GLM, model_type="glm4v"),
+    replace(_GLM, model_type="glm4v_moe"),
+    replace(_GLM, model_type="glm46v"),
+    FamilyRow("kimi_k25", _BOTH, grid="thw", tower="packed"),
+    FamilyRow("internvl", road="pool", cls=True, grouped=("image",)),
+    _POOLED,
+    FamilyRow("gemma3n", ("image", "audio"), grid="square"),
+    FamilyRow("gemma4", _OMNI, grid="unknown"),
+    FamilyRow("paligemma", road="identity", per_token=True),
+    FamilyRow("idefics2", grid="unknown", note=_QUERIES_NOTE),
+    FamilyRow("idefics3", grid="unknown", road="pool"),
+    FamilyRow("smolvlm", grid="unknown", road="pool"),
+    FamilyRow("mistral3", grid="rows", road="packed_rows", tower="packed"),
+    replace(_POOLED, model_type="aya_vision"),
+    replace(_POOLED, model_type="cohere2_vision", grouped=("image",)),
+    FamilyRow("molmo2", _BOTH, grid="unknown", shared_id=True),
+    FamilyRow("minicpmv4_6", _BOTH, grid="unknown", note=_HYBRID_NOTE),
+    FamilyRow("minicpmv4_7", _BOTH, grid="unknown", note=_HYBRID_NOTE),
+    replace(_POOLED, model_type="ovis2"),
+    FamilyRow("deepseek_vl", road="identity", per_token=True),
+    FamilyRow(
+        "phi4_multimodal",
+        ("image", "audio"),
+        grid="unknown",
+        id_paths=(("image", "vision_config.image_token_id"), ("audio", "audio_config.audio_token_id")),
+    ),
+    FamilyRow("llama4", road="none", grouped=("image",)),
+    FamilyRow("perception_lm", _BOTH, grid="unknown", by_runs=True),
+    FamilyRow("fast_vlm"),
+    FamilyRow("video_llama_3", _BOTH, grid="thw", tower="packed"),
+    FamilyRow("lfm2_vl", grid="unknown", note=_HYBRID_NOTE),
+    FamilyRow("blip-2", grid="unknown", own_generate=True, note=_QUERIES_NOTE),
+    FamilyRow("instructblip", grid="unknown", own_generate=True, note=_QUERIES_NOTE),
+    _AUDIO,
+    replace(_AUDIO, model_type="voxtral"),
+    replace(_AUDIO, model_type="audioflamingo3"),
+    replace(_AUDIO, model_type="granite_speech"),
+)
+
+TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}

@@ -1,0 +1,136 @@
+"""Caches in other hands: made by the user, reordered, repeated, selected, filled before the picture comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import matrix
+import oracle
+import tiny
+
+METHODS = ["random", *matrix.CORE, "visionzip"]
+STEPS = 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_a_cache_of_the_user(family: str, method: str) -> None:
+    """With the model's config or without it, a DynamicCache that the user made serves as well."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    with matrix.applied(t.model, method):
+        expected = oracle.run(t.model, inputs, forced)
+        for cache in (DynamicCache(), DynamicCache(config=t.model.config)):
+            got = oracle.run(t.model, inputs, forced, cache=cache)
+            assert torch.equal(got.prefill, expected.prefill)
+            assert torch.equal(got.decode, expected.decode)
+
+
+@torch.no_grad()
+def decode(t: tiny.TinyModel, cache: Any, forced: Tensor, where: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits (B, n, V) of the forced tokens on a cache; where: position_ids of these tokens."""
+    logits = []
+    for n in range(forced.shape[1]):
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
+        at = where[..., n : n + 1]
+        token = forced[:, n : n + 1]
+        out = t.model(input_ids=token, attention_mask=mask, position_ids=at, past_key_values=cache)
+        cache = out.past_key_values
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_rows_of_a_cache(family: str, method: str, implementation: str) -> None:
+    """Prefill three prompts; reorder, repeat or select rows of the cache; each row goes on as the prompt it now is."""
+    t = tiny.load(family)
+    batch = t.batch()
+    inputs, mask = batch.inputs, batch.inputs["attention_mask"]
+    width = mask.shape[1]
+    where = oracle.positions(t.model, inputs, STEPS)[..., width:]
+    forced = oracle.forced_tokens(3, STEPS)
+    with matrix.attention(t.model, implementation), matrix.applied(t.model, method):
+        expected = oracle.run(t.model, inputs, forced).decode
+        for order, change in (
+            ([2, 0, 0], lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0]))),
+            ([0, 0, 1, 1, 2, 2], lambda cache: cache.batch_repeat_interleave(2)),
+            ([0, 2], lambda cache: cache.batch_select_indices(torch.tensor([0, 2]))),
+        ):
+            cache = oracle.run(t.model, inputs, forced[:, :0]).cache
+            change(cache)
+            got = decode(t, cache, forced[order], where[..., order, :], mask[order])
+            oracle.assert_close(got, expected[order], f"rows {order}")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_several_tokens_at_once_on_a_padded_batch(family: str, method: str, side: str, implementation: str) -> None:
+    t = tiny.load(family)
+    inputs = t.batch(side=side).inputs
+    mask, width = inputs["attention_mask"], inputs["attention_mask"].shape[1]
+    forced = oracle.forced_tokens(3, STEPS)
+    where = oracle.positions(t.model, inputs, STEPS)
+    with matrix.attention(t.model, implementation), matrix.applied(t.model, method), torch.no_grad():
+        expected = oracle.run(t.model, inputs, forced)
+        cache = oracle.run(t.model, inputs, forced[:, :0]).cache
+        mask = torch.cat([mask, mask.new_ones(3, STEPS)], -1)
+        at = where[..., width:]
+        out = t.model(input_ids=forced, attention_mask=mask, position_ids=at, past_key_values=cache)
+    oracle.assert_close(out.logits, expected.decode, "at once")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["random", "fastv", "pyramiddrop", "divprune"])
+@pytest.mark.parametrize("family", matrix.FAMILIES)
+def test_a_system_prompt_that_was_cached_before(family: str, method: str, implementation: str) -> None:
+    """Text is in the cache when the picture comes: the same answer as in one prompt, where the choice is the same."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    width = inputs["input_ids"].shape[1]
+    where = oracle.positions(t.model, inputs, STEPS)
+    early = 3
+    rest = {k: v[:, early:] if k in ("input_ids", "mm_token_type_ids") else v for k, v in inputs.items()}
+    rest.pop("attention_mask")
+    with matrix.attention(t.model, implementation):
+        with matrix.applied(t.model, method) as handle, torch.no_grad():
+            with pytest.warns(UserWarning, match="no image"):
+                out = t.model(input_ids=inputs["input_ids"][:, :early], position_ids=where[..., :early], use_cache=True)
+            out = t.model(**rest, position_ids=where[..., early:width], past_key_values=out.past_key_values)
+            repack = matrix.repacks(handle)
+            cuts = [oracle.Drop(c.layer, [torch.cat([torch.arange(early), c.kept[0] + early])]) for c in handle.cuts]
+            prefill = out.logits
+            mask = torch.ones(1, width, dtype=torch.long)
+            got = decode(t, out.past_key_values, forced, where[..., width:], mask)
+        assert cuts
+        expected = oracle.masked_logits(t.model, inputs, cuts, forced, repack=repack)
+    oracle.assert_close(prefill[:, -1], expected.prefill[:, -1], "prefill")
+    oracle.assert_close(got, expected.decode, "decode")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_cropping_takes_back_what_was_decoded(family: str, method: str) -> None:
+    """What assisted decoding does: decode, forget the last tokens, decode others."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    width = inputs["input_ids"].shape[1]
+    where = oracle.positions(t.model, inputs, STEPS)[..., width:]
+    mask = torch.ones(1, width, dtype=torch.long)
+    with matrix.applied(t.model, method):
+        expected = oracle.run(t.model, inputs, forced).decode
+        cache = oracle.run(t.model, inputs, oracle.forced_tokens(1, 3, seed=11)).cache
+        cache.crop(-3)
+        assert cache.get_seq_length() == width
+        got = decode(t, cache, forced, where, mask)
+    oracle.assert_close(got, expected, "after crop")

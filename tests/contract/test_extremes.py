@@ -1,0 +1,67 @@
+"""Budgets at the edge: one token, nearly all tokens, a span smaller than the budget beside a larger one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import matrix
+import oracle
+import tiny
+from mllm_squeeze.errors import ConfigError
+
+BUDGETS: tuple[dict[str, Any], ...] = ({"keep": 1}, {"keep": 2}, {"keep": 5}, {"ratio": 0.97}, {"ratio": 0.06})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "method", "kind", "implementation"),
+    matrix.cells(families=("llava", "llava_next", "llava_onevision", "qwen3_vl")),
+)
+def test_any_budget(family: str, method: str, kind: str, implementation: str, budget: dict[str, Any]) -> None:
+    t = tiny.load(family)
+    inputs, forced = t.inputs[kind], oracle.forced_tokens(1, 3)
+    if method == "dycoke" and budget.get("ratio") != 0.06:
+        # One frame of four stays whole, whatever is asked.
+        with pytest.raises(ConfigError, match=r"at least 8|at most 0\.75"), matrix.applied(t.model, method, **budget):
+            oracle.run(t.model, inputs, forced)
+        return
+    with matrix.applied(t.model, method, **budget) as handle:
+        with oracle.capture(t.model, range(4)) as states:
+            squeezed = oracle.run(t.model, inputs, forced)
+        cuts, repack = handle.cuts, matrix.repacks(handle)
+    visual = t.visual(inputs)[0]
+    if "keep" in budget and matrix.METHODS[method].exact:
+        assert int(visual[cuts[-1].kept[0]].sum()) == budget["keep"]
+    assert all(int(visual[c.kept[0]].sum()) >= 1 for c in cuts)
+    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
+    expected = oracle.masked_logits(t.model, inputs, cuts, forced, merged, repack)
+    if matrix.METHODS[method].decodes:
+        expected.decode = squeezed.decode[:, :0]
+    oracle.assert_steps(squeezed, expected, inputs, cuts, method)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["random", "fastv", "divprune", "visionzip", "sparsevlm", "dart"])
+@pytest.mark.parametrize("family", ["llava_next", "internvl", "qwen2_vl"])
+def test_a_span_smaller_than_the_budget(family: str, method: str) -> None:
+    """The smaller picture is kept whole, the larger one is cut to the budget."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs["two_images"], oracle.forced_tokens(1, 3)
+    with matrix.applied(t.model, method, keep=1) as handle:
+        oracle.run(t.model, inputs, forced)
+        small, large = sorted(handle.layout.spans, key=lambda span: span.length)
+    budget = small.length + 4
+    assert budget < large.length
+    with matrix.applied(t.model, method, keep=budget) as handle:
+        with oracle.capture(t.model, range(4)) as states:
+            squeezed = oracle.run(t.model, inputs, forced)
+        cuts, repack = handle.cuts, matrix.repacks(handle)
+    kept = set(cuts[-1].kept[0].tolist())
+    assert len(kept & set(small.columns)) == small.length
+    assert len(kept & set(large.columns)) == budget
+    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
+    expected = oracle.masked_logits(t.model, inputs, cuts, forced, merged, repack)
+    oracle.assert_steps(squeezed, expected, inputs, cuts, method)

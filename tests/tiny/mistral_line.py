@@ -1,0 +1,62 @@
+"""Tiny models with a Pixtral tower: images keep their own height and width, and each row of tokens ends in a break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as hf
+
+from tiny.parts import END, IMAGE, Family, Piece, build, llama_text, noise
+
+ROW_BREAK = 107
+GRIDS = ((4, 5), (3, 6), (6, 4))  # rows and columns of tokens
+
+
+def _vision(patch: int, side: int) -> dict[str, Any]:
+    base = dict(model_type="pixtral", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    return base | dict(image_size=side, patch_size=patch)
+
+
+def _text() -> dict[str, Any]:
+    return llama_text(model_type="mistral", sliding_window=None)
+
+
+def broken_rows(rows: int, columns: int) -> tuple[int, ...]:
+    """Return the ids of an image: a break behind each row, an end behind the last."""
+    return (*((*(IMAGE,) * columns, ROW_BREAK) * (rows - 1)), *(IMAGE,) * columns, END)
+
+
+def _image(n: int) -> Piece:
+    rows, columns = GRIDS[n % len(GRIDS)]
+    height, width = rows * 14, columns * 14
+    arrays = {"pixel_values": noise(n, 1, 3, height, width), "image_sizes": torch.tensor([[height, width]])}
+    return Piece(broken_rows(rows, columns), arrays)
+
+
+def _pixtral() -> Any:
+    config = hf.LlavaConfig(
+        vision_config=_vision(14, 84),
+        text_config=_text(),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return build(hf.LlavaForConditionalGeneration, config)
+
+
+def _mistral3() -> Any:
+    config = hf.Mistral3Config(
+        vision_config=_vision(7, 84),
+        text_config=_text(),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+    )
+    return build(hf.Mistral3ForConditionalGeneration, config)
+
+
+MISTRAL_LINE = {
+    "pixtral": Family(_pixtral, _image),
+    "mistral3": Family(_mistral3, _image),
+}
