@@ -19,7 +19,7 @@ from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.planner import make_plan, why_not
 from mllm_squeeze.recording import record
-from mllm_squeeze.registry import method_names
+from mllm_squeeze.registry import family_plugins, method_names
 from mllm_squeeze.report import Report
 
 # By the inner model, so that a PEFT wrapper and the model inside it share one handle. The hooks on the model keep the
@@ -121,7 +121,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
         UnsupportedModelError: the model, or a part that the method needs, is not there.
     """
     recipe = load_recipe(method, **params)
-    parts = find_parts(model)
+    parts = _find(model)
     present = _handle_of(parts.model)
     if present is not None:
         raise AlreadyAppliedError(
@@ -150,12 +150,16 @@ def remove(model: nn.Module) -> None:
     Raises:
         NotAppliedError: none is applied.
     """
-    found = _handle_of(find_parts(model).model)
+    found = _handle_of(_find(model).model)
     if found is None:
         raise NotAppliedError(
             f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."
         )
     found.remove()
+
+
+def _find(model: nn.Module) -> ModelParts:
+    return find_parts(model, {**TABLE, **family_plugins()})
 
 
 def _handle_of(inner: nn.Module) -> Handle | None:
@@ -165,7 +169,7 @@ def _handle_of(inner: nn.Module) -> Handle | None:
 
 def families() -> list[str]:
     """Return the HuggingFace model types that can be squeezed."""
-    return sorted(TABLE)
+    return sorted({**TABLE, **family_plugins()})
 
 
 def check(model: nn.Module) -> dict[str, Any]:
@@ -174,9 +178,11 @@ def check(model: nn.Module) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: the model cannot be squeezed at all.
     """
-    parts = find_parts(model)
+    parts = _find(model)
     return {
         "family": parts.row.model_type,
+        "verified": parts.row.verified,
+        "note": parts.row.note,
         "decoder": parts.path(parts.decoder),
         "layers": len(parts.layers),
         "tower": parts.path(parts.tower),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mllm_squeeze.config import Recipe, build_reducer, resolve_steps
+from mllm_squeeze.config import At, Recipe, build_reducer, resolve_steps
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
-from mllm_squeeze.reducers.base import Need, Reducer
+from mllm_squeeze.reducers.base import DecodeReducer, Need, Reducer
 
 
 def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
@@ -19,13 +19,15 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
     places = resolve_steps(recipe, len(parts.layers))
     cuts: list[PlannedCut] = []
     encoder = decode = None
+    blocks: tuple[int, ...] = ()
     for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
         reducer = build_reducer(step)
         _check_modality(recipe, reducer, parts)
         if step.at.place == "encoder":
-            _check_encoder(recipe, parts)
+            blocks = _encoder_blocks(recipe, step.at, parts)
             encoder = PlannedCut(number, recipe.method, 0, reducer)
         elif step.at.place == "cache":
+            _check_decode(recipe, step.at, parts, reducer)
             decode = PlannedCut(number, recipe.method, 0, reducer)
         else:
             planned = [
@@ -36,7 +38,7 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
                 _check_shared(recipe, cut, parts)
                 _check_needs(recipe, cut, parts)
             cuts += planned
-    return Plan(tuple(cuts), recipe.positions == "repack", encoder, decode)
+    return Plan(tuple(cuts), recipe.positions == "repack", encoder, blocks, decode)
 
 
 def why_not(recipe: Recipe, parts: ModelParts) -> str | None:
@@ -53,6 +55,33 @@ def _check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None
         raise UnsupportedModelError(
             f"'{recipe.method}' reduces {', '.join(sorted(reducer.modalities))} tokens; '{parts.row.model_type}' takes "
             f"{', '.join(parts.row.modalities)}. Use a method for those (fastv, divprune)."
+        )
+
+
+def _encoder_blocks(recipe: Recipe, at: At, parts: ModelParts) -> tuple[int, ...]:
+    """Return the blocks that an encoder step names, () for all of them; raises where one cannot be served."""
+    _check_encoder(recipe, parts)
+    if at.encoder == "all":
+        return ()
+    last = parts.feature_block or 0
+    if not isinstance(at.encoder, int) or not 1 <= at.encoder <= last:
+        raise ConfigError(
+            f"'{recipe.method}' acts in front of encoder block {at.encoder}; this encoder can be reduced in front of "
+            f"block 1 to {last}, the feature layer. Give one of those, or 'all'."
+        )
+    return (at.encoder,)
+
+
+def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -> None:
+    if not isinstance(reducer, DecodeReducer):
+        raise ConfigError(
+            f"'{recipe.method}' reduces the cache at {at}; only reducers that work step by step (decode_refresh) at "
+            "{cache: decode} are served."
+        )
+    if reducer.layer >= len(parts.layers):
+        raise ConfigError(
+            f"'{recipe.method}' looks at few visual tokens from layer {reducer.layer} on while decoding; this model "
+            f"has {len(parts.layers)} layers, so the layer must be between 1 and {len(parts.layers) - 1}."
         )
 
 
@@ -76,8 +105,8 @@ def _check_shared(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
     first = min(parts.kv_sources.values(), default=len(parts.layers))
     if cut.layer > first:
         raise ConfigError(
-            f"'{recipe.method}' cuts at layer {cut.layer}, but the last {len(parts.kv_sources)} layers of this model borrow "
-            f"keys and values from layer {first} on, so layer must be at most {first}."
+            f"'{recipe.method}' cuts at layer {cut.layer}, but the last {len(parts.kv_sources)} layers of this model "
+            f"borrow keys and values from layer {first} on, so layer must be at most {first}."
         )
 
 

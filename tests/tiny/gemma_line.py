@@ -198,8 +198,10 @@ def _gemma3n_audio(n: int) -> Piece:
 
 
 GEMMA_LINE = {
-    "gemma3": Family(_gemma3, _gemma3_image, visual_ids=(IMAGE,), derived=_image_types),
-    "gemma3_window": Family(_gemma3_window, _gemma3_image, visual_ids=(IMAGE,), derived=_image_types),
+    "gemma3": Family(_gemma3, _gemma3_image, visual_ids=(IMAGE,), derived=_image_types, types_from_start=True),
+    "gemma3_window": Family(
+        _gemma3_window, _gemma3_image, visual_ids=(IMAGE,), derived=_image_types, types_from_start=True
+    ),
     "paligemma": Family(_paligemma1, _paligemma_image, visual_ids=(IMAGE,), derived=_prefix, before=()),
     "paligemma2": Family(_paligemma2, _paligemma_image, visual_ids=(IMAGE,), derived=_prefix, before=()),
     "gemma4": Family(
@@ -209,6 +211,7 @@ GEMMA_LINE = {
         visual_ids=(IMAGE, VIDEO, AUDIO),
         token_types=True,
         audio=_gemma4_audio,
+        types_from_start=True,
     ),
     "gemma3n": Family(_gemma3n, _gemma3n_image, visual_ids=(IMAGE, AUDIO), audio=_gemma3n_audio, modules=("timm",)),
 }

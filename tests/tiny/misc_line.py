@@ -162,9 +162,13 @@ def _minicpmv4_7() -> Any:
     return _minicpm(hf.MiniCPMV4_7Config, hf.MiniCPMV4_7ForConditionalGeneration)
 
 
+# The first releases can merge patches of one size only.
+MIXED_SIZES = hasattr(hf, "MiniCPMV4_7ForConditionalGeneration")
+
+
 def _minicpm_image(n: int) -> Piece:
     """Return a picture of 4x4 tokens, or of another shape, or with two slices of 2x3 tokens behind it."""
-    shapes = ([(16, 16)], [(12, 20)], [(8, 12), (8, 12), (8, 12)])[n % 3]
+    shapes = ([(16, 16)], [(12, 20)], [(8, 12), (8, 12), (8, 12)])[n % 3 if MIXED_SIZES else 0]
     ids: tuple[int, ...] = (START, *(IMAGE,) * (shapes[0][0] * shapes[0][1] // 16), END)
     for height, width in shapes[1:]:
         ids += (SLICE_START, *(IMAGE,) * (height * width // 16), SLICE_END)
@@ -190,6 +194,7 @@ GRANITE_SIZES = ((56, 112), (112, 56), (112, 112))
 def _granite4_vision() -> Any:
     text = llama_text(attention_multiplier=0.25, embedding_multiplier=2.0)
     text["model_type"] = "granite4_vision_text"
+    queries = dict(model_type="blip_2_qformer", num_hidden_layers=1, intermediate_size=64, cross_attention_frequency=1)
     text.pop("head_dim")
     config = hf.Granite4VisionConfig(
         vision_config=siglip(56, hidden_size=64),
@@ -202,7 +207,7 @@ def _granite4_vision() -> Any:
         deepstack_layer_map=[[-2, 0]],
         spatial_vision_layer=-1,
         spatial_target_layers=[1, 2],
-        qformer_config=dict(model_type="blip_2_qformer", num_hidden_layers=1, intermediate_size=64),
+        qformer_config=queries | dict(hidden_size=64, encoder_hidden_size=64, num_attention_heads=1),
     )
     return build(hf.Granite4VisionForConditionalGeneration, config)
 
@@ -269,6 +274,7 @@ MISC_LINE = {
         _molmo2_video,
         visual_ids=(IMAGE,),
         derived=_molmo2_derived,
+        types_from_start=True,
         lacks=("image_video",),
         wants="Molmo2ForConditionalGeneration",
     ),

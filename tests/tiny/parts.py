@@ -33,7 +33,8 @@ class Family:
     per_sample: arrays with one row per sample, (1, pieces, ...), instead of one row per piece. packed: arrays joined
     along their last dim. derived: what else the model wants that follows from the ids (B, T) and the arrays. before:
     text in front of the first piece. lacks: kinds of prompt that the pieces permit but the library does not. wants:
-    class that not every transformers has. modules: packages that it needs besides.
+    class that not every transformers has. modules: packages that it needs besides. types_from_start: in a later turn
+    the model wants the token types of the whole conversation, as it reads them by position.
     """
 
     model: Callable[[], Any]
@@ -50,6 +51,7 @@ class Family:
     lacks: tuple[str, ...] = ()
     wants: str = ""
     modules: tuple[str, ...] = ()
+    types_from_start: bool = False
 
 
 def build(cls: Any, config: Any, std: float = 0.12) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tiny.parts import AFTER, PAD, VIDEO, Family, Piece
+from tiny.parts import AFTER, AUDIO, PAD, VIDEO, Family, Piece
 
 Inputs = dict[str, Tensor]
 
@@ -132,10 +132,10 @@ def collate(
 
 
 def token_types(family: Family, ids: Tensor) -> Tensor:
-    """Return 1 for image, 2 for video, 0 for text tokens."""
+    """Return 1 for image, 2 for video, 3 for sound, 0 for text tokens."""
     types = torch.zeros_like(ids)
     for visual in family.visual_ids:
-        types[ids == visual] = 2 if visual == VIDEO else 1
+        types[ids == visual] = {VIDEO: 2, AUDIO: 3}.get(visual, 1)
     return types
 
 
@@ -150,7 +150,12 @@ class Turn:
 def make_turn(family: Family, first: Inputs, answer: Tensor, parts: tuple[int | str, ...]) -> Turn:
     """Return the turn that follows `first` and its answer (1, A) with these tokens and pieces."""
     added = [sample(family, *parts, bare=True)]
-    return Turn(collate(family, added), collate(family, added, before=(first, answer)))
+    new, whole = collate(family, added), collate(family, added, before=(first, answer))
+    if "cross_attention_mask" in whole:
+        new["cross_attention_mask"] = whole["cross_attention_mask"][:, -new["input_ids"].shape[1] :]
+    if family.types_from_start:
+        new |= {k: whole[k] for k in ("token_type_ids", "mm_token_type_ids") if k in whole}
+    return Turn(new, whole)
 
 
 def make_batch(family: Family, kinds: tuple[str, ...], side: str) -> Batch:

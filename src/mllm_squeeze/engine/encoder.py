@@ -19,12 +19,11 @@ from mllm_squeeze.reducers.base import Reducer, VisualTokens
 class EncoderMerge:
     """State of one call of the encoder: which patch is part of which token by now.
 
-    last: number of the block whose output the LLM takes; merging happens in front of the blocks 1 .. last, with the
-    keys of the block before.
+    blocks: numbers of the blocks in front of which tokens are merged, with the keys of the block before.
     """
 
-    def __init__(self, parts: ModelParts, reducer: Reducer, last: int) -> None:
-        self.parts, self.reducer, self.last = parts, reducer, last
+    def __init__(self, parts: ModelParts, reducer: Reducer, blocks: Sequence[int]) -> None:
+        self.parts, self.reducer, self.blocks = parts, reducer, list(blocks)
         self._keys: Tensor | None = None
         self._sizes: Tensor | None = None
         self._source: Tensor | None = None
@@ -52,7 +51,7 @@ class EncoderMerge:
             self._start(tiles, count, hidden.device)
         assert self._source is not None
         assert self._sizes is not None
-        left = self._schedule[block - 1]
+        left = self._schedule[self.blocks.index(block)]
         if left >= count:
             return hidden
         reduction = self.reducer.reduce(self._tokens(patches, left))
@@ -70,10 +69,10 @@ class EncoderMerge:
         self._source = torch.arange(count, device=device).expand(tiles, -1)
         self._sizes = torch.ones(tiles, count, device=device)
         goal = ops.kept_count(count, self.reducer.ratio, self.reducer.keep)
-        self._schedule = schedule(count, goal, self.last, self.reducer)
+        self._schedule = schedule(count, goal, len(self.blocks), self.reducer)
         if self._schedule and self._schedule[-1] > goal:
             warnings.warn(
-                f"Each block can merge at most half of its tokens, so {self.last} blocks leave {self._schedule[-1]} of "
+                f"Each block can merge at most half of its tokens, so {len(self.blocks)} leave {self._schedule[-1]} of "
                 f"{count} patches instead of {goal}. Ask for a smaller ratio.",
                 SqueezeWarning,
                 stacklevel=2,

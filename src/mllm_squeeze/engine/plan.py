@@ -40,6 +40,8 @@ class Plan:
     repack: bool
     # A reduction inside the encoder, and one of the cache while decoding; each at most once.
     encoder: PlannedCut | None = None
+    # Encoder blocks in front of which it acts; empty for all in front of the feature layer.
+    encoder_blocks: tuple[int, ...] = ()
     decode: PlannedCut | None = None
 
     def at(self, layer: int) -> Sequence[PlannedCut]:

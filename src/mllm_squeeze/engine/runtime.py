@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mllm_squeeze.engine import cache as kv
-from mllm_squeeze.engine import cutting, decoding, signals
+from mllm_squeeze.engine import cutting, decoding, selfcheck, signals
 from mllm_squeeze.engine.encode import EncodeCall
 from mllm_squeeze.engine.encoder import EncoderMerge
 from mllm_squeeze.engine.plan import Plan, PlannedCut
@@ -24,6 +24,7 @@ from mllm_squeeze.engine.spans import Features, find_layout
 from mllm_squeeze.engine.taps import Listener, Tap
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
+from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
@@ -52,6 +53,8 @@ class _Local(threading.local):
         self.frames: list[_Frame] = []
         self.sessions: list[Session | None] = []
         self.encode: EncodeCall | None = None
+        # The session of a self-check that runs now: the text model is called inside its own pre-hook.
+        self.probe: tuple[Session | None] | None = None
         # Length of the prompt that generate() was called with, None outside of it.
         self.prompt: int | None = None
 
@@ -63,6 +66,7 @@ class Runtime:
         self.parts, self.plan = parts, plan
         self.enabled = True
         self._publish = publish
+        self._verified = parts.row.verified
         self._local = _Local()
         self._hooks: list[RemovableHandle] = []
         self._taps: list[Tap] = []
@@ -157,7 +161,7 @@ class Runtime:
         last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector
         if self.plan.encoder is None or blocks is None or projector is None or last is None:
             return
-        for number in range(last):
+        for number in (block - 1 for block in self.plan.encoder_blocks or range(1, last + 1)):
             attention = find_attention(blocks[number])
             if attention is None:
                 raise UnsupportedModelError(
@@ -296,7 +300,8 @@ class Runtime:
                 stacklevel=2,
             )
             return None
-        return EncoderMerge(self.parts, self.plan.encoder.reducer, last)
+        blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
+        return EncoderMerge(self.parts, self.plan.encoder.reducer, blocks)
 
     # The inner model
 
@@ -322,7 +327,9 @@ class Runtime:
     # The text model
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._local.sessions.append(None)
+        self._local.sessions.append(None if self._local.probe is None else self._local.probe[0])
+        if self._local.probe is not None:
+            return
         states = kwargs.get("inputs_embeds")
         states = kwargs.get("input_ids") if states is None else states
         if states is None:
@@ -340,13 +347,40 @@ class Runtime:
         if features and frame is not None:
             _refuse_packed(kwargs)
             layout = self._layout(frame, features, states, past)
+        refuse_scaled(self.parts.text_config, past + states.shape[1])
         session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
         if layout is not None:
             session.prepare(states.device)
+            self._check(module, layout, features, states.device, kwargs)
         self._local.sessions[-1] = session
 
+    def _check(
+        self,
+        decoder: nn.Module,
+        layout: TokenLayout,
+        features: Mapping[str, Features],
+        device: torch.device,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Let a family nobody has tried prove, once, that a cut of it is exact."""
+        layer = self.plan.first
+        if self._verified or layer is None:
+            return
+        plain = {**kwargs, "past_key_values": None, "use_cache": False}
+        session = selfcheck.probe_session(self.parts, layer, layout, features, device)
+        try:
+            with torch.no_grad():
+                self._local.probe = (session,)
+                short = decoder(**plain).last_hidden_state
+                self._local.probe = (None,)
+                masked = selfcheck.masked_run(self.parts, session, layer, plain)
+        finally:
+            self._local.probe = None
+        selfcheck.compare(self.parts, session, short, masked)
+        self._verified = True
+
     def _features(self, frame: _Frame | None) -> dict[str, Features]:
-        """Return what was encoded for this pass; modalities that are encoded without a method are told by their inputs."""
+        """Return what was encoded for this pass; what is encoded without a feature method is told by its inputs."""
         if frame is None or not self.enabled:
             return {}
         found = dict(frame.features)
@@ -409,11 +443,11 @@ class Runtime:
 
     def _cut(self, session: Session, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number == 0:
-            for cut in self._chooses_rows:
+            for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
-            if self.plan.encoder is not None:
-                hidden = cutting.cut_survivors(session, self.plan.encoder, hidden)
-        cuts = self.plan.at(number)
+            if session.plan.encoder is not None:
+                hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
+        cuts = session.plan.at(number)
         if cuts and kwargs.get("past_key_values") is not None:
             kv.require_cuttable(kwargs["past_key_values"])
         for cut in cuts:
@@ -421,7 +455,7 @@ class Runtime:
         return hidden
 
     def _listen(self, session: Session, number: int) -> None:
-        upcoming: list[PlannedCut] = list(self.plan.at(number + 1))
+        upcoming: list[PlannedCut] = list(session.plan.at(number + 1))
         for cut in upcoming:
             signals.listen(session, cut, self.parts.layers[number])
 

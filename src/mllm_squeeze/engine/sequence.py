@@ -35,7 +35,7 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
 
 
 def gather_rope(tables: Any, index: Tensor, width: int) -> Any:
-    """Take rows of rotary tables: (cos, sin) of shape (B or 1, T, D), three of them stacked, a complex tensor, or a dict."""
+    """Take rows of rotary tables: (B or 1, T, D) or (3, B, T, D) each, alone, as (cos, sin) or by layer type."""
     if tables is None:
         return None
     if isinstance(tables, dict):

@@ -132,7 +132,7 @@ def _window_order(parts: ModelParts, grids: Tensor) -> Tensor | None:
 
 
 def _pool(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Mean over the square of tower tokens behind each LLM token: pixel shuffles and pools that keep the raster order."""
+    """Mean over the square of tower tokens behind each LLM token: pixel shuffles and pools in raster order."""
     tiles, count, channels = values.shape
     side, per_tile = math.isqrt(count), sum(lengths) // tiles
     window = side // max(math.isqrt(per_tile), 1)

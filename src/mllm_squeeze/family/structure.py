@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
-from mllm_squeeze.family.table import TABLE, FamilyRow
+from mllm_squeeze.family.table import REFUSED, TABLE, FamilyRow
 
 _TOWERS = ("visual", "vision_tower", "vision_model", "image_tower", "video_tower", "audio_tower", "encoder")
 _BLOCKS = (
@@ -149,8 +150,8 @@ def find_pre_norm(layer: nn.Module) -> nn.Module | None:
     return _first(layer, _PRE_NORMS)
 
 
-def find_parts(model: nn.Module) -> ModelParts:
-    """Find the parts of a model.
+def find_parts(model: nn.Module, table: Mapping[str, FamilyRow] | None = None) -> ModelParts:
+    """Find the parts of a model; a family that is not in the table is taken as its structure tells, unverified.
 
     Raises:
         UnsupportedModelError: not a HuggingFace model, no visual input, an unknown family, or no decoder layers.
@@ -163,7 +164,7 @@ def find_parts(model: nn.Module) -> ModelParts:
             f"Got a {type(model).__name__} without a HuggingFace config. Pass a model loaded with transformers, for "
             "example AutoModelForImageTextToText.from_pretrained(...)."
         )
-    row = _row_of(inner, model_type)
+    row = _row_of(inner, model_type, TABLE if table is None else table)
     base = getattr(inner, "base_model", inner)
     decoder, layers = _find_decoder(inner)
     tower = _first(base, _TOWERS)
@@ -182,23 +183,30 @@ def find_parts(model: nn.Module) -> ModelParts:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Look through a PEFT wrapper, and take the thinker of an omni model, which holds all that the prompt goes through."""
+    """Look through a PEFT wrapper, and take the thinker of an omni model, which all of the prompt goes through."""
     get_base: Any = getattr(model, "get_base_model", None)
     found: nn.Module = get_base() if callable(get_base) else model
     thinker = getattr(found, "thinker", None)
     return thinker if isinstance(thinker, nn.Module) else found
 
 
-def _row_of(model: nn.Module, model_type: str) -> FamilyRow:
+def _row_of(model: nn.Module, model_type: str, table: Mapping[str, FamilyRow]) -> FamilyRow:
     """Return the row of a family; one with several towers has a row per tower."""
+    reason = REFUSED.get(model_type)
+    if reason is not None:
+        raise UnsupportedModelError(f"'{model_type}' cannot be squeezed: {reason}")
     config: Any = model.config
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
-    row = TABLE.get(f"{model_type}+{vision}") or TABLE.get(model_type)
+    row = table.get(f"{model_type}+{vision}") or table.get(model_type)
     if row is not None:
         return row
+    modalities = tuple(m for m in ("image", "video", "audio") if _token_id(config, m) is not None)
+    if modalities:
+        return FamilyRow(model_type, modalities, grid="unknown", verified=False)
     raise UnsupportedModelError(
-        f"The family '{model_type}' ({type(model).__name__}) is not in the table of multimodal families. "
-        f"{did_you_mean(model_type, TABLE)} A text-only model has no visual tokens to squeeze."
+        f"'{model_type}' ({type(model).__name__}) is no multimodal family that is known, and its config names no "
+        f"placeholder for images, videos or audio. {did_you_mean(model_type, table)} A text-only model has no visual "
+        "tokens to squeeze."
     )
 
 
@@ -228,6 +236,11 @@ def _find_decoder(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     )
 
 
+def _token_id(config: Any, modality: str) -> int | None:
+    values = (getattr(config, f"{modality}_token_{suffix}", None) for suffix in ("id", "index"))
+    return next((value for value in values if isinstance(value, int)), None)
+
+
 def _at_path(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
@@ -242,11 +255,9 @@ def _placeholder_ids(config: Any, row: FamilyRow) -> dict[str, int]:
         if modality == "video" and row.shared_id:
             ids[modality] = ids["image"]
             continue
-        for name in (f"{modality}_token_id", f"{modality}_token_index"):
-            value = getattr(config, name, None)
-            if isinstance(value, int):
-                ids[modality] = value
-                break
+        found = _token_id(config, modality)
+        if found is not None:
+            ids[modality] = found
     if not ids:
         raise UnsupportedModelError(
             f"The config of '{row.model_type}' names no placeholder id ({', '.join(row.modalities)}_token_id)."

@@ -17,11 +17,11 @@ class FamilyRow:
     how tower tokens become LLM tokens, so that a tower score can travel the same way ("none": it cannot). tower:
     "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may put a CLS token first. grouped: modalities whose
     feature items, where no text stands between them, are tiles of one picture or frames of one video. per_token: the
-    projector maps one tower token to one LLM token. saliency: config name of the list of full-attention tower blocks, ""
-    for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config path of the
+    projector maps one tower token to one LLM token. saliency: config name of the list of full-attention tower blocks,
+    "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config path of the
     placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through the inner
-    model. by_runs: the feature method does not tell what is an item; each run of placeholders is one. note: what a user
-    should know.
+    model. by_runs: the feature method does not tell what is an item; each run of placeholders is one. verified: False
+    for a family nobody has tried, which must prove itself on its first call. note: what a user should know.
     """
 
     model_type: str
@@ -37,6 +37,7 @@ class FamilyRow:
     id_paths: tuple[tuple[str, str], ...] = ()
     own_generate: bool = False
     by_runs: bool = False
+    verified: bool = True
     note: str = ""
 
 
@@ -109,3 +110,11 @@ _ROWS = (
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}
+
+# Families that are multimodal but have nothing that could be cut, and why.
+REFUSED: dict[str, str] = {
+    "mllama": (
+        "its visual tokens are no part of the LLM's sequence; the text attends to them in cross-attention layers. Use "
+        "a model that feeds the picture to its LLM (llava, qwen2_5_vl, llama4)."
+    ),
+}

@@ -1,0 +1,165 @@
+"""Who takes part: the dense model, a method of ours, its oracle, and whatever another file brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import mllm_squeeze as squeeze
+from mllm_squeeze.bench.models import IMAGE, Prompt
+from mllm_squeeze.bench.oracle import Oracle, kept_columns
+
+
+@dataclass
+class State:
+    """What a prefill leaves: logits of the last position (B, V), and the cache."""
+
+    logits: Tensor
+    cache: Any
+
+
+class Contestant:
+    """The dense model, and the base of the others.
+
+    `active` puts on what the contestant needs, outside the clock. `encode`, `prefill` and `step` are timed.
+    """
+
+    kind = "dense"
+
+    def __init__(self, model: Any, prompt: Prompt, name: str = "dense") -> None:
+        self.model, self.prompt, self.name = model, prompt, name
+        self.features: Any = None
+
+    def active(self) -> Any:
+        """Return a context inside of which the contestant runs."""
+        return nullcontext()
+
+    def encode(self) -> Any:
+        """Run the vision encoder and the projector."""
+        return self.model.model.get_image_features(**self.prompt.vision, return_dict=True)
+
+    def prepare(self) -> None:
+        """Compute the features that every prefill is fed, and let go of what else the encoder returns."""
+        with self.active():
+            self.features = self.encode()
+        for name in ("hidden_states", "last_hidden_state", "attentions"):
+            if getattr(self.features, name, None) is not None:
+                setattr(self.features, name, None)
+
+    def prefill(self, **more: Any) -> State:
+        """Run the prompt to the logits of its last position."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        out = self.model(
+            **self.prompt.inputs,
+            position_ids=self.prompt.positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            mm_encoder_outputs={"image": self.features},
+            **more,
+        )
+        return State(out.logits[:, -1], out.past_key_values)
+
+    def step(self, state: State, number: int) -> State:
+        """Decode one token."""
+        mask = self.prompt.inputs["attention_mask"]
+        seen = mask.new_ones(mask.shape[0], mask.shape[1] + number + 1)
+        out = self.model(
+            input_ids=self.prompt.decoded[:, number : number + 1],
+            attention_mask=seen,
+            position_ids=self.prompt.after[..., number : number + 1],
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        return State(out.logits[:, -1], out.past_key_values)
+
+
+class Squeezed(Contestant):
+    """A method of ours."""
+
+    kind = "ours"
+
+    def __init__(self, model: Any, prompt: Prompt, method: str, params: Mapping[str, Any]) -> None:
+        super().__init__(model, prompt, method)
+        self.method, self.params = method, dict(params)
+        self.handle: Any = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Apply the method inside the block."""
+        with squeeze.applied(self.model, self.method, **self.params) as self.handle:
+            yield
+
+
+class Ideal(Contestant):
+    """The oracle of a method: the plain model on what the method kept."""
+
+    kind = "oracle"
+
+    def __init__(self, ours: Squeezed, oracle: Oracle, features: Any) -> None:
+        super().__init__(ours.model, ours.prompt, f"oracle of {ours.name}")
+        self.oracle, self.features = oracle, features
+
+    def active(self) -> Any:
+        """Hook the layers behind the cuts."""
+        return self.oracle.hooked()
+
+    def prefill(self, **more: Any) -> State:
+        """Run the survivors to the logits of the last position."""
+        if self.oracle.short is None:
+            return super().prefill(**more)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        out = self.oracle.decoder(**{**self.oracle.short, "past_key_values": cache})
+        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), out.past_key_values)
+
+    def step(self, state: State, number: int) -> State:
+        """Decode one token."""
+        self.oracle.step = number
+        if self.oracle.short is None:
+            return super().step(state, number)
+        states = self.model.get_input_embeddings()(self.prompt.decoded[:, number : number + 1])
+        out = self.oracle.decoder(
+            inputs_embeds=states,
+            position_ids=self.oracle.place_after(number),
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), out.past_key_values)
+
+
+@torch.inference_mode()
+def oracle_of(ours: Squeezed, dense: Contestant) -> Ideal:
+    """Run a method once, and return the oracle of what it kept. The dense contestant must be prepared."""
+    with ours.active():
+        ours.prefill()
+        cuts = kept_columns(ours.handle.cuts, ours.prompt.inputs["input_ids"].shape[0])
+        repack = ours.handle.recipe.positions == "repack" and ours.prompt.positions.ndim == 2
+    decoder = ours.model.get_decoder()
+    given, inside = _arguments(decoder, dense)
+    visual = ours.prompt.inputs["input_ids"] == IMAGE
+    oracle = Oracle(decoder, given, inside, cuts, visual, ours.prompt.after, repack)
+    return Ideal(ours, oracle, dense.features)
+
+
+def _arguments(decoder: Any, dense: Contestant) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the keyword arguments that the text model and its first layer get in a dense prefill."""
+    seen: list[dict[str, Any]] = []
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(dict(kwargs))
+
+    handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in (decoder, decoder.layers[0])]
+    try:
+        dense.prefill()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for found in seen:
+        found.pop("past_key_values", None)
+    return seen[0], seen[1]
