@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 
 import matrix
 import oracle
 import tiny
+from tiny.parts import AFTER
+from tiny.prompts import KINDS as KINDS_OF_PARTS
+from tiny.prompts import collate, sample
 
 STEPS = 4
 KINDS = {
@@ -82,3 +88,39 @@ def test_equal_rows_without_padding_need_no_mask(family: str) -> None:
             alone = oracle.run(t.model, inputs, forced[b : b + 1])
             oracle.assert_close(joint.prefill[b : b + 1], alone.prefill, "prefill")
             oracle.assert_close(joint.decode[b : b + 1], alone.decode, "decode")
+
+
+def even_batch(t: tiny.TinyModel) -> tuple[tiny.Inputs, list[tiny.Inputs]]:
+    """Return two prompts of the same length with one and two pictures, as a batch without padding, and alone."""
+    long = sample(t.family, *KINDS_OF_PARTS["two_images"])
+    short = sample(t.family, *KINDS_OF_PARTS["image"])
+    fill = tuple(40 + n % 50 for n in range(len(long.ids) - len(short.ids)))
+    short = sample(t.family, *KINDS_OF_PARTS["image"], tail=(*AFTER, *fill))
+    return collate(t.family, [short, long]), [collate(t.family, [short]), collate(t.family, [long])]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["random", *matrix.CORE, "visionzip"])
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_rows_without_padding_that_keep_different_numbers(
+    family: str, method: str, implementation: str, masked: bool
+) -> None:
+    """No row is padded and the library passes no mask; behind the cut the rows differ in length and need one."""
+    t = tiny.load(family)
+    inputs, singles = even_batch(t)
+    forced = oracle.forced_tokens(2, STEPS)
+    if not masked:
+        inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    with matrix.attention(t.model, implementation), matrix.applied(t.model, method), torch.no_grad():
+        out = t.model(**inputs, use_cache=True)
+        prefill, at_once = out.logits, t.model(input_ids=forced, past_key_values=copy.deepcopy(out.past_key_values))
+        loop = []
+        for n in range(STEPS):
+            out = t.model(input_ids=forced[:, n : n + 1], past_key_values=out.past_key_values)
+            loop.append(out.logits[:, -1])
+        for b, single in enumerate(singles):
+            alone = oracle.run(t.model, single, forced[b : b + 1])
+            oracle.assert_close(prefill[b : b + 1], alone.prefill, f"row {b} prefill")
+            oracle.assert_close(torch.stack(loop, 1)[b : b + 1], alone.decode, f"row {b} decode")
+            oracle.assert_close(at_once.logits[b : b + 1], alone.decode, f"row {b} decode at once")

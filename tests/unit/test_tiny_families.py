@@ -104,6 +104,11 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family: str, kinds: tuple[str, ...
 ONE_TURN = ("molmo2", "paligemma", "paligemma2", "blip_2", "blip_2_t5", "instructblip")
 
 
+# Wrong in transformers until it had Molmo 2: the masks of a later turn (sliding layers; images of other turns).
+LATE_TURNS = ("gemma3_window", "mllama")
+RECENT = hasattr(transformers, "Molmo2ForConditionalGeneration")
+
+
 def conversations() -> list[object]:
     """Return (family, kind of piece) of those that talk on, with positions that a cache alone tells (no M-RoPE)."""
     out = []
@@ -112,8 +117,9 @@ def conversations() -> list[object]:
             continue
         for kind in ("image", "video", "audio"):
             if kind in tiny.kinds(family) and "omni" not in family and "glm" not in family:
-                reason = f"transformers {transformers.__version__} has no {family}, or a package is missing"
-                marks = () if tiny.available(family) else (pytest.mark.skip(reason=reason),)
+                reason = f"transformers {transformers.__version__} has no {family}, no package for it, or wrong masks in later turns"
+                able = tiny.available(family) and (RECENT or family not in LATE_TURNS)
+                marks = () if able else (pytest.mark.skip(reason=reason),)
                 out.append(pytest.param(family, kind, id=f"{family}-{kind}", marks=marks))
     return out
 

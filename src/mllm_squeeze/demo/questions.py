@@ -154,11 +154,11 @@ def ask(
     return [_how_many(scene, rng) if kind == "count" else _about_one(scene, str(kind), unique, rng) for kind in kinds]
 
 
-def held_out(n: int, seed: int = 1) -> Iterator[Item]:
-    """`n` examples at full difficulty, one question to a picture; the same for the same seed, and never trained on."""
-    # Training draws from streams [0, seed, step]; a first word of 1 keeps these apart from all of them.
+def held_out(n: int, seed: int = 1, shares: dict[str, float] | None = None) -> Iterator[Item]:
+    """`n` examples at full difficulty, one question to a picture; the same each time, and never trained on."""
+    # Training draws from streams [0, seed, stage, step]; a first word of 1 keeps these apart from all of them.
     rng = np.random.default_rng([1, seed])
     for _ in range(n):
         picture, scene = draw(rng, MANY)
-        question = ask(scene, rng)[0]
+        question = ask(scene, rng, shares=shares)[0]
         yield Item(picture, question.text, question.answer, question.kind, question.things, scene)

@@ -437,6 +437,8 @@ class Runtime:
         new = session.shorten(number, hidden, kwargs)
         session.lengths[number] = hidden.shape[1]
         session.held[number] = kv.held_entries(kwargs.get("past_key_values"), number)
+        if new is kwargs and session.index is None:
+            return None
         if args:
             return (hidden, *(session.per_token(given) for given in args[1:])), new
         return args, {**new, "hidden_states": hidden}

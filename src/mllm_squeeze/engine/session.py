@@ -296,18 +296,33 @@ class Session:
         entries = kv.kept_entries(past_key_values, layer if source is None else source)
         if self.index is None and entries is None:
             return kwargs
-        new = self.given(layer, hidden, kwargs)
         mask = kwargs.get("attention_mask")
-        plain = self.index is None and entries is not None and entries.valid is None and self.closed is None
-        if plain and mask is None:
+        if (
+            mask is None
+            and self.index is None
+            and self.closed is None
+            and entries is not None
+            and entries.valid is None
+        ):
             # Decode on an even cut: no mask to fix.
-            return new
+            return self.given(layer, hidden, kwargs) if self.repack else kwargs
+        self._refuse_window(layer)
+        new = self.given(layer, hidden, kwargs)
         rows, entries = self.rows_of(layer, past_key_values, hidden.shape[1])
         new["attention_mask"] = self._mask(layer, mask, rows)
         if self.index is not None and past_key_values is not None and source is None:
             announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
             kv.announce(past_key_values, layer, announced)
         return new
+
+    def _refuse_window(self, layer: int) -> None:
+        window = self.parts.window(layer)
+        if window is not None and is_flash(self.implementation) and self.past + self.width > window:
+            raise UnsupportedInputError(
+                f"Layer {layer} sees a sliding window of {window} tokens, and {self.past + self.width} were seen. "
+                "FlashAttention counts the entries that are left, not the tokens that were; load the model with "
+                "attn_implementation='sdpa'."
+            )
 
     def _mask(self, layer: int, mask: Any, rows: Rows) -> Tensor | None:
         if not self.parts.has_entries(layer):

@@ -126,6 +126,14 @@ class ModelParts:
         last = {kind: number for number, kind in enumerate(kinds[:own])}
         return {number: last[kinds[number]] for number in range(own, len(self.layers)) if kinds[number] in last}
 
+    def window(self, layer: int) -> int | None:
+        """Tokens that a layer looks back, None where it sees all."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        if kinds is not None and kinds[layer] not in ("sliding_attention", "chunked_attention"):
+            return None
+        found = getattr(self.text_config, "sliding_window", None)
+        return found if isinstance(found, int) else None
+
     def has_entries(self, layer: int) -> bool:
         """True where a layer keeps token by token, False for linear attention and convolutions."""
         kinds = getattr(self.text_config, "layer_types", None)

@@ -43,6 +43,7 @@ _MODULES = {
         "selection",
     ),
     "score": (
+        "attention_band",
         "attention_from_rows",
         "attention_received",
         "cosine",
@@ -62,7 +63,9 @@ _MODULES = {
     "select": (
         "best_first",
         "compact_indices",
+        "dpp_map",
         "farthest_point",
+        "gather_together",
         "local_index",
         "positions",
         "put_back",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels import available
 from .precision import at_least_float32, selection
 from .score import cosine, unit
 from .segment import segment_sum
@@ -20,6 +21,11 @@ def merge_tokens(x: Tensor, assign: Tensor, weights: Tensor) -> Tensor:
     x: (S, N, D), any float dtype; sums run in float32 and the result has the dtype of x. weights: (S, N). Gradients
     flow to x and weights.
     """
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    if not wants_gradient and x.numel() and available(x) and weights.dtype != torch.float64:
+        from .kernels import match as fast
+
+        return fast.merge_tokens(x, assign, weights)
     width = x.shape[1]
     total = segment_sum(at_least_float32(x) * weights[..., None], assign, width)
     return torch.where(is_target(assign)[..., None], total.to(x.dtype), x)
@@ -53,6 +59,21 @@ def merged_size(assign: Tensor, size: Tensor) -> Tensor:
     return torch.where(is_target(assign), segment_sum(size, assign, assign.shape[1]), at_least_float32(size))
 
 
+def _best_target(x: Tensor, source: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ((S, A), int64 (S, A)): the largest cosine of each source row to a real target, and the target's column.
+
+    x: (S, N, d). source: int64 (S, A). target: int64 (S, B), with real bool (S, B).
+    """
+    if x.numel() and source.numel() and available(x):
+        from .kernels import match as fast
+
+        return fast.best_target(x, source, target, real)
+    x = unit(x)
+    similar = cosine(take(x, source), take(x, target), normed=True).masked_fill(~real[:, None], -torch.inf)
+    best, column = similar.max(2)
+    return best, column
+
+
 @selection
 def bipartite_match(metric: Tensor, mask: Tensor, r: Tensor, lead: int = 0) -> Tensor:
     """Return assign (S, N): the r best-matched tokens at even positions are merged into tokens at odd positions.
@@ -67,10 +88,7 @@ def bipartite_match(metric: Tensor, mask: Tensor, r: Tensor, lead: int = 0) -> T
     half = (mask.shape[1] + 1) // 2
     source, from_real = compact_indices(even, half)
     target, to_real = compact_indices(odd, half)
-    metric = unit(metric)
-    similar = cosine(take(metric, source), take(metric, target), normed=True)
-    similar = similar.masked_fill(~to_real[:, None], -torch.inf)
-    best, column = similar.max(2)
+    best, column = _best_target(metric, source, target, to_real)
     merged = top_k_mask(best, from_real, torch.minimum(r, mask.sum(1) // 2))
     destination = torch.where(merged, target.gather(1, column), source)
     return put_back(torch.where(mask, positions(mask), -1), source, from_real, destination)
@@ -87,9 +105,8 @@ def nearest_target(x: Tensor, targets: Tensor, members: Tensor, slots: int) -> T
     assign = torch.where(targets, positions(targets), -1)
     if slots == 0:
         return assign
-    x = unit(x)
-    similar = cosine(x, take(x, index), normed=True).masked_fill(~filled[:, None], -torch.inf)
-    choice = index.gather(1, similar.argmax(2))
+    _, column = _best_target(x, positions(targets).expand_as(targets), index, filled)
+    choice = index.gather(1, column)
     return torch.where(members & ~targets & filled[:, :1], choice, assign)
 
 

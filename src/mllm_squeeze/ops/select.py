@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .kernels import available
 from .precision import at_least_float32, on_device, selection
 from .score import unit
 
@@ -120,6 +121,26 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.view(*index.shape, *(1,) * len(tail)).expand(*index.shape, *tail))
 
 
+def gather_together(index: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the rows `index` (B, M) of several tensors, each with its own leading shape kept; gradients flow.
+
+    A tensor of floats is (B or 1, T, D), or (A, B or 1, T, D) for several tables in one; of integers or bools it has no
+    D. Results have B for the batch and M for T. On a GPU one launch takes up to four.
+    """
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)) and tensors and available(tensors[0]):
+        from .kernels import gather as fast
+
+        if fast.supports(tensors):
+            return fast.gather_together(index, tensors)
+    return tuple(_gather(index, t) if t.is_floating_point() else _gather(index, t[..., None])[..., 0] for t in tensors)
+
+
+def _gather(index: Tensor, x: Tensor) -> Tensor:
+    """Return the rows `index` (B, M) of x (..., B or 1, T, D)."""
+    x = x.expand(*x.shape[:-3], index.shape[0], -1, -1)
+    return x.gather(-2, index[..., None].expand(*x.shape[:-2], index.shape[1], x.shape[-1]))
+
+
 def put_back(base: Tensor, index: Tensor, filled: Tensor, values: Tensor) -> Tensor:
     """Return a copy of base (S, N) with values (S, I) written at index (S, I) where `filled` holds."""
     # Unused slots write to a column of their own, which is cut off: several writes to one place have no order.
@@ -143,6 +164,11 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
     never picked again. x: (S, N, D). k: int64 (S,). steps: host number, the largest k. One small step per pick, batched
     over spans; memory (S, N, N), or (S, N, D) where that is too much.
     """
+    if available(x):
+        from .kernels import greedy as fast
+
+        if fast.supports(x, mask):
+            return fast.farthest_point(x, mask, k, steps)
     x = unit(x)
     spans, width = mask.shape
     place = positions(mask)
@@ -158,4 +184,41 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
         chosen |= (place == pick) & (step < k)[:, None]
         row = take(gram, pick)[:, 0] if gram is not None else 1 - (x @ take(x, pick).transpose(1, 2))[..., 0]
         nearest = row if step == 0 else torch.minimum(nearest, row)
+    return chosen
+
+
+@selection
+def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | None = None) -> Tensor:
+    """Return bool (S, N), the k tokens of each span picked greedily for the largest determinant of their kernel.
+
+    Greedy MAP of a determinantal point process, arXiv 1709.05135: the kernel is quality_i * cosine * quality_j, and
+    each pick is the token of largest variance that the earlier picks do not explain. Variance below a millionth of the
+    largest counts as none, so tokens that the picks explain fully follow by index. x: (S, N, D). quality: (S, N), not
+    negative; None counts all alike. k: int64 (S,). steps: host number, the largest k. Memory (S, steps, N), and
+    (S, N, N) with the kernels.
+    """
+    if available(x):
+        from .kernels import greedy as fast
+
+        if fast.supports(x, mask, matrix=True):
+            return fast.dpp_map(x, mask, k, steps, quality)
+    x = unit(x)
+    if quality is not None:
+        x = x * quality[..., None].to(x.dtype)
+    place = positions(mask)
+    variance = x.square().sum(2).masked_fill(~mask, 0)
+    floor = variance.amax(1, keepdim=True) * 1e-6
+    chosen = torch.zeros_like(mask)
+    factors = x.new_zeros(mask.shape[0], min(steps, mask.shape[1]), mask.shape[1])
+    k = torch.minimum(k, mask.sum(1))
+    for step in range(factors.shape[1]):
+        best, pick = variance.masked_fill(~mask | chosen, -torch.inf).max(1, keepdim=True)
+        chosen |= (place == pick) & (step < k)[:, None]
+        known = factors[:, :step]
+        at_pick = known.gather(2, pick[:, None].expand(-1, step, -1))
+        row = (x @ take(x, pick).transpose(1, 2))[..., 0] - (known * at_pick).sum(1)
+        row = torch.where(best > 0, row / best.clamp(min=1e-30).sqrt(), 0)
+        factors[:, step] = row
+        variance = variance - row.square()
+        variance = torch.where(variance > floor, variance, 0)
     return chosen

@@ -18,6 +18,7 @@ def refuse_scaled(config: Any, length: int) -> None:
     scale = getattr(config, "floor_scale", None)
     if scale and getattr(config, "attn_temperature_tuning", False) and length >= scale:
         raise UnsupportedInputError(
-            f"This text model scales attention by the place in the cache from token {int(scale)} on, and {length} tokens "
-            "were seen: after a cut the places are others. Use a shorter prompt, or the dense model (handle.disabled())."
+            f"This text model scales attention by the place in the cache from token {int(scale)} on, and {length} "
+            "tokens were seen: after a cut the places are others. Use a shorter prompt, or the dense model "
+            "(handle.disabled())."
         )

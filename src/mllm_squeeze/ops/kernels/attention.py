@@ -2,13 +2,13 @@
 
 The column sums of a softmax need each row's normaliser before a column can be summed. The first launch walks the keys
 once per block of rows and keeps log sum exp of each row (online, as FlashAttention does). The second gives each block
-of keys to one program, which walks the rows, recomputes the logits and adds weight * exp(logit - log sum exp) to its own
-columns. No atomics: each output has one writer and one order, so two runs give the same bits.
+of keys to one program, which walks the rows, recomputes the logits and adds weight * exp(logit - log sum exp) to its
+own columns. No atomics: each output has one writer and one order, so two runs give the same bits.
 
-The rows of all query heads that share a key head are interleaved into one list, row * heads per group + head. A block of
-keys is thus read once per group, never repeated, and one block of the list spans few neighbouring rows. What a row may
-see is a band of keys [low, high), both ascending over rows: causal masks, sliding windows and packed sequences are all
-of this form, and a block skips what lies outside the band. Any other mask is read as it is.
+The rows of all query heads that share a key head are interleaved into one list, row * heads per group + head. A block
+of keys is thus read once per group, never repeated, and one block of the list spans few neighbouring rows. What a row
+may see is a band of keys [low, high), both ascending over rows: causal masks, sliding windows and packed sequences
+are all of this form, and a block skips what lies outside the band. Any other mask is read as it is.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="misc, no-untyped-call, untyped-decorator"
@@ -77,7 +77,7 @@ def _row_sums(
     which, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     batch, group = which // groups, which % groups
     pairs = tl.program_id(1) * BM + tl.arange(0, BM)
-    rows, weights, live, lows, highs, q = _load_rows(
+    rows, _, live, lows, highs, q = _load_rows(
         query + batch * qb, weight + batch * wb, low + batch * bb, high + batch * bb, pairs, group * G,
         R, d, P, G, D, qh, qr, qd, BAND,
     )  # fmt: skip

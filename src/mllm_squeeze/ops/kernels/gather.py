@@ -1,8 +1,9 @@
 """Rows of several tensors by one index in one launch: hidden states, rotary tables and positions of the survivors.
 
-Each cut takes the same rows of four tensors, three of them small. One launch copies all: a program owns one survivor and
-one stretch of its columns, reads the index once, and copies that stretch of each tensor that is wide enough. Tensors are
-seen as (A, B, T, D), a broadcast batch has stride 0, and nothing is converted: what is written is bit-equal.
+Each cut takes the same rows of four tensors, three of them small. One launch copies all: a program owns one survivor
+and one stretch of its columns, reads the index once, and copies that stretch of each tensor that is wide enough.
+Tensors are seen as (A, B, T, D), a broadcast batch has stride 0, and nothing is converted: what is written is bit-
+equal.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="misc, no-untyped-call, untyped-decorator"

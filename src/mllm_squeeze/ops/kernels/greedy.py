@@ -1,16 +1,18 @@
-"""Greedy selection with the whole loop inside one launch: farthest point, and the MAP of a determinantal point process.
+"""Greedy selection with the whole loop inside one launch: farthest point, and the MAP of a determinantal point
+process.
 
-Both keep one number per token (the distance to the nearest pick; the variance that the picks do not explain), take the
-largest, and update all numbers from the picked token's row of a similarity matrix. That is a chain of dependent steps, so
-what counts is the latency of a step. One program per span holds the numbers in registers for the whole loop; a step is
-one reduction and one row of N floats from L2 (11.5 KB for 2,880 tokens). Hence the matrix is computed first, at full
-speed on the tensor cores (bf16 in, float32 sums, norms applied afterwards, so nothing is lost to rounding to bf16).
+Both keep one number per token (the distance to the nearest pick; the variance that the picks do not explain), take
+the largest, and update all numbers from the picked token's row of a similarity matrix. That is a chain of dependent
+steps, so what counts is the latency of a step. One program per span holds the numbers in registers for the whole
+loop; a step is one reduction and one row of N floats from L2 (11.5 KB for 2,880 tokens). Hence the matrix is computed
+first, at full speed on the tensor cores (bf16 in, float32 sums, norms applied afterwards, so nothing is lost to
+rounding to bf16).
 
 Recomputing a row instead means reading all N * D features per pick: 20 MB for 2,880 tokens of size 3,584, which one
 multiprocessor cannot do in time, at any N. So the matrix is used as long as it fits in memory that may be borrowed
-(GRAM_LIMIT entries, 1 GiB, 16k tokens); spans go through it in groups. Above that, rows are recomputed by the whole GPU,
-one launch per pick: each program first finds the last pick among the block winners of the launch before, then updates its
-own tokens and leaves its winner. Nothing waits for the host. Ties go to the lowest index throughout.
+(GRAM_LIMIT entries, 1 GiB, 16k tokens); spans go through it in groups. Above that, rows are recomputed by the whole
+GPU, one launch per pick: each program first finds the last pick among the block winners of the launch before, then
+updates its own tokens and leaves its winner. Nothing waits for the host. Ties go to the lowest index throughout.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="misc, no-untyped-call, untyped-decorator"
@@ -22,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching, power_of_two, precision
+from ..score import unit
+from . import launching, power_of_two
 from .match import best_target, inverse_norms
 
 # Entries of the matrix of all pairs that may be held at once: 2 ** 28 float32 numbers are 1 GiB.
@@ -34,7 +37,7 @@ WIDTH_LIMIT = 1 << 15
 @triton.jit
 def _gram(
     x, scale, mask, out, N, d, stride_span, stride_row, stride_dim, out_row,
-    DISTANCE: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    DISTANCE: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     span = tl.program_id(2).to(tl.int64)
     x += span * stride_span
@@ -48,7 +51,7 @@ def _gram(
         inside = dims < d
         left = tl.load(x + left_row + dims[None, :] * stride_dim, mask=(a < N)[:, None] & inside[None, :], other=0.0)
         right = tl.load(x + right_row + dims[:, None] * stride_dim, mask=(b < N)[None, :] & inside[:, None], other=0.0)
-        dot = tl.dot(left, right, dot, input_precision=PRECISION)
+        dot = tl.dot(left, right, dot)
     left_scale = tl.load(scale + span * N + a, mask=a < N, other=0.0)
     right_scale = tl.load(scale + span * N + b, mask=b < N, other=0.0)
     value = dot * left_scale[:, None] * right_scale[None, :]
@@ -64,6 +67,8 @@ def gram(x: Tensor, mask: Tensor, quality: Tensor | None, distance: bool) -> Ten
 
     distance: 1 - that instead, infinite to itself and to padding.
     """
+    if x.dtype == torch.float32:
+        return _exact_gram(x, mask, quality, distance)
     spans, width, dim = x.shape
     scale = inverse_norms(x)
     if quality is not None:
@@ -71,15 +76,23 @@ def gram(x: Tensor, mask: Tensor, quality: Tensor | None, distance: bool) -> Ten
     # Rows of whole 64 bytes, so that they can be read in wide loads.
     row = triton.cdiv(width, 16) * 16
     out = torch.empty(spans, width, row, device=x.device)
-    half = x.element_size() == 2
-    block = 128 if half and width > 128 else min(64, power_of_two(width))
+    block = 128 if width > 128 else min(64, power_of_two(width))
     blocks = triton.cdiv(width, block)
     with launching(x):
         _gram[(blocks, blocks, spans)](
             x, scale, mask.contiguous(), out, width, dim, *x.stride(), row, DISTANCE=distance, BLOCK=block,
-            BD=min(64 if half else 32, power_of_two(dim)), PRECISION=precision(x), num_warps=8 if block == 128 else 4,
-            num_stages=3,
+            BD=min(64, power_of_two(dim)), num_warps=8 if block == 128 else 4, num_stages=3,
         )  # fmt: skip
+    return out
+
+
+def _exact_gram(x: Tensor, mask: Tensor, quality: Tensor | None, distance: bool) -> Tensor:
+    """Return the same for float32, by the reference's own arithmetic: the tensor cores would round it to TF32."""
+    x = unit(x) if quality is None else unit(x) * quality[..., None].float()
+    out = x @ x.transpose(1, 2)
+    if distance:
+        out = (1 - out).masked_fill_(~mask[:, None], torch.inf)
+        out.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     return out
 
 
@@ -101,7 +114,7 @@ def _greedy(
         row = tl.load(matrix + (span * N + pick) * row_stride + n, mask=inside, other=0.0)
         if DPP:
             for t in range(0, step):
-                known = factors + t.to(tl.int64) * N if False else factors + t * N
+                known = factors + t * N
                 row -= tl.load(known + pick) * tl.load(known + n, mask=inside, other=0.0)
             row = tl.where(best > 0, row / tl.sqrt(tl.maximum(best, 1e-30)), 0.0)
             tl.store(factors + step * N + n, row, mask=inside)
@@ -175,7 +188,7 @@ def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | No
     return torch.cat(chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _step(
     x, inverse, mask, count, nearest, winner_in, index_in, winner_out, index_out, chosen, step, N, d, blocks,
     stride_span, stride_row, stride_dim, BN: tl.constexpr, BD: tl.constexpr, BLOCKS: tl.constexpr,

@@ -1,8 +1,8 @@
 """Best partner by cosine without the matrix of all cosines, and merging without atomics.
 
-`best_target`: a program owns a block of sources and walks the targets, keeping the best so far; the score matrix lives in
-registers only. Sources and targets are rows of one tensor, picked by index on the way in. A later target must be
-strictly better, so ties go to the lowest index.
+`best_target`: a program owns a block of sources and walks the targets, keeping the best so far; the score matrix
+lives in registers only. Sources and targets are rows of one tensor, picked by index on the way in. A later target
+must be strictly better, so ties go to the lowest index.
 
 `merge_tokens`: a program owns one token, scans who is assigned to it (a few thousand integers, from cache) and adds
 those rows in ascending order in float32. torch's scatter_add uses atomics on a GPU, in an order that changes from run
@@ -65,13 +65,11 @@ def _best(
     tl.store(column + span * A + a, found, mask=a < A)
 
 
-def best_target(
-    x: Tensor, source: Tensor, target: Tensor, real: Tensor, others: bool = False
-) -> tuple[Tensor, Tensor]:
+def best_target(x: Tensor, source: Tensor, target: Tensor, real: Tensor, others: bool = False) -> tuple[Tensor, Tensor]:
     """Return (float32 (S, A), int64 (S, A)): the largest cosine of each source to a real target, and its column.
 
-    x: (S, N, d). source: int64 (S, A), target: int64 (S, B), rows of x. real: bool (S, B), which targets there are; -inf
-    and 0 where there is none. others: a row is no target of itself.
+    x: (S, N, d). source: int64 (S, A), target: int64 (S, B), rows of x. real: bool (S, B), which targets there are;
+    -inf and 0 where there is none. others: a row is no target of itself.
     """
     spans, width, dim = x.shape
     count = source.shape[1]
@@ -90,9 +88,7 @@ def best_target(
 
 
 @triton.jit
-def _merge(
-    x, assign, weights, out, N, d, stride_span, stride_row, stride_dim, BN: tl.constexpr, BD: tl.constexpr
-):
+def _merge(x, assign, weights, out, N, d, stride_span, stride_row, stride_dim, BN: tl.constexpr, BD: tl.constexpr):
     token, span = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += span * stride_span
     dims = tl.program_id(2) * BD + tl.arange(0, BD)
