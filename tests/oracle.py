@@ -6,6 +6,7 @@ that are still seen from that layer on). The dense model closes the other column
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,10 @@ class Steps:
 
 def text_model(model: Any) -> Any:
     """Return the module that holds the decoder layers."""
-    return getattr(model, "get_base_model", lambda: model)().get_decoder()
+    found = getattr(model, "get_base_model", lambda: model)().get_decoder()
+    while not (hasattr(found, "layers") and hasattr(found, "embed_tokens")):
+        found = next(getattr(found, name) for name in ("language_model", "model", "decoder") if hasattr(found, name))
+    return found
 
 
 def forced_tokens(batch: int, steps: int, seed: int = 7) -> Tensor:
@@ -123,11 +127,24 @@ def generate(model: Any, inputs: Inputs, forced: Tensor, **extra: Any) -> Tensor
     return torch.stack(out.logits, 1)
 
 
+class _Pass:
+    """Where the call of the text model that runs now stands: tokens seen before it, and its own; a hook keeps it."""
+
+    def __init__(self) -> None:
+        self.past = self.width = 0
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self.past = 0 if cache is None else cache.get_seq_length()
+        states = kwargs.get("inputs_embeds")
+        self.width = (kwargs["input_ids"] if states is None else states).shape[1]
+
+
 class _Mask:
     """The pre-hook of one decoder layer of the dense model."""
 
-    def __init__(self, model: Any, index: int, width: int, cut: CutLike) -> None:
-        self.model, self.index, self.width, self.cut = model, index, width, cut
+    def __init__(self, model: Any, index: int, width: int, cut: CutLike, now: _Pass) -> None:
+        self.text, self.index, self.width, self.cut, self.now = text_model(model), index, width, cut, now
         self.compact: Tensor | None = None
         self.repack = False
         self.closed = torch.ones(len(cut.kept), width, dtype=torch.bool)
@@ -139,41 +156,41 @@ class _Mask:
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         hidden, kwargs = args[0], dict(kwargs)
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length(self.index) if cache is not None else 0
-        if past == 0 and self.compact is not None:
+        # Layers that borrow their keys may run on the last tokens only.
+        total = self.now.past + self.now.width
+        rows = torch.arange(total - hidden.shape[-2], total)
+        if self.now.past == 0 and self.compact is not None:
             hidden = self._write(hidden)
-        allowed = self._allowed(kwargs.get("attention_mask"), hidden, past)
-        if layer.self_attn.config._attn_implementation == "eager":
+        allowed = self._allowed(kwargs.get("attention_mask"), hidden, rows, total)
+        if self.text.config._attn_implementation == "eager":
             allowed = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
         kwargs["attention_mask"] = allowed
         if self.repack:
-            kwargs["position_embeddings"] = text_model(self.model).rotary_emb(hidden, self._places(hidden, past))
+            kwargs["position_embeddings"] = rotary(self.text, self.index, hidden, self._places(hidden, rows))
         return (hidden, *args[1:]), kwargs
 
     def _rows(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Repeat rows as generate does for beams."""
-        return x.repeat_interleave(hidden.shape[0] // x.shape[0], 0)
+        return x.repeat_interleave(hidden.shape[-3] // x.shape[0], 0)
 
-    def _allowed(self, mask: Tensor | None, hidden: Tensor, past: int) -> Tensor:
-        q, total = hidden.shape[1], past + hidden.shape[1]
-        row, column = torch.arange(past, total)[:, None], torch.arange(total)[None]
+    def _allowed(self, mask: Tensor | None, hidden: Tensor, rows: Tensor, total: int) -> Tensor:
+        # A sliding layer holds the last tokens only.
+        seen = total if mask is None else min(mask.shape[-1], total)
+        column = torch.arange(total - seen, total)
         if mask is None:
-            allowed = (column <= row)[None, None]
+            allowed = (column[None] <= rows[:, None])[None, None]
         else:
             allowed = mask if mask.dtype == torch.bool else mask == 0
-            allowed = allowed[..., :total]
-        allowed = allowed.expand(hidden.shape[0], 1, q, total).clone()
-        here = min(self.width, total)
-        allowed[..., :here] &= ~self._rows(self.closed, hidden)[:, None, None, :here]
+            allowed = allowed[..., :seen]
+        allowed = allowed.expand(hidden.shape[-3], 1, len(rows), seen)
+        closed = self._rows(self.closed, hidden)[:, column.clamp(max=self.width - 1)] & (column < self.width)
         # A closed row sees itself: a row that sees nothing would be NaN.
-        return allowed | (row == column)
+        return (allowed & ~closed[:, None, None]) | (rows[:, None] == column[None])
 
-    def _places(self, hidden: Tensor, past: int) -> Tensor:
-        column = torch.arange(past, past + hidden.shape[1])
+    def _places(self, hidden: Tensor, rows: Tensor) -> Tensor:
         rank, count = self._rows(self.rank, hidden), self._rows(self.count, hidden)
-        inside = rank[:, column.clamp(max=self.width - 1)]
-        return torch.where(column < self.width, inside, count[:, None] + column - self.width)
+        inside = rank[:, rows.clamp(max=self.width - 1)]
+        return torch.where(rows < self.width, inside, count[:, None] + rows - self.width)
 
     def _write(self, hidden: Tensor) -> Tensor:
         assert self.compact is not None
@@ -181,6 +198,21 @@ class _Mask:
         for b, kept in enumerate(self.cut.kept):
             hidden[b, kept] = self.compact[b, : len(kept)]
         return hidden
+
+
+def rotary(text: Any, index: int, hidden: Tensor, places: Tensor) -> Any:
+    """Return the rotary tables of one layer at these positions (B, T), as the text model makes them for it."""
+    if "layer_type" in inspect.signature(text.rotary_emb.forward).parameters:
+        return text.rotary_emb(hidden, places, text.config.layer_types[index])
+    if getattr(text, "rope_types", None) is not None and text.rope_types[index] == "unscaled":
+        return text.rotary_emb_unscaled(hidden, places)
+    return text.rotary_emb(hidden, places)
+
+
+def recurrent(model: Any) -> list[int]:
+    """Return the numbers of the layers that mix tokens without attention: no mask takes a token out of them."""
+    kinds = getattr(text_model(model).config, "layer_types", None) or []
+    return [n for n, kind in enumerate(kinds) if "attention" not in kind or "linear" in kind]
 
 
 @contextmanager
@@ -197,16 +229,67 @@ def masked(
     written into the kept rows (for methods that merge). repack: behind a cut, survivors stand at consecutive positions.
     """
     ordered = sorted(cuts, key=lambda c: c.layer)
-    handles = []
+    now = _Pass()
+    handles = [text_model(model).register_forward_pre_hook(now, with_kwargs=True)]
     for i, layer in enumerate(text_model(model).layers):
         active = [c for c in ordered if c.layer <= i]
         if not active:
             continue
-        hook = _Mask(model, i, width, active[-1])
+        hook = _Mask(model, i, width, active[-1], now)
         hook.compact, hook.repack = (compact or {}).get(i), repack
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Drop:
+    """The pre-hook of one decoder layer of a dense model that runs once, without a cache, on rows that are left."""
+
+    def __init__(self, model: Any, index: int, before: Tensor, after: Tensor, repack: bool) -> None:
+        self.text, self.index, self.after, self.repack = text_model(model), index, after, repack
+        # Places, in the sequence of the layer before, of what this layer gets.
+        self.take = torch.searchsorted(before, after)
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kwargs, after = dict(kwargs), self.after
+        hidden = args[0][..., self.take, :]
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            kwargs["attention_mask"] = mask[:, after] if mask.ndim == 2 else mask[:, :, after][..., after]
+        if self.repack:
+            places = torch.arange(len(after))[None]
+            kwargs["position_embeddings"] = rotary(self.text, self.index, hidden, places)
+        elif kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = tuple(t[..., after, :] for t in kwargs["position_embeddings"])
+        kwargs["position_ids"] = None
+        return (hidden, *args[1:]), kwargs
+
+
+@torch.no_grad()
+def dropped_logits(model: Any, inputs: Inputs, cuts: Sequence[CutLike], repack: bool = False) -> Tensor:
+    """Return the logits (1, M, V) of one prompt of which the rows that were cut really leave; text may stand behind.
+
+    The cuts may be those of a shorter prompt: what follows it stays. No cache: all layers see the whole sequence, so
+    that layers without attention can be proved as well.
+    """
+    width = inputs["input_ids"].shape[1]
+    handles, now = [], torch.arange(width)
+    ordered = sorted(cuts, key=lambda c: c.layer)
+    end = {c.layer: int(c.kept[0][-1]) + 1 for c in cuts}
+    for i, layer in enumerate(text_model(model).layers):
+        active = [c for c in ordered if c.layer <= i]
+        if not active:
+            continue
+        cut = active[-1]
+        after = torch.cat([cut.kept[0], torch.arange(end[cut.layer], width)])
+        hook = _Drop(model, i, now, after, repack)
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        now = after
+    try:
+        return model(**inputs, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()

@@ -23,7 +23,6 @@ from tiny.parts import (
     noise,
     qwen2_text,
 )
-from tiny.plain_line import siglip
 
 TILE_MARK, BREAK, GLOBAL = 105, 107, 108
 
@@ -172,28 +171,6 @@ def _phi4_audio(n: int) -> Piece:
         "audio_attention_mask": torch.ones(1, 8 * tokens, dtype=torch.bool),
     }
     return Piece((AUDIO,) * tokens, arrays)
-
-
-GRANITE_SIZES = ((56, 112), (112, 56), (112, 112))
-
-
-def _granite4_vision() -> Any:
-    text = llama_text(attention_multiplier=0.25, embedding_multiplier=2.0, logits_scaling=1.0, residual_multiplier=1.0)
-    text["model_type"] = "granite4_vision_text"
-    config = hf.Granite4VisionConfig(
-        vision_config=siglip(56),
-        text_config=text,
-        image_token_index=IMAGE,
-        image_grid_pinpoints=[list(s) for s in GRANITE_SIZES],
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        downsample_rate="1/2",
-        deepstack_layer_map=[[-1, 0], [-2, 2]],
-        spatial_vision_layer=-1,
-        spatial_target_layers=[1, 2, 3, 3],
-        qformer_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64),
-    )
-    return build(hf.Granite4VisionForConditionalGeneration, config)
 
 
 def _mllama() -> Any:

@@ -26,8 +26,8 @@ MIXED = {
     ("phi4_multimodal", "audio_image"),
 }
 MANY = 16
-# Families whose images stand for few tokens: none (cross-attention), or two per frame and chunk.
-FEW = {"mllama": 1, "gemma3n": 12}
+# One token stands for an image where the text model looks at it by cross-attention.
+FEW = {"mllama": 1}
 
 
 def parameters(grouped: bool) -> list[object]:
@@ -117,7 +117,9 @@ def conversations() -> list[object]:
             continue
         for kind in ("image", "video", "audio"):
             if kind in tiny.kinds(family) and "omni" not in family and "glm" not in family:
-                reason = f"transformers {transformers.__version__} has no {family}, no package for it, or wrong masks in later turns"
+                reason = (
+                    f"transformers {transformers.__version__} lacks {family}, or its masks of a later turn are wrong"
+                )
                 able = tiny.available(family) and (RECENT or family not in LATE_TURNS)
                 marks = () if able else (pytest.mark.skip(reason=reason),)
                 out.append(pytest.param(family, kind, id=f"{family}-{kind}", marks=marks))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.engine import signals
+from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.session import Session, StageTrace, now
 from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.errors import SqueezeWarning
-from mllm_squeeze.reducers.base import Need, VisualTokens
+from mllm_squeeze.reducers.base import Need, Reduction, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,16 @@ def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, kwargs: dict[
         return hidden
     start = now(hidden.device)
     tokens = _tokens(session, planned, found, hidden, kwargs)
-    reduction = planned.reducer.reduce(tokens)
+    reduction = _reduce(planned, tokens)
     hidden = session.merge(hidden, reduction, found.table, found.place, found.mask)
     chosen = _chosen(session, planned, found, reduction.keep)
     counts = _counts(session, planned, found, chosen)
     return _finish(session, planned, planned.layer, hidden, chosen, counts, start)
+
+
+@marked("select")
+def _reduce(planned: PlannedCut, tokens: VisualTokens) -> Reduction:
+    return planned.reducer.reduce(tokens)
 
 
 def cut_survivors(session: Session, planned: PlannedCut, hidden: Tensor) -> Tensor:
@@ -72,6 +78,7 @@ def cut_survivors(session: Session, planned: PlannedCut, hidden: Tensor) -> Tens
     return _finish(session, planned, 0, hidden, chosen, tuple(counts), start)
 
 
+@marked("signal")
 def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
     """Ask a reducer which text rows it wants to read; at the input of layer 0."""
     found = _candidates(session, planned)
@@ -100,6 +107,7 @@ def _finish(
     return hidden
 
 
+@marked("select")
 def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
     """Return what may be chosen from, None where the budget asks for all that is there."""
     layout = session.layout
@@ -156,6 +164,7 @@ def _is_cell(session: Session, table: SpanTable, rows: list[int]) -> Tensor:
     return (table.grid[..., 0] >= 0) | unknown[:, None]
 
 
+@marked("signal")
 def _tokens(
     session: Session,
     planned: PlannedCut,
@@ -187,6 +196,7 @@ def _tokens(
     )
 
 
+@marked("select")
 def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Tensor) -> Tensor:
     """Return bool (S, N) over all spans: what the reducer keeps, and all it was not asked about."""
     inside = torch.zeros_like(found.table.mask).scatter(1, found.order, keep & found.mask)
@@ -200,6 +210,7 @@ def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Ten
     return chosen
 
 
+@marked("select")
 def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
     assert session.layout is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.encoder import EncoderMerge
+from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.taps import score_received, score_rows
 from mllm_squeeze.errors import UnsupportedModelError
@@ -30,6 +31,7 @@ class EncodeCall:
         self.parts, self.modality, self.wanted, self.merge = parts, modality, wanted, merge
         self._values: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
+    @marked("signal")
     def read(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
         """Read one attention call of the feature layer; packed towers make one per segment."""
         lead = self.parts.lead
@@ -49,6 +51,7 @@ class EncodeCall:
         open_mask = query.new_ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool)
         return score_rows(query, key, open_mask if mask is None else mask, kwargs, first, weights)
 
+    @marked("signal")
     def features(self, inputs: Mapping[str, Any], output: Any) -> Features:
         """Return lengths, tiles and signals of the items that the feature method returned.
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence import Rows, gather_rope, gather_rows, is_flash, shorten_mask, shorten_padding
 from mllm_squeeze.engine.spans import Features, SpanTable, first_table
@@ -127,6 +128,7 @@ class Session:
         """Attention implementation of the text model."""
         return str(self.parts.text_config._attn_implementation)
 
+    @marked("shorten")
     def prepare(self, device: torch.device) -> None:
         """Put the layout on the device: spans, text behind the first visual token, last token, padding."""
         layout = self.layout
@@ -150,6 +152,7 @@ class Session:
 
     # Cutting
 
+    @marked("shorten")
     def advance(self, layer: int, hidden: Tensor, chosen: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Drop all visual tokens but the chosen ones.
 
@@ -214,6 +217,7 @@ class Session:
             hidden = torch.where(self.valid.to(hidden.device).unsqueeze(-1), hidden, full.gather(1, index))
         return full.scatter(1, index, hidden)
 
+    @marked("shorten")
     def restore(self, hidden: Tensor) -> Tensor:
         """Return the full-length output of the last layer; unchanged where nothing was cut."""
         if self.index is None or hidden.shape[1] != self.index.shape[1]:
@@ -289,6 +293,7 @@ class Session:
         columns = entries.columns
         return torch.arange(self.width, device=columns.device).expand(columns.shape[0], -1)
 
+    @marked("shorten")
     def shorten(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of a layer that sees only survivors, and announce them to its KV layer."""
         past_key_values = kwargs.get("past_key_values")
@@ -296,17 +301,10 @@ class Session:
         entries = kv.kept_entries(past_key_values, layer if source is None else source)
         if self.index is None and entries is None:
             return kwargs
-        mask = kwargs.get("attention_mask")
-        if (
-            mask is None
-            and self.index is None
-            and self.closed is None
-            and entries is not None
-            and entries.valid is None
-        ):
-            # Decode on an even cut: no mask to fix.
-            return self.given(layer, hidden, kwargs) if self.repack else kwargs
         self._refuse_window(layer)
+        mask = kwargs.get("attention_mask")
+        if mask is None and self._is_plain_decode(entries):
+            return self.given(layer, hidden, kwargs) if self.repack else kwargs
         new = self.given(layer, hidden, kwargs)
         rows, entries = self.rows_of(layer, past_key_values, hidden.shape[1])
         new["attention_mask"] = self._mask(layer, mask, rows)
@@ -314,6 +312,10 @@ class Session:
             announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
             kv.announce(past_key_values, layer, announced)
         return new
+
+    def _is_plain_decode(self, entries: kv.KeptEntries | None) -> bool:
+        """True where every row holds the same number of entries and sees them all, so that there is no mask to fix."""
+        return self.index is None and self.closed is None and entries is not None and entries.valid is None
 
     def _refuse_window(self, layer: int) -> None:
         window = self.parts.window(layer)
@@ -415,6 +417,7 @@ class Session:
 
     # Merging
 
+    @marked("merge")
     def merge(self, hidden: Tensor, reduction: Reduction, table: SpanTable, place: Tensor, mask: Tensor) -> Tensor:
         """Write merged states into the survivors' places.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import SpanTable
@@ -35,6 +36,7 @@ def listen(session: Session, planned: PlannedCut, layer: nn.Module) -> None:
     if not needs:
         return
 
+    @marked("signal")
     def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
         for need in needs:
             if need.name == "keys":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 
@@ -27,6 +28,7 @@ class Features:
     survivors: tuple[Tensor, ...] | None = None
 
 
+@marked("shorten")
 def find_layout(
     ids: Tensor,
     real: Tensor | None,

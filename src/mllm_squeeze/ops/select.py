@@ -187,6 +187,15 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
     return chosen
 
 
+def own_variance(x: Tensor, mask: Tensor, quality: Tensor | None) -> Tensor:
+    """Return float32 (S, N), the diagonal of the kernel of `dpp_map`: quality squared, 0 for zero vectors and padding.
+
+    Exactly 1 where all count alike, so that the first pick is the first token, not a matter of rounding.
+    """
+    variance = ((x != 0).any(2) & mask).to(at_least_float32(x).dtype)
+    return variance if quality is None else variance * quality.to(variance.dtype).square()
+
+
 @selection
 def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | None = None) -> Tensor:
     """Return bool (S, N), the k tokens of each span picked greedily for the largest determinant of their kernel.
@@ -202,12 +211,12 @@ def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | No
 
         if fast.supports(x, mask, matrix=True):
             return fast.dpp_map(x, mask, k, steps, quality)
+    variance = own_variance(x, mask, quality)
+    floor = variance.amax(1, keepdim=True) * 1e-6
     x = unit(x)
     if quality is not None:
         x = x * quality[..., None].to(x.dtype)
     place = positions(mask)
-    variance = x.square().sum(2).masked_fill(~mask, 0)
-    floor = variance.amax(1, keepdim=True) * 1e-6
     chosen = torch.zeros_like(mask)
     factors = x.new_zeros(mask.shape[0], min(steps, mask.shape[1]), mask.shape[1])
     k = torch.minimum(k, mask.sum(1))

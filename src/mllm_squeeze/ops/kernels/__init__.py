@@ -57,6 +57,13 @@ def launching(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """Return the tensor as tl.dot can take it: the interpreter multiplies the bits of bf16, so it gets float32."""
+    import torch
+
+    return tensor.float() if tensor.dtype == torch.bfloat16 and not tensor.is_cuda else tensor
+
+
 def power_of_two(n: int, least: int = 16) -> int:
     """Return the smallest power of two that is at least n and at least `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())

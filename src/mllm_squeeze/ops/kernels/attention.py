@@ -11,7 +11,8 @@ may see is a band of keys [low, high), both ascending over rows: causal masks, s
 are all of this form, and a block skips what lies outside the band. Any other mask is read as it is.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="misc, no-untyped-call, untyped-decorator"
+# Triton functions have no types of ours.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching, power_of_two, precision
+from . import launching, power_of_two, precision, readable
 
 # Programs that keep a large GPU busy; fewer rows than that are split along the keys.
 _BUSY = 256
@@ -156,6 +157,7 @@ def attention_from_rows(
     band: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return float32 (B, P), mean over heads and weighted sum over rows; arguments as in `ops.attention_from_rows`."""
+    query, key = readable(query), readable(key)
     batch, heads, rows, dim = query.shape
     groups, width = key.shape[1], key.shape[2]
     share = heads // groups

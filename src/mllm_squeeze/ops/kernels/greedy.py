@@ -15,7 +15,8 @@ GPU, one launch per pick: each program first finds the last pick among the block
 updates its own tokens and leaves its winner. Nothing waits for the host. Ties go to the lowest index throughout.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="misc, no-untyped-call, untyped-decorator"
+# Triton functions have no types of ours.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..score import unit
-from . import launching, power_of_two
+from ..select import own_variance
+from . import launching, power_of_two, readable
 from .match import best_target, inverse_norms
 
 # Entries of the matrix of all pairs that may be held at once: 2 ** 28 float32 numbers are 1 GiB.
@@ -69,6 +71,7 @@ def gram(x: Tensor, mask: Tensor, quality: Tensor | None, distance: bool) -> Ten
     """
     if x.dtype == torch.float32:
         return _exact_gram(x, mask, quality, distance)
+    x = readable(x)
     spans, width, dim = x.shape
     scale = inverse_norms(x)
     if quality is not None:
@@ -181,7 +184,7 @@ def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | No
         there = mask[i : i + size].contiguous()
         rank = None if quality is None else quality[i : i + size]
         kernel = gram(x[i : i + size], there, rank, distance=False)
-        variance = kernel.diagonal(dim1=1, dim2=2).masked_fill(~there, 0).contiguous()
+        variance = own_variance(x[i : i + size], there, rank)
         floor = variance.amax(1) * 1e-6
         factors = torch.empty(there.shape[0], max(1, min(steps, mask.shape[1])), mask.shape[1], device=x.device)
         chosen.append(_select(kernel, variance, there, k[i : i + size], floor, factors, dpp=True))

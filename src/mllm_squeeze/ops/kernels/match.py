@@ -9,7 +9,8 @@ those rows in ascending order in float32. torch's scatter_add uses atomics on a 
 to run; this has one writer per output and needs no sort.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="misc, no-untyped-call, untyped-decorator"
+# Triton functions have no types of ours.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching, power_of_two, precision
+from . import launching, power_of_two, precision, readable
 
 
 def inverse_norms(x: Tensor) -> Tensor:
@@ -71,6 +72,7 @@ def best_target(x: Tensor, source: Tensor, target: Tensor, real: Tensor, others:
     x: (S, N, d). source: int64 (S, A), target: int64 (S, B), rows of x. real: bool (S, B), which targets there are;
     -inf and 0 where there is none. others: a row is no target of itself.
     """
+    x = readable(x)
     spans, width, dim = x.shape
     count = source.shape[1]
     best = torch.empty(spans, count, device=x.device)

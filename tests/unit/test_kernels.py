@@ -1,0 +1,132 @@
+"""The Triton kernels against the torch ops, in a process of their own: Triton reads its settings when it is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm_squeeze import ops
+from mllm_squeeze.ops import kernels
+
+CASES = Path(__file__).parent / "kernel_cases"
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+def run(program, **environment):
+    env = {**os.environ, "TRITON_INTERPRET": "0", kernels.SWITCH: "", **environment}
+    return subprocess.run([sys.executable, *program], capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("cases", ["attention", "choice", "rows"])
+@pytest.mark.parametrize("where", ["interpret", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_agree_with_the_torch_ops(where, cases):
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    environment = {kernels.SWITCH: "1"}
+    if where == "interpret":
+        environment = {kernels.SWITCH: "interpret", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES / f"check_{cases}.py")]
+    done = run(program, **environment)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_kernels_stay_away_from_the_cpu(monkeypatch):
+    x = torch.randn(1, 4, 8)
+    for value in ("", "0", "1"):
+        monkeypatch.setenv(kernels.SWITCH, value)
+        assert not kernels.available(x)
+    monkeypatch.setenv(kernels.SWITCH, "interpret")
+    assert not kernels.available(x.double())
+    monkeypatch.setenv(kernels.SWITCH, "yes")
+    with pytest.raises(ValueError, match="0, 1 or interpret"):
+        kernels.available(x)
+
+
+@pytest.mark.skipif(not TRITON, reason="triton is not installed")
+def test_a_late_switch_to_the_interpreter_is_an_error():
+    code = (
+        "import os, torch, triton\n"
+        f"os.environ['{kernels.SWITCH}'] = 'interpret'\n"
+        "from mllm_squeeze.ops import kernels\n"
+        "try:\n    kernels.available(torch.ones(1))\nexcept RuntimeError as error:\n    print(error)"
+    )
+    done = run(["-c", code])
+    assert "too late" in done.stdout, done.stderr
+
+
+def test_importing_the_switch_imports_neither_torch_nor_triton():
+    done = run(["-c", "import sys, mllm_squeeze.ops.kernels\nprint({'torch', 'triton'} & set(sys.modules))"])
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_gather_together_takes_rows_and_passes_gradients():
+    hidden = torch.randn(2, 5, 3, requires_grad=True)
+    index = torch.tensor([[0, 2, 4], [1, 2, 3]])
+    tables, positions = torch.randn(3, 1, 5, 4), torch.arange(10).view(2, 5)
+    taken, rope, place = ops.gather_together(index, (hidden, tables, positions))
+    for b in range(2):
+        assert torch.equal(taken[b], hidden[b, index[b]])
+        assert torch.equal(rope[:, b], tables[:, 0, index[b]])
+    assert place.tolist() == [[0, 2, 4], [6, 7, 8]]
+    taken.sum().backward()
+    assert hidden.grad[0, :, 0].tolist() == [1, 0, 1, 0, 1]
+
+
+def test_dpp_map_worked_example():
+    # Four unit vectors; relevance 0, 1, .5, .25. The best pair by its determinant is {1, 2}.
+    angles = torch.tensor([0.0, 20, 90, 100]).deg2rad()
+    x = torch.stack([angles.cos(), angles.sin()], 1)[None]
+    quality, mask = torch.tensor([[0.0, 1.0, 0.5, 0.25]]), torch.ones(1, 4, dtype=torch.bool)
+    keep = ops.dpp_map(x, mask, torch.tensor([2]), 2, quality)
+    assert keep[0].nonzero()[:, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dpp_map_is_the_greedy_determinant(seed):
+    torch.manual_seed(seed)
+    x, quality = torch.randn(1, 9, 6), torch.rand(1, 9) + 0.2
+    mask = torch.tensor([[True] * 7 + [False] * 2])
+    unit = torch.nn.functional.normalize(x[0].double(), dim=1) * quality[0, :, None].double()
+    kernel = unit @ unit.T
+    picked = []
+    for _ in range(5):
+        others = [i for i in range(7) if i not in picked]
+        picked.append(max(others, key=lambda i: float(kernel[[*picked, i]][:, [*picked, i]].det())))
+    keep = ops.dpp_map(x, mask, torch.tensor([5]), 5, quality)
+    assert keep[0].nonzero()[:, 0].tolist() == sorted(picked)
+
+
+def test_dpp_map_takes_the_lowest_index_when_all_is_explained():
+    x = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 0]]])
+    keep = ops.dpp_map(x, torch.ones(1, 5, dtype=torch.bool), torch.tensor([3]), 3)
+    assert keep[0].tolist() == [True, True, True, False, False]
+
+
+def test_attention_band_is_causal_windowed_and_packed():
+    low, high = ops.attention_band(3, 5)
+    assert low.tolist() == [[0, 0, 0]] and high.tolist() == [[3, 4, 5]]
+    low, high = ops.attention_band(5, 5, window=2)
+    assert low.tolist() == [[0, 0, 1, 2, 3]] and high.tolist() == [[1, 2, 3, 4, 5]]
+    low, high = ops.attention_band(5, 5, causal=False, cu_seqlens=torch.tensor([0, 2, 5]))
+    assert low.tolist() == [[0, 0, 2, 2, 2]] and high.tolist() == [[2, 2, 5, 5, 5]]
+
+
+def test_a_band_is_the_mask_it_stands_for():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, 8)
+    low, high = ops.attention_band(7, 9, window=4)
+    keys = torch.arange(9)
+    dense = ((keys >= low[0, :, None]) & (keys < high[0, :, None]))[None, None]
+    padding = torch.rand(2, 1, 1, 9) > 0.3
+    wanted = ops.attention_received(query, key, dense & padding, 0.3)
+    for block in (None, 3):
+        got = ops.attention_received(query, key, padding, 0.3, block=block, band=(low, high))
+        assert torch.allclose(got, wanted, atol=1e-6)
