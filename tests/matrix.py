@@ -14,6 +14,8 @@ import pytest
 
 import mllm_squeeze as squeeze
 import tiny
+from tiny.parts import AFTER
+from tiny.prompts import KINDS, collate, sample
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 FAMILIES = tiny.CORE_FAMILIES
@@ -124,3 +126,12 @@ def applied(model: Any, method: str, **changes: Any) -> Iterator[Any]:
 def repacks(handle: Any) -> bool:
     """Say whether survivors stand at consecutive positions: the recipe says so and positions have one axis."""
     return handle.recipe.positions == "repack" and not hasattr(handle.model.model, "get_rope_index")
+
+
+def even_batch(t: tiny.TinyModel) -> tuple[tiny.Inputs, list[tiny.Inputs]]:
+    """Return two prompts of the same length with one and two pictures, as a batch without padding, and alone."""
+    long = sample(t.family, *KINDS["two_images"])
+    short = sample(t.family, *KINDS["image"])
+    fill = tuple(40 + n % 50 for n in range(len(long.ids) - len(short.ids)))
+    short = sample(t.family, *KINDS["image"], tail=(*AFTER, *fill))
+    return collate(t.family, [short, long]), [collate(t.family, [short]), collate(t.family, [long])]

@@ -119,7 +119,7 @@ def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
                 f"'{recipe.method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
                 "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
             )
-        elif need.name == "normed" and parts.final_norm is None:
+        elif need.name == "normed" and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(
                 f"'{recipe.method}' reads normed states; no final norm was found in this model."
             )
@@ -135,7 +135,7 @@ def _lacks_saliency(parts: ModelParts) -> bool:
 def _check_attention(recipe: Recipe, cut: PlannedCut, need: Need, parts: ModelParts) -> None:
     if need.source == "next":
         layer = parts.layers[cut.layer]
-        if find_attention(layer) is None or find_pre_norm(layer) is None:
+        if parts.row.stacked or find_attention(layer) is None or find_pre_norm(layer) is None:
             raise UnsupportedModelError(
                 f"'{recipe.method}' previews layer {cut.layer}, whose attention or norm was not found; set source: "
                 "current."

@@ -10,9 +10,6 @@ import torch
 import matrix
 import oracle
 import tiny
-from tiny.parts import AFTER
-from tiny.prompts import KINDS as KINDS_OF_PARTS
-from tiny.prompts import collate, sample
 
 STEPS = 4
 KINDS = {
@@ -90,15 +87,6 @@ def test_equal_rows_without_padding_need_no_mask(family: str) -> None:
             oracle.assert_close(joint.decode[b : b + 1], alone.decode, "decode")
 
 
-def even_batch(t: tiny.TinyModel) -> tuple[tiny.Inputs, list[tiny.Inputs]]:
-    """Return two prompts of the same length with one and two pictures, as a batch without padding, and alone."""
-    long = sample(t.family, *KINDS_OF_PARTS["two_images"])
-    short = sample(t.family, *KINDS_OF_PARTS["image"])
-    fill = tuple(40 + n % 50 for n in range(len(long.ids) - len(short.ids)))
-    short = sample(t.family, *KINDS_OF_PARTS["image"], tail=(*AFTER, *fill))
-    return collate(t.family, [short, long]), [collate(t.family, [short]), collate(t.family, [long])]
-
-
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", ["random", *matrix.CORE, "visionzip"])
@@ -108,7 +96,7 @@ def test_rows_without_padding_that_keep_different_numbers(
 ) -> None:
     """No row is padded and the library passes no mask; behind the cut the rows differ in length and need one."""
     t = tiny.load(family)
-    inputs, singles = even_batch(t)
+    inputs, singles = matrix.even_batch(t)
     forced = oracle.forced_tokens(2, STEPS)
     if not masked:
         inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}

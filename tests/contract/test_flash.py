@@ -144,3 +144,19 @@ def test_several_tokens_in_one_decode_step(family: str) -> None:
             lookup = t.model.generate(**t.inputs["image"], **settings, prompt_lookup_num_tokens=3)
         assert torch.equal(greedy.sequences, lookup.sequences)
         oracle.assert_close(torch.stack(lookup.logits[:STEPS]), torch.stack(greedy.logits[:STEPS]), method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_rows_without_padding_that_keep_different_numbers(family: str, method: str) -> None:
+    """Nothing is padded and the mask is None; behind the cut the rows differ in length and need a key mask."""
+    t = tiny.load(family)
+    inputs, singles = matrix.even_batch(t)
+    forced = oracle.forced_tokens(2, STEPS)
+    with matrix.applied(t.model, method):
+        with FlashText(t.model):
+            joint = oracle.run(t.model, inputs, forced)
+        for b, single in enumerate(singles):
+            alone = oracle.run(t.model, single, forced[b : b + 1])
+            oracle.assert_close(joint.prefill[b : b + 1], alone.prefill, f"row {b} prefill")
+            oracle.assert_close(joint.decode[b : b + 1], alone.decode, f"row {b} decode")

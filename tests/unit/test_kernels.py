@@ -1,4 +1,4 @@
-"""The Triton kernels against the torch ops, in a process of their own: Triton reads its settings when it is imported."""
+"""The Triton kernels against the torch ops, in processes of their own: Triton reads its settings on import."""
 
 from __future__ import annotations
 

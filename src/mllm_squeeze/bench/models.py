@@ -107,9 +107,7 @@ def prompt(
     middle = torch.tensor(pictures).expand(batch, -1)
     ids = torch.cat([front, middle, back], 1).to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    vision = {
-        name: value.to(device, dtype if value.is_floating_point() else None) for name, value in vision.items()
-    }
+    vision = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in vision.items()}
     if shape.line == "qwen":
         inputs["mm_token_type_ids"] = (ids == IMAGE).int()
     positions, after = _positions(model, inputs, vision, steps)

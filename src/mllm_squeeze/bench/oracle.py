@@ -126,6 +126,11 @@ class Oracle:
             given["deepstack_visual_embeds"] = [rows[stage.number] for rows in given["deepstack_visual_embeds"]]
         return given
 
+    def lengths(self, layers: int) -> list[int]:
+        """Return the tokens on which each of the first `layers` layers runs."""
+        reached = [[stage.columns.shape[1] for stage in self.stages if stage.layer <= n] for n in range(layers)]
+        return [found[-1] if found else self.length for found in reached]
+
     def place_after(self, step: int) -> Tensor:
         """Return the position ids of one decode step, for a text model that was fed a short sequence."""
         now = self.after[..., step : step + 1]

@@ -66,9 +66,10 @@ _QWEN25 = ("Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration")
 
 def _qwen(hidden: int, inner: int, layers: int, heads: int, groups: int, vocab: int, **more: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    base = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads)
-    base |= dict(num_key_value_heads=groups, vocab_size=vocab, max_position_embeddings=128000, rope_parameters=rope)
-    return base | more
+    base: dict[str, Any] = dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers)
+    base |= dict(num_attention_heads=heads, num_key_value_heads=groups, vocab_size=vocab)
+    base |= dict(max_position_embeddings=128000, rope_parameters=rope)
+    return {**base, **more}
 
 
 _SHAPES = (
@@ -151,7 +152,5 @@ SHAPES = {shape.name: shape for shape in _SHAPES}
 def find_shape(name: str) -> Shape:
     """Return a shape by its name; raises UnknownNameError."""
     if name not in SHAPES:
-        raise UnknownNameError(
-            f"There is no model '{name}' to benchmark. {did_you_mean(name, SHAPES)}"
-        )
+        raise UnknownNameError(f"There is no model '{name}' to benchmark. {did_you_mean(name, SHAPES)}")
     return SHAPES[name]

@@ -1,4 +1,4 @@
-"""The command `mllm-squeeze`: look at the methods, check a model, run one, see the demo, report the environment."""
+"""The command `mllm-squeeze`: look at the methods, check a model, run one, measure, see the demo, report the environment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from mllm_squeeze import __version__
-from mllm_squeeze.cli import look, models, output
+from mllm_squeeze.cli import bench, look, models, output
 from mllm_squeeze.errors import SqueezeError
 
 
@@ -55,6 +55,7 @@ app.command("describe")(look.describe)
 app.command("check")(look.check)
 app.command("demo")(models.demo)
 app.command("run")(models.run)
+app.command("bench")(bench.bench)
 app.command("env")(look.env)
 
 

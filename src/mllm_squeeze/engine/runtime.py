@@ -21,9 +21,11 @@ from mllm_squeeze.engine.encoder import EncoderMerge
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
+from mllm_squeeze.engine.streams import fold, unfold
 from mllm_squeeze.engine.taps import Listener, Tap
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
+from mllm_squeeze.family.handlers.inner_features import has_inner_features, take_inner_features
 from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
@@ -117,7 +119,8 @@ class Runtime:
         first = self.plan.first
         if first is None:
             return
-        start = 0 if self._chooses_rows else max(first - 1, 0)
+        from_start = self._chooses_rows or has_inner_features(self.parts.decoder)
+        start = 0 if from_start else max(first - 1, 0)
         layers = self.parts.layers
         for number in range(start, len(layers)):
             before = functools.partial(self._before_layer, number)
@@ -224,7 +227,8 @@ class Runtime:
     # Encoders
 
     def _override_features(self) -> None:
-        for modality in self.parts.ids:
+        # Audio needs no override: it is encoded in each forward, and a run of placeholders is one recording.
+        for modality in (modality for modality in self.parts.ids if modality != "audio"):
             name = f"get_{modality}_features"
             original = getattr(self.parts.base, name, None)
             if original is not None:
@@ -326,14 +330,25 @@ class Runtime:
 
     # The text model
 
-    def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._local.sessions.append(None if self._local.probe is None else self._local.probe[0])
-        if self._local.probe is not None:
-            return
+        session = None if self._local.probe is not None else self._start(module, kwargs)
+        if session is None:
+            return None
+        self._local.sessions[-1] = session
+        if not session.cutting:
+            return None
+        kwargs, session.inner = take_inner_features(kwargs)
+        return args, kwargs
+
+    def _start(self, module: nn.Module, kwargs: dict[str, Any]) -> Session | None:
+        """Return the session of a pass, None where there is nothing to cut and nothing was cut before."""
         states = kwargs.get("inputs_embeds")
         states = kwargs.get("input_ids") if states is None else states
         if states is None:
-            return
+            return None
         past_key_values = kwargs.get("past_key_values")
         frame = self._local.frames[-1] if self._local.frames else None
         past = _seen(past_key_values)
@@ -342,7 +357,7 @@ class Runtime:
         if not features and not _has_cut(past_key_values):
             if self.enabled and states.shape[1] > 1 and not past:
                 _warn_no_image()
-            return
+            return None
         layout = None
         if features and frame is not None:
             _refuse_packed(kwargs)
@@ -352,7 +367,7 @@ class Runtime:
         if layout is not None:
             session.prepare(states.device)
             self._check(module, layout, features, states.device, kwargs)
-        self._local.sessions[-1] = session
+        return session
 
     def _check(
         self,
@@ -428,8 +443,11 @@ class Runtime:
         session = self._session
         if session is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        given = args[0] if args else kwargs["hidden_states"]
+        hidden = fold(given)
         if session.cutting:
+            if session.inner is not None:
+                hidden = session.inner.add(number, hidden, session.index, session.valid)
             hidden = self._cut(session, number, hidden, kwargs)
             self._listen(session, number)
         elif self.plan.decode is not None and number == self._decode.layer - 1 and session.width == 1:
@@ -437,21 +455,23 @@ class Runtime:
         new = session.shorten(number, hidden, kwargs)
         session.lengths[number] = hidden.shape[1]
         session.held[number] = kv.held_entries(kwargs.get("past_key_values"), number)
-        if new is kwargs and session.index is None:
+        if new is kwargs and session.index is None and session.inner is None:
             return None
+        hidden = unfold(hidden, given)
         if args:
-            return (hidden, *(session.per_token(given) for given in args[1:])), new
+            return (hidden, *(session.per_token(other) for other in args[1:])), new
         return args, {**new, "hidden_states": hidden}
 
     def _cut(self, session: Session, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        cuts = session.plan.at(number)
+        merged = number == 0 and session.plan.encoder is not None
+        if (cuts or merged) and kwargs.get("past_key_values") is not None:
+            kv.require_cuttable(kwargs["past_key_values"])
         if number == 0:
             for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
             if session.plan.encoder is not None:
                 hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
-        cuts = session.plan.at(number)
-        if cuts and kwargs.get("past_key_values") is not None:
-            kv.require_cuttable(kwargs["past_key_values"])
         for cut in cuts:
             hidden = cutting.run_cut(session, cut, hidden, kwargs)
         return hidden
@@ -467,7 +487,7 @@ class Runtime:
             return None
         if isinstance(output, tuple):
             return (session.restore(output[0]), *output[1:])
-        return session.restore(output)
+        return unfold(session.restore(fold(output)), output)
 
 
 def _prompt_length(given: Mapping[str, Any]) -> int | None:

@@ -34,6 +34,14 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.to(values.device).unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
+def gather_positions(positions: Tensor, index: Tensor) -> Tensor:
+    """Take columns (B, M) of position ids (B or 1, T), or of several axes of them (A, B, T)."""
+    index = index.to(positions.device)
+    if positions.ndim == 3:
+        return torch.stack([gather_positions(axis, index) for axis in positions])
+    return positions.expand(index.shape[0], -1).gather(1, index)
+
+
 def gather_rope(tables: Any, index: Tensor, width: int) -> Any:
     """Take rows of rotary tables: (B or 1, T, D) or (3, B, T, D) each, alone, as (cos, sin) or by layer type."""
     if tables is None:

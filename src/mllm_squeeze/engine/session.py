@@ -16,9 +16,18 @@ from mllm_squeeze import ops
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.sequence import Rows, gather_rope, gather_rows, is_flash, shorten_mask, shorten_padding
+from mllm_squeeze.engine.sequence import (
+    Rows,
+    gather_positions,
+    gather_rope,
+    gather_rows,
+    is_flash,
+    shorten_mask,
+    shorten_padding,
+)
 from mllm_squeeze.engine.spans import Features, SpanTable, first_table
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Reduction
@@ -102,6 +111,8 @@ class Session:
         self.listeners: dict[nn.Module, Any] = {}
         self.read: dict[tuple[int, str], Tensor] = {}
         self.row_weights: dict[int, Tensor] = {}
+        # Features that the text model would have added in front of inner layers, None in most families.
+        self.inner: InnerFeatures | None = None
         self._memo: dict[Any, Any] = {}
         self._full: Tensor | None = None
         self.index: Tensor | None = None
@@ -228,6 +239,7 @@ class Session:
         """Let go of what only the pass needed, so that a session kept for its report holds no activations."""
         self._full = None
         self.features = {}
+        self.inner = None
         self.listeners.clear()
         self.read.clear()
         self.row_weights.clear()
@@ -351,7 +363,11 @@ class Session:
     def per_token(self, given: Any) -> Any:
         """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
         index = self.index
-        if index is None or not isinstance(given, Tensor) or given.ndim != 3 or given.shape[1] != self.width:
+        if index is None:
+            return given
+        if isinstance(given, (tuple, list)):
+            return gather_rope(given, index, self.width)
+        if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[1] != self.width:
             return given
         return gather_rows(given, index)
 
@@ -373,7 +389,7 @@ class Session:
                 if is_flash(self.implementation)
                 else self._once(
                     ("positions", id(positions)),
-                    lambda: positions.expand(index.shape[0], -1).gather(1, index.to(positions.device)),
+                    lambda: gather_positions(positions, index),
                 )
             )
         return kwargs

@@ -20,8 +20,9 @@ class FamilyRow:
     projector maps one tower token to one LLM token. saliency: config name of the list of full-attention tower blocks,
     "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config path of the
     placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through the inner
-    model. by_runs: the feature method does not tell what is an item; each run of placeholders is one. verified: False
-    for a family nobody has tried, which must prove itself on its first call. note: what a user should know.
+    model. by_runs: the feature method does not tell what is an item; each run of placeholders is one. stacked: layers
+    pass several streams of hidden states, so that norms and projections cannot be previewed. verified: False for a
+    family nobody has tried, which must prove itself on its first call. note: what a user should know.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class FamilyRow:
     id_paths: tuple[tuple[str, str], ...] = ()
     own_generate: bool = False
     by_runs: bool = False
+    stacked: bool = False
     verified: bool = True
     note: str = ""
 
@@ -76,7 +78,7 @@ _ROWS = (
     FamilyRow("kimi_k25", _BOTH, grid="thw", tower="packed"),
     FamilyRow("internvl", road="pool", cls=True, grouped=("image",)),
     _POOLED,
-    FamilyRow("gemma3n", ("image", "audio"), grid="square"),
+    FamilyRow("gemma3n", ("image", "audio"), stacked=True),
     FamilyRow("gemma4", _OMNI, grid="unknown"),
     FamilyRow("paligemma", road="identity", per_token=True),
     FamilyRow("idefics2", grid="unknown", note=_QUERIES_NOTE),

@@ -149,9 +149,26 @@ def put_back(base: Tensor, index: Tensor, filled: Tensor, values: Tensor) -> Ten
     return padded.scatter(1, torch.where(filled, index, width), values.to(base.dtype))[:, :width]
 
 
+def _gram(x: Tensor) -> Tensor:
+    """Return x @ x^T, (S, N, N); on a CPU each pair of blocks is multiplied once."""
+    if x.device.type != "cpu":
+        return x @ x.transpose(1, 2)
+    width = x.shape[1]
+    block = max(64, -(-width // 8))
+    out = x.new_empty(x.shape[0], width, width)
+    for start in range(0, width, block):
+        stop = min(width, start + block)
+        part = x[:, start:stop] @ x[:, start:].transpose(1, 2)
+        out[:, start:stop, start:] = part
+        out[:, stop:, start:stop] = part[..., stop - start :].transpose(1, 2)
+    return out
+
+
 def _distances(x: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
     """Return (S, stop - start, N), cosine distances from some unit vectors to all; infinite to itself and padding."""
-    distance = (1 - x[:, start:stop] @ x.transpose(1, 2)).masked_fill_(~mask[:, None], torch.inf)
+    whole = start == 0 and stop == x.shape[1]
+    products = _gram(x) if whole else x[:, start:stop] @ x.transpose(1, 2)
+    distance = products.neg_().add_(1).masked_fill_(~mask[:, None], torch.inf)
     distance.diagonal(offset=start, dim1=1, dim2=2).fill_(torch.inf)
     return distance
 
@@ -171,20 +188,24 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
             return fast.farthest_point(x, mask, k, steps)
     x = unit(x)
     spans, width = mask.shape
-    place = positions(mask)
     block = max(1, min(width, _GRAM_LIMIT // max(1, spans * width)))
     blocks = (_distances(x, mask, start, min(width, start + block)) for start in range(0, width, block))
     # With one block all distances are at hand; else each row is computed when it is needed.
     gram = next(blocks) if block == width else None
     nearest = gram.amin(2) if gram is not None else torch.cat([b.amin(2) for b in blocks], 1)
-    chosen = torch.zeros_like(mask)
-    k = torch.minimum(k, mask.sum(1))
+    # A step is a few small operations, so what can wait until the end waits.
+    closed, picks = ~mask, []
     for step in range(min(steps, width)):
-        pick = nearest.masked_fill(~mask | chosen, -torch.inf).argmax(1, keepdim=True)
-        chosen |= (place == pick) & (step < k)[:, None]
+        pick = nearest.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
+        closed.scatter_(1, pick, True)
+        picks.append(pick)
         row = take(gram, pick)[:, 0] if gram is not None else 1 - (x @ take(x, pick).transpose(1, 2))[..., 0]
         nearest = row if step == 0 else torch.minimum(nearest, row)
-    return chosen
+    if not picks:
+        return torch.zeros_like(mask)
+    turn = torch.arange(len(picks), device=mask.device)
+    wanted = (turn < torch.minimum(k, mask.sum(1))[:, None]).expand(spans, -1)
+    return put_back(torch.zeros_like(mask), torch.cat(picks, 1), wanted, wanted)
 
 
 def own_variance(x: Tensor, mask: Tensor, quality: Tensor | None) -> Tensor:

@@ -128,7 +128,7 @@ def test_the_ops_take_the_kernels(reference, monkeypatch, dtype):
         assert not seen
     got = [op(*args) for op, args in calls]
     assert seen == ["best_target", "best_target", "farthest_point", "dpp_map"]
-    # More picks than dimensions: what is left of the variance is rounding, so only the first two spans' counts are sure.
+    # The last takes as many picks as there are dimensions, and what variance is left then is a matter of rounding.
     assert all(torch.equal(a, b) for a, b in zip(got[:3], wanted[:3], strict=True))
 
 

@@ -75,8 +75,9 @@ def usage(kernel, folder: Path):
 
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 72), (torch.float32, 128)])
 def test_attention(built, dtype, dim):
-    query, key = torch.ones(1, 8, 300, dim, dtype=dtype), torch.ones(1, 2, 300, dim, dtype=dtype)
-    attention.attention_from_rows(query, key, torch.ones(1, 300), None, 0.1, None, attention_band(300, 300))
+    for groups in (2, 8):
+        query, key = torch.ones(1, 8, 2080, dim, dtype=dtype), torch.ones(1, groups, 2080, dim, dtype=dtype)
+        attention.attention_from_rows(query, key, torch.ones(1, 2080), None, 0.1, None, attention_band(2080, 2080))
 
 
 def test_attention_of_one_row_with_a_mask(built):

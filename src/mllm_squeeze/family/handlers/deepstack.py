@@ -28,7 +28,7 @@ def follow_cuts(decoder: nn.Module, kept: Callable[[], Kept | None]) -> Callable
         if now is None:
             added: Tensor = original(hidden_states, visual_pos_masks, visual_embeds)
             return added
-        return _add(hidden_states, visual_pos_masks, visual_embeds, *now)
+        return add_features(hidden_states, visual_pos_masks, visual_embeds, *now)
 
     decoder.__dict__["_deepstack_process"] = process
 
@@ -38,7 +38,7 @@ def follow_cuts(decoder: nn.Module, kept: Callable[[], Kept | None]) -> Callable
     return undo
 
 
-def _add(hidden: Tensor, visual: Tensor, embeds: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+def add_features(hidden: Tensor, visual: Tensor, embeds: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
     """Add to each visual survivor the feature it would have had.
 
     hidden: (B, M, D). visual: bool (B, T). embeds: (number of True in visual, D), in row-major order.

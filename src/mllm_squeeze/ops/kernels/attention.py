@@ -163,34 +163,45 @@ def attention_from_rows(
     share = heads // groups
     weights = row_weights.float().expand(batch, rows).contiguous()
     size = power_of_two(dim)
-    wide = size * query.element_size() > 256
-    bm = min(32 if wide else 64, power_of_two(rows * share))
-    bn = 32 if wide else 64
-    low, high, first, last = _band_blocks(band, batch, width, bn, weights)
+    many = batch * groups
+    # The side that a program owns is the wide one: what it walks over is read again by every program.
+    bm, bn, warps = _tile(query, size, rows * share, many)
+    column_bn, column_bm, column_warps = _tile(query, size, width, many)
+    low, high, first, last = _band_blocks(band, batch, width, column_bn, weights)
     seen = weights if allowed is None else allowed.expand(batch, 1, rows, width)
     strides = (0, 0, 0) if allowed is None else (seen.stride(0), seen.stride(2), seen.stride(3))
     shared = (*query.stride(), *key.stride(), weights.stride(0), low.stride(0), *strides)
     options = {
-        "G": share, "D": size, "BM": bm, "BN": bn, "BAND": band is not None, "ALLOWED": allowed is not None,
-        "SOFTCAP": softcap is not None, "PRECISION": precision(query), "num_warps": 4, "num_stages": 2,
+        "G": share, "D": size, "BAND": band is not None, "ALLOWED": allowed is not None,
+        "SOFTCAP": softcap is not None, "PRECISION": precision(query), "num_stages": 2,
     }  # fmt: skip
     numbers = (float(scaling), float(softcap or 0.0))
     blocks, row_blocks = triton.cdiv(width, bn), triton.cdiv(rows * share, bm)
-    splits = max(1, min(_BUSY // (batch * groups * row_blocks), blocks // 4))
+    splits = max(1, min(_BUSY // (many * row_blocks), blocks // 4))
     split_width = triton.cdiv(blocks, splits) * bn
-    lse = torch.empty(splits, batch * groups, rows * share, device=query.device)
+    lse = torch.empty(splits, many, rows * share, device=query.device)
     out = torch.empty(batch, groups, width, device=query.device)
     with launching(query):
-        _row_sums[(batch * groups, row_blocks, splits)](
+        _row_sums[(many, row_blocks, splits)](
             query, key, weights, low, high, seen, lse, *shared, rows, width, dim, groups, split_width, *numbers,
-            **options,
+            BM=bm, BN=bn, num_warps=warps, **options,
         )  # fmt: skip
         lse = lse[0] if splits == 1 else lse.logsumexp(0)
-        _column_sums[(batch * groups, blocks)](
+        _column_sums[(many, triton.cdiv(width, column_bn))](
             query, key, weights, low, high, seen, lse, first, last, out, *shared, first.stride(0),
-            rows, width, dim, groups, *numbers, **options,
+            rows, width, dim, groups, *numbers, BM=column_bm, BN=column_bn, num_warps=column_warps, **options,
         )  # fmt: skip
     return out.sum(1) / heads
+
+
+def _tile(query: Tensor, size: int, owned: int, many: int) -> tuple[int, int, int]:
+    """Return the block a program owns of `owned` rows or keys, the block it walks in, and its warps."""
+    half = query.element_size() == 2
+    if half and size <= 128 and owned >= 128 and many * triton.cdiv(owned, 128) >= 128:
+        return 128, 64, 8
+    if size * query.element_size() <= 256:
+        return min(64, power_of_two(owned)), 64, 4
+    return min(64 if half else 32, power_of_two(owned)), 32, 4
 
 
 def _band_blocks(

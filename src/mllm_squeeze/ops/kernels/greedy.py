@@ -106,17 +106,19 @@ def _greedy(
     span = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BN)
     inside = n < N
-    free = tl.load(mask + span * N + n, mask=inside, other=0) != 0
-    score = tl.where(free, tl.load(start + span * N + n, mask=inside, other=float("-inf")), float("-inf"))
+    # -inf marks what cannot be picked: padding, and what has been.
+    score = tl.load(start + span * N + n, mask=inside, other=float("-inf"))
+    score = tl.where(tl.load(mask + span * N + n, mask=inside, other=0) != 0, score, float("-inf"))
     lowest = tl.load(floor + span)
     factors += span * steps * N
     for step in range(0, tl.load(count + span)):
         best, pick = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
         # NaN must not lead outside.
         pick = tl.minimum(pick, N - 1)
+        closed = (score == float("-inf")) | (n == pick)
         row = tl.load(matrix + (span * N + pick) * row_stride + n, mask=inside, other=0.0)
         if DPP:
-            for t in range(0, step):
+            for t in tl.range(0, step, loop_unroll_factor=4):
                 known = factors + t * N
                 row -= tl.load(known + pick) * tl.load(known + n, mask=inside, other=0.0)
             row = tl.where(best > 0, row / tl.sqrt(tl.maximum(best, 1e-30)), 0.0)
@@ -127,11 +129,9 @@ def _greedy(
             score = tl.where(score > lowest, score, 0.0)
         else:
             score = tl.where(step == 0, row, tl.minimum(score, row))
-        free = free & (n != pick)
-        score = tl.where(free, score, float("-inf"))
-    left = free | ~inside
-    taken = tl.load(mask + span * N + n, mask=inside, other=0) != 0
-    tl.store(chosen + span * N + n, (taken & ~left).to(tl.int8), mask=inside)
+        score = tl.where(closed, float("-inf"), score)
+    real = tl.load(mask + span * N + n, mask=inside, other=0) != 0
+    tl.store(chosen + span * N + n, (real & (score == float("-inf"))).to(tl.int8), mask=inside)
 
 
 def _select(
@@ -143,7 +143,7 @@ def _select(
     with launching(matrix):
         _greedy[(spans,)](
             matrix, start, mask, k, floor, factors, chosen, width, matrix.stride(1), factors.shape[1], DPP=dpp,
-            BN=block, num_warps=min(16, max(1, block // 256)),
+            BN=block, num_warps=min(32, max(1, block // 256)),
         )  # fmt: skip
     return chosen.bool()
 

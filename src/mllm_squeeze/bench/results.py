@@ -1,0 +1,230 @@
+"""What a benchmark found: plain numbers as JSON, and as a table for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from mllm_squeeze.bench.measure import Spread, Times, paired, spread
+
+Kind = Literal["dense", "ours", "oracle", "naive"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Row(_Strict):
+    """One contestant; times are in seconds, with one number per round in `rounds`.
+
+    layers: tokens on which each decoder layer runs. rule: seconds of the rule's own work in encoder and prefill, by
+    part. rule_share: their sum by the dense prefill. speedup: dense by this, prefill and decode; efficiency: oracle by
+    this, prefill. memory: peak bytes on the device, None on a CPU.
+    """
+
+    name: str
+    kind: Kind
+    method: str | None
+    params: dict[str, Any]
+    layers: tuple[int, ...]
+    encoder: Spread
+    prefill: Spread
+    decode: Spread
+    rule: dict[str, float]
+    rule_share: float | None
+    speedup: Spread
+    decode_speedup: Spread
+    efficiency: Spread | None
+    memory: int | None
+    rounds: dict[str, list[float]]
+
+
+class Results(_Strict):
+    """One benchmark: what was run, on what, and one row per contestant.
+
+    setting: model, visual tokens, prompt length, batch, dtype, attention, clock, threads, rounds, steps.
+    """
+
+    version: Literal[1] = 1
+    command: str
+    environment: dict[str, Any]
+    setting: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def save(self, folder: Path, name: str) -> list[Path]:
+        """Write `name`.json and `name`.md and return their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{name}.json", folder / f"{name}.md"]
+        paths[0].write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        paths[1].write_text(markdown(self), encoding="utf-8")
+        return paths
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a JSON file; raises pydantic.ValidationError where it is none of ours."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def make_row(
+    name: str,
+    kind: Kind,
+    times: Times,
+    dense: Times,
+    oracle: Times | None,
+    layers: Sequence[int],
+    method: str | None = None,
+    params: dict[str, Any] | None = None,
+) -> Row:
+    """Return the row of one contestant from its times, those of the dense model and those of its oracle."""
+    rule = {part: spread(values).median for part, values in times.parts.items()}
+    return Row(
+        name=name,
+        kind=kind,
+        method=method,
+        params=params or {},
+        layers=tuple(layers),
+        encoder=spread(times.encoder),
+        prefill=spread(times.prefill),
+        decode=spread(times.decode),
+        rule=rule,
+        rule_share=paired(times.rule, dense.prefill).median if kind == "ours" else None,
+        speedup=paired(dense.prefill, times.prefill),
+        decode_speedup=paired(dense.decode, times.decode),
+        efficiency=None if oracle is None else paired(oracle.prefill, times.prefill),
+        memory=times.memory,
+        rounds={"encoder": times.encoder, "prefill": times.prefill, "decode": times.decode},
+    )
+
+
+HEADERS = (
+    "contestant",
+    "tokens per layer",
+    "prefill ms",
+    "speed-up",
+    "of oracle",
+    "rule ms",
+    "rule / dense",
+    "decode ms",
+    "speed-up",
+    "encoder ms",
+    "memory",
+)
+
+
+def cells(row: Row) -> list[str]:
+    """Return a row as text, under HEADERS."""
+    return [
+        row.name,
+        f"{sum(row.layers) / len(row.layers):.0f}" if row.layers else "-",
+        _time(row.prefill),
+        f"{row.speedup.median:.2f}",
+        "-" if row.efficiency is None else f"{row.efficiency.median:.3f}",
+        f"{1000 * sum(row.rule.values()):.1f}" if row.kind == "ours" else "-",
+        "-" if row.rule_share is None else f"{100 * row.rule_share:.2f} %",
+        _time(row.decode, 2),
+        f"{row.decode_speedup.median:.2f}",
+        _time(row.encoder),
+        "-" if row.memory is None else f"{row.memory / 2**30:.2f} GiB",
+    ]
+
+
+def _time(value: Spread, digits: int = 0) -> str:
+    low, middle, high = (f"{1000 * v:.{digits}f}" for v in (value.low, value.median, value.high))
+    return middle if value.count == 1 else f"{middle} ({low}-{high})"
+
+
+def table(results: Results) -> Table:
+    """Return the rows as a table for a terminal."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title(results), title_justify="left")
+    for number, header in enumerate(HEADERS):
+        found.add_column(header, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in results.rows:
+        style = "bold" if row.kind == "ours" else "dim" if row.kind in ("oracle", "naive") else ""
+        found.add_row(*(Text(cell, style=style) for cell in cells(row)))
+    return found
+
+
+def parts_table(results: Results) -> Table:
+    """Return the rule's own work in milliseconds, by part."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the rule's own work, ms", title_justify="left")
+    names = list(results.rows[0].rule)
+    for header in ("contestant", *names, "sum"):
+        found.add_column(header, justify="left" if header == "contestant" else "right")
+    for row in results.rows:
+        if row.kind == "ours":
+            values = [*row.rule.values(), sum(row.rule.values())]
+            found.add_row(Text(row.name, style="bold"), *(f"{1000 * value:.2f}" for value in values))
+    return found
+
+
+def title(results: Results) -> str:
+    """Return one line that says what was run."""
+    s = results.setting
+    return (
+        f"{s['model']}: {s['visual_tokens']} visual of {s['prompt_tokens']} tokens, batch {s['batch']}, {s['dtype']}, "
+        f"{s['attention']}, {s['rounds']} rounds, {s['clock']} clock"
+    )
+
+
+def markdown(results: Results) -> str:
+    """Return the results as a Markdown file: the command, the machine, the table, the parts of the rule."""
+    lines = [f"# {title(results)}", "", "```", results.command, "```", ""]
+    told = {**results.environment, **{k: v for k, v in results.setting.items() if k in ("threads", "decoded_tokens")}}
+    lines += [", ".join(f"{name}: {value}" for name, value in told.items() if value is not None) + ".", ""]
+    lines += [
+        "Times are medians over the rounds (quartiles in brackets); speed-up and `of oracle` are medians of the ratios "
+        "within a round.",
+        "",
+    ]
+    lines += _markdown_table(HEADERS, [cells(row) for row in results.rows])
+    ours = [row for row in results.rows if row.kind == "ours"]
+    if ours:
+        parts = list(ours[0].rule)
+        body = [[row.name, *(f"{1000 * row.rule[part]:.2f}" for part in parts)] for row in ours]
+        lines += ["", "The rule's own work in milliseconds, by part:", ""]
+        lines += _markdown_table(("contestant", *parts), body)
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    bar = ["---", *["---:"] * (len(headers) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in (headers, bar, *rows)]
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """Return what matters of the machine and the versions; no names of hosts."""
+    import os
+
+    import torch
+    import transformers
+
+    from mllm_squeeze import __version__
+
+    out = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "mllm-squeeze": __version__,
+    }
+    if device.type == "cuda":
+        out["cuda"] = torch.version.cuda
+    return out
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

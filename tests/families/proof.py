@@ -1,0 +1,172 @@
+"""What each family is tried on, and how a cut of it is proved: by masking, or where that has no meaning by leaving out.
+
+Families whose layers all attend are proved against the dense model with the dropped columns closed. Recurrent layers
+take no such mask; those families are proved against the dense model from which the rows really leave, without a cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import matrix
+import mllm_squeeze as squeeze
+import oracle
+import tiny
+
+STEPS = 3
+# One method per place of action; the recipe of each, and where it acts.
+PLACES = {
+    "divprune": "projector",
+    "visionzip": "projector",
+    "fastv": "layer",
+    "pyramiddrop": "layers",
+    "tome": "encoder",
+    "vidcom2": "video",
+    "dycoke": "video",
+}
+# Models that cannot be squeezed at all, and a word of the reason.
+REFUSED = {"mllama": "cross-attention", "blip_2_t5": "Encoder-decoder"}
+SERVED = tuple(name for name in tiny.FAMILIES if name not in REFUSED)
+# The prompt looks ahead, so words that come later change what was said before: only generate() shows the same.
+PREFIX = ("molmo2", "paligemma", "paligemma2")
+# These classes keep no cache of a conversation, and their forward takes none.
+OWN_GENERATE = ("blip_2", "instructblip")
+QUICK = ("llava", "qwen3_vl", "llama4", "phi4_multimodal", "gemma3_window", "gemma4", "lfm2_vl", "qwen3_5", "molmo2")
+QUICK += ("paligemma2", "perception_lm", "blip_2", "voxtral", "mistral3")
+
+
+def families(names: Sequence[str] = SERVED) -> list[Any]:
+    """Return pytest parameters, one per family; those that this installation lacks are skipped by name."""
+    return [pytest.param(name, id=name, marks=marks(name)) for name in names]
+
+
+def marks(name: str) -> list[Any]:
+    """Return the marks of a family: quick, and skipped where the library or a package is missing."""
+    out = [pytest.mark.quick] if name in QUICK else []
+    if not tiny.available(name):
+        reason = f"transformers {transformers.__version__} has no {name}, or a package is missing that it needs"
+        out.append(pytest.mark.skip(reason=reason))
+    return out
+
+
+def shown(name: str) -> list[str]:
+    """Return the kinds of prompt of a family that show or play something."""
+    return [kind for kind in tiny.kinds(name) if kind != "text"]
+
+
+def first_kind(name: str, method: str) -> str:
+    """Return the kind of prompt on which a method is tried first."""
+    return "video" if PLACES[method] == "video" and "video" in tiny.kinds(name) else tiny.kinds(name)[0]
+
+
+@functools.cache
+def misfit(name: str, method: str) -> str | None:
+    """Return why the library says that a method does not fit a family, None where it fits."""
+    found = squeeze.check(tiny.load(name).model)["methods"][method]
+    return None if found == "fits" else found
+
+
+def params(method: str, **changes: Any) -> dict[str, Any]:
+    """Return the parameters with which a method is tried on a model of few layers."""
+    return matrix.METHODS[method].params | changes
+
+
+@contextmanager
+def whole(t: tiny.TinyModel, kind: str, method: str, **changes: Any) -> Iterator[tuple[Any, tiny.Inputs]]:
+    """Apply a method; yields the handle, and inputs of their own."""
+    inputs = {k: v.clone() for k, v in t.inputs[kind].items()}
+    with squeeze.applied(t.model, method, **params(method, **changes)) as handle:
+        yield handle, inputs
+
+
+def repacks(handle: Any) -> bool:
+    """Say whether survivors stand at consecutive positions: the recipe says so, and positions rotate on one axis."""
+    text = oracle.text_model(handle.model)
+    axes = (getattr(text.config, "rope_parameters", None) or {}).get("mrope_section")
+    return handle.recipe.positions == "repack" and hasattr(text, "rotary_emb") and axes is None
+
+
+def forward(t: tiny.TinyModel, inputs: tiny.Inputs, **extra: Any) -> Tensor:
+    """Return the logits of a forward with inputs of its own."""
+    with torch.no_grad():
+        return t.model(**{k: v.clone() for k, v in inputs.items()}, **extra).logits
+
+
+def generate(t: tiny.TinyModel, inputs: tiny.Inputs, forced: Tensor, **extra: Any) -> Tensor:
+    """Return the raw logits (B, n + 1, V) of generate() while it is made to choose the forced tokens (B, n)."""
+    return oracle.generate(t.model, {k: v.clone() for k, v in inputs.items()}, forced, **extra)
+
+
+def followed(t: tiny.TinyModel, inputs: tiny.Inputs, tokens: Tensor) -> tiny.Inputs:
+    """Return the prompt with these tokens (1, n) behind it."""
+    return t.turn(inputs, tokens[:, :-1], int(tokens[0, -1])).whole
+
+
+def squeeze_and_prove(t: tiny.TinyModel, kind: str, method: str, **changes: Any) -> Any:
+    """Run squeezed, compare all logits of survivors and decode steps with the dense reference; return the handle."""
+    forced = oracle.forced_tokens(1, STEPS)
+    with whole(t, kind, method, **changes) as (handle, inputs):
+        with oracle.capture(t.model, range(len(oracle.text_model(t.model).layers))) as states:
+            prefill = forward(t, inputs)
+        cuts = handle.cuts
+        decode = generate(t, inputs, forced)
+        assert [c.kept[0].tolist() for c in handle.cuts] == [c.kept[0].tolist() for c in cuts]
+    assert cuts, "nothing was cut"
+    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
+    compare(t, inputs, prefill, decode, cuts, merged, repacks(handle), forced, matrix.METHODS[method].decodes)
+    return handle
+
+
+def compare(
+    t: tiny.TinyModel,
+    inputs: tiny.Inputs,
+    prefill: Tensor,
+    decode: Tensor,
+    cuts: Sequence[oracle.CutLike],
+    merged: dict[int, Tensor] | None,
+    repack: bool,
+    forced: Tensor,
+    decodes: bool = False,
+) -> None:
+    """Compare prefill (1, T, V) and generate (1, n + 1, V) with the dense reference; not decode where it cuts on."""
+    alive = oracle.survivors(inputs, cuts)
+    if oracle.recurrent(t.model):
+        assert merged is None, "rows that leave cannot carry merged states"
+        short = oracle.dropped_logits(t.model, inputs, cuts, repack)
+        oracle.assert_close(prefill[alive], short[0], "prefill")
+        whole = oracle.dropped_logits(t.model, followed(t, inputs, forced), cuts, repack)
+        expected = whole[:, -forced.shape[1] - 1 :]
+    else:
+        with oracle.masked(t.model, inputs["input_ids"].shape[1], cuts, merged, repack):
+            oracle.assert_close(prefill[alive], forward(t, inputs)[alive], "prefill")
+            expected = generate(t, inputs, forced)
+    if decodes:
+        decode, expected = decode[:, :1], expected[:, :1]
+    for n in range(decode.shape[1]):
+        oracle.assert_close(decode[:, n], expected[:, n], f"step {n}")
+
+
+def expected_count(length: int, ratio: float) -> int:
+    """Return the tokens that stay of one image, video or sound."""
+    return max(1, math.floor(round(length * (1 - ratio), 9) + 0.5))
+
+
+def check_cuts(t: tiny.TinyModel, inputs: tiny.Inputs, handle: Any) -> None:
+    """Text is never cut, padding never kept, columns ascend, and every cut is a subset of the one before."""
+    for b, row in enumerate(handle.layout.visual):
+        before = set(inputs["attention_mask"][b].nonzero().flatten().tolist())
+        text = before - set(row.nonzero().flatten().tolist())
+        for cut in handle.cuts:
+            kept = cut.kept[b].tolist()
+            assert kept == sorted(set(kept))
+            assert text <= set(kept) <= before, f"text was cut at layer {cut.layer}"
+            before = set(kept)
