@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from mllm_squeeze.bench.contestants import Contestant, State
-from mllm_squeeze.bench.models import IMAGE, Prompt
 from torch import Tensor
 from transformers import DynamicCache
+
+from mllm_squeeze.bench.contestants import Contestant, State
+from mllm_squeeze.bench.models import IMAGE, Prompt
 
 
 class Naive(Contestant):
@@ -31,7 +32,7 @@ class Naive(Contestant):
         self.layer = int(params.get("layer", self.layer))
         ids = prompt.inputs["input_ids"][0].tolist()
         self.visual = [column for column, token in enumerate(ids) if token == IMAGE]
-        self.text = [column for column in range(self.visual[-1] + 1, len(ids))]
+        self.text = list(range(self.visual[-1] + 1, len(ids)))
         self.budget = max(1, int(len(self.visual) * (1 - float(params["ratio"])) + 0.5))
         self.decoder = model.get_decoder()
         self.kept: list[int] = []

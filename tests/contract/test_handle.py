@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -158,3 +159,29 @@ def test_keep_says_the_same_as_ratio(family: str) -> None:
             spans.append([len(kept & set(span.columns)) for span in handle.layout.spans])
     assert spans[0] == spans[1]
     assert spans[2] == [6, 6]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("then", ["nothing", "random", "divprune"])
+@pytest.mark.parametrize("method", ["fastv", "random", "divprune", "pyramiddrop"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_cut_cache_outlives_its_handle(family: str, method: str, then: str, implementation: str) -> None:
+    """After remove(), or under another method, a cache that was cut decodes on right, or an error says why not."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, 1)
+    with matrix.attention(t.model, implementation), torch.no_grad():
+        with matrix.applied(t.model, method):
+            expected = oracle.run(t.model, inputs, forced)
+            cache = t.model(**inputs, use_cache=True).past_key_values
+        other = matrix.applied(t.model, then) if then != "nothing" else contextlib.nullcontext()
+        with other:
+            try:
+                logits = t.model(input_ids=forced, past_key_values=cache).logits
+            except squeeze.SqueezeError as error:
+                message = str(error)
+            else:
+                message = None
+    if message is None:
+        oracle.assert_close(logits[:, -1], expected.decode[:, 0], "decode")
+    else:
+        assert "cache" in message

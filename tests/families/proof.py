@@ -89,8 +89,13 @@ def whole(t: tiny.TinyModel, kind: str, method: str, **changes: Any) -> Iterator
 
 
 def repacks(handle: Any) -> bool:
-    """Say whether survivors stand at consecutive positions: the recipe says so, and positions rotate on one axis."""
+    """Say whether survivors stand at consecutive positions: the recipe says so, and positions rotate on one axis.
+
+    Where layers borrow the keys of others, positions are kept as well.
+    """
     text = oracle.text_model(handle.model)
+    if getattr(text.config, "num_kv_shared_layers", 0):
+        return False
     axes = (getattr(text.config, "rope_parameters", None) or {}).get("mrope_section")
     return handle.recipe.positions == "repack" and hasattr(text, "rotary_emb") and axes is None
 

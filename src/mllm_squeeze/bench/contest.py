@@ -98,7 +98,7 @@ def check(setting: Setting) -> None:
 
 
 def label(method: str, params: Mapping[str, Any]) -> str:
-    """Return the name of an entry: the method and its parameters."""
+    """Return the name of one of several entries: the method and its parameters."""
     told = ", ".join(f"{name}={value}" for name, value in params.items())
     return f"{method} ({told})" if told else method
 
@@ -117,7 +117,8 @@ def build(setting: Setting, told: Told = lambda text: None) -> Stage:
     for method, params in setting.entries:
         told(f"preparing {method}")
         ours = Squeezed(model, prompt, method, params)
-        ours.name = label(method, params)
+        if [name for name, _ in setting.entries].count(method) > 1:
+            ours.name = label(method, params)
         ours.prepare()
         ideal = stage.ideals[ours.name] = oracle_of(ours, stage.dense)
         stage.contestants += [ours, ideal] if setting.oracle else [ours]

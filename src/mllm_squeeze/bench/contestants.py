@@ -104,7 +104,7 @@ class Ideal(Contestant):
 
     def __init__(self, ours: Squeezed, oracle: Oracle, features: Any) -> None:
         super().__init__(ours.model, ours.prompt, f"oracle of {ours.name}")
-        self.oracle, self.features = oracle, features
+        self.ours, self.oracle, self.features = ours, oracle, features
 
     def active(self) -> Any:
         """Hook the layers behind the cuts."""

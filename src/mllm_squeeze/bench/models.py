@@ -25,8 +25,8 @@ class Prompt:
     """A batch of equal prompts: text, pictures, text.
 
     inputs: what the text side takes (input_ids, attention_mask, ...), without pictures. vision: what the encoder takes.
-    positions: int64 position ids of the prompt, (B, T) or (3, B, T). after: position ids of the tokens to decode. visual:
-    visual tokens per prompt. decoded: int64 (B, n), the tokens that every contestant is made to decode.
+    positions: int64 position ids of the prompt, (B, T) or (3, B, T). after: position ids of the tokens to decode.
+    visual: visual tokens per prompt. decoded: int64 (B, n), the tokens that every contestant is made to decode.
     """
 
     inputs: dict[str, Tensor]

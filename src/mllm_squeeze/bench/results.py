@@ -26,8 +26,8 @@ class Row(_Strict):
     """One contestant; times are in seconds, with one number per round in `rounds`.
 
     layers: tokens on which each decoder layer runs. rule: seconds of the rule's own work in encoder and prefill, by
-    part. rule_share: their sum by the dense prefill. speedup: dense by this, prefill and decode; efficiency: oracle by
-    this, prefill. memory: peak bytes on the device, None on a CPU.
+    part. rule_share: their sum by the dense prefill. speedup, decode_speedup: dense by this. efficiency,
+    decode_efficiency: oracle by this. memory: peak bytes on the device, None on a CPU.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Row(_Strict):
     speedup: Spread
     decode_speedup: Spread
     efficiency: Spread | None
+    decode_efficiency: Spread | None
     memory: int | None
     rounds: dict[str, list[float]]
 
@@ -99,6 +100,7 @@ def make_row(
         speedup=paired(dense.prefill, times.prefill),
         decode_speedup=paired(dense.decode, times.decode),
         efficiency=None if oracle is None else paired(oracle.prefill, times.prefill),
+        decode_efficiency=None if oracle is None else paired(oracle.decode, times.decode),
         memory=times.memory,
         rounds={"encoder": times.encoder, "prefill": times.prefill, "decode": times.decode},
     )
@@ -109,46 +111,52 @@ HEADERS = (
     "tokens per layer",
     "prefill ms",
     "speed-up",
-    "of oracle",
+    "efficiency",
     "rule ms",
     "rule / dense",
     "decode ms",
     "speed-up",
+    "efficiency",
     "encoder ms",
-    "memory",
+    "memory GiB",
 )
 
 
-def cells(row: Row) -> list[str]:
-    """Return a row as text, under HEADERS."""
+def cells(row: Row, spreads: bool = True) -> list[str]:
+    """Return a row as text, under HEADERS; spreads: show the quartiles of times."""
     return [
         row.name,
         f"{sum(row.layers) / len(row.layers):.0f}" if row.layers else "-",
-        _time(row.prefill),
+        _time(row.prefill, 0, spreads),
         f"{row.speedup.median:.2f}",
-        "-" if row.efficiency is None else f"{row.efficiency.median:.3f}",
+        _ratio(row.efficiency),
         f"{1000 * sum(row.rule.values()):.1f}" if row.kind == "ours" else "-",
         "-" if row.rule_share is None else f"{100 * row.rule_share:.2f} %",
-        _time(row.decode, 2),
+        _time(row.decode, 1, spreads),
         f"{row.decode_speedup.median:.2f}",
-        _time(row.encoder),
-        "-" if row.memory is None else f"{row.memory / 2**30:.2f} GiB",
+        _ratio(row.decode_efficiency),
+        _time(row.encoder, 0, spreads),
+        "-" if row.memory is None else f"{row.memory / 2**30:.2f}",
     ]
 
 
-def _time(value: Spread, digits: int = 0) -> str:
+def _ratio(value: Spread | None) -> str:
+    return "-" if value is None else f"{value.median:.3f}"
+
+
+def _time(value: Spread, digits: int, spreads: bool) -> str:
     low, middle, high = (f"{1000 * v:.{digits}f}" for v in (value.low, value.median, value.high))
-    return middle if value.count == 1 else f"{middle} ({low}-{high})"
+    return f"{middle} ({low}-{high})" if spreads and value.count > 1 else middle
 
 
 def table(results: Results) -> Table:
     """Return the rows as a table for a terminal."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title(results), title_justify="left")
     for number, header in enumerate(HEADERS):
-        found.add_column(header, justify="left" if number == 0 else "right", no_wrap=True)
+        found.add_column(header, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in results.rows:
         style = "bold" if row.kind == "ours" else "dim" if row.kind in ("oracle", "naive") else ""
-        found.add_row(*(Text(cell, style=style) for cell in cells(row)))
+        found.add_row(*(Text(cell, style=style) for cell in cells(row, spreads=False)))
     return found
 
 
@@ -180,8 +188,8 @@ def markdown(results: Results) -> str:
     told = {**results.environment, **{k: v for k, v in results.setting.items() if k in ("threads", "decoded_tokens")}}
     lines += [", ".join(f"{name}: {value}" for name, value in told.items() if value is not None) + ".", ""]
     lines += [
-        "Times are medians over the rounds (quartiles in brackets); speed-up and `of oracle` are medians of the ratios "
-        "within a round.",
+        "Times are medians over the rounds (quartiles in brackets); speed-up (dense by this) and efficiency "
+        "(oracle by this) are medians of the ratios within a round.",
         "",
     ]
     lines += _markdown_table(HEADERS, [cells(row) for row in results.rows])

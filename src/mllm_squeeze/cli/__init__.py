@@ -1,4 +1,4 @@
-"""The command `mllm-squeeze`: look at the methods, check a model, run one, measure, see the demo, report the environment."""
+"""The command `mllm-squeeze`: look at the methods, check a model, run or measure one, see the demo, report versions."""
 
 from __future__ import annotations
 

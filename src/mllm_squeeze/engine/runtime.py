@@ -353,7 +353,8 @@ class Runtime:
         frame = self._local.frames[-1] if self._local.frames else None
         past = _seen(past_key_values)
         # Where generate() itself is the frame, its later passes are decode steps.
-        features = self._features(frame) if not (self.parts.row.own_generate and past) else {}
+        decodes = (self.parts.row.own_generate and past) or states.shape[1] == 1
+        features = {} if decodes else self._features(frame)
         if not features and not _has_cut(past_key_values):
             if self.enabled and states.shape[1] > 1 and not past:
                 _warn_no_image()
@@ -362,6 +363,11 @@ class Runtime:
         if features and frame is not None:
             _refuse_packed(kwargs)
             layout = self._layout(frame, features, states, past)
+            if not layout.spans:
+                # Some families are given their pictures again in later passes, which hold no placeholder.
+                layout, features = None, {}
+        if layout is None and not _has_cut(past_key_values):
+            return None
         refuse_scaled(self.parts.text_config, past + states.shape[1])
         session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
         if layout is not None:
@@ -398,7 +404,7 @@ class Runtime:
         """Return what was encoded for this pass; what is encoded without a feature method is told by its inputs."""
         if frame is None or not self.enabled:
             return {}
-        found = dict(frame.features)
+        found = {m: f.without(frame.inputs.get(f"{m}_compression_mask")) for m, f in frame.features.items()}
         encoded = frame.inputs.get("mm_encoder_outputs") or {}
         for modality, names in _INPUTS.items():
             given = any(frame.inputs.get(name) is not None for name in names) or encoded.get(modality) is not None

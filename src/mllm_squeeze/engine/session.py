@@ -132,7 +132,9 @@ class Session:
     @property
     def repack(self) -> bool:
         """True where survivors are renumbered."""
-        return self.plan.repack and not self.parts.mrope and self.parts.rotary is not None
+        parts = self.parts
+        # Layers that borrow keys would see them at positions of two numberings.
+        return self.plan.repack and not parts.mrope and not parts.kv_sources and parts.rotary is not None
 
     @property
     def implementation(self) -> str:
@@ -353,7 +355,7 @@ class Session:
         entries = kv.kept_entries(kwargs.get("past_key_values"), layer)
         if self.index is None and entries is None:
             return new
-        return self._renumbered(new, hidden, entries) if self.repack else self._gathered(new)
+        return self._renumbered(layer, new, hidden, entries) if self.repack else self._gathered(new)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._memo:
@@ -394,7 +396,9 @@ class Session:
             )
         return kwargs
 
-    def _renumbered(self, kwargs: dict[str, Any], hidden: Tensor, entries: kv.KeptEntries | None) -> dict[str, Any]:
+    def _renumbered(
+        self, layer: int, kwargs: dict[str, Any], hidden: Tensor, entries: kv.KeptEntries | None
+    ) -> dict[str, Any]:
         """Give survivors consecutive positions, and new tokens the ones behind them."""
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -403,20 +407,21 @@ class Session:
                 "positions='keep' in the recipe."
             )
         kwargs["position_ids"], kwargs["position_embeddings"] = self._once(
-            ("repack", id(positions), id(entries)), lambda: self._new_positions(positions, hidden, entries)
+            ("repack", id(positions), id(entries), self.parts.rope_kind(layer)),
+            lambda: self._new_positions(layer, positions, hidden, entries),
         )
         return kwargs
 
-    def _new_positions(self, positions: Tensor, hidden: Tensor, entries: kv.KeptEntries | None) -> tuple[Tensor, Any]:
-        rotary = self.parts.rotary
-        assert rotary is not None
+    def _new_positions(
+        self, layer: int, positions: Tensor, hidden: Tensor, entries: kv.KeptEntries | None
+    ) -> tuple[Tensor, Any]:
         positions = positions.expand(hidden.shape[0], -1)
         if self.index is not None and self.shift is not None:
             positions = positions.gather(1, self.index.to(positions.device)) - self.shift.to(positions.device)
         if entries is not None:
             positions = positions - entries.shift.to(positions.device)[:, None]
         positions = positions.clamp(min=0)
-        return positions, rotary(hidden, positions)
+        return positions, self.parts.rotate(layer, hidden, positions)
 
     def _announced(self, rows: Rows, entries: kv.KeptEntries | None) -> kv.KeptEntries:
         assert self.shift is not None

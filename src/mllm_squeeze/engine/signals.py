@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import PlannedCut
+from mllm_squeeze.engine.preview import run_projections
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.engine.taps import score_rows
@@ -143,12 +144,10 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
     rows, weights = _rows(session, planned, need)
     out: list[Tensor] = []
 
-    def read(query: Tensor, key: Tensor, mask: Any, extra: dict[str, Any]) -> bool:
+    @marked("signal")
+    def read(query: Tensor, key: Tensor, extra: dict[str, Any]) -> None:
         out.append(score_rows(query, key, session.present, extra, rows, weights))
-        return True
 
-    session.listeners[attention] = read
-    with torch.no_grad():
-        attention(norm(hidden), **{**given, "past_key_values": None, "attention_mask": None})
-    del session.listeners[attention]
+    one = rows if rows.shape[1] == 1 else None
+    run_projections(attention, norm(hidden), one, given, session.listeners, read)
     return out[0]

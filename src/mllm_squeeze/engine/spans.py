@@ -27,6 +27,26 @@ class Features:
     # Survivors of a reduction inside the encoder, bool (length,) per item; the cut happens before layer 0.
     survivors: tuple[Tensor, ...] | None = None
 
+    def without(self, left: Tensor | None) -> Features:
+        """Return the features that a family leaves itself of those it encoded; left: bool (sum of lengths,) or None.
+
+        An item that lost some is no rectangle any more.
+        """
+        if left is None or self.lengths is None or bool(left.all()):
+            return self
+        rows = torch.split(left.cpu().bool(), list(self.lengths))
+        return replace(
+            self,
+            lengths=tuple(int(row.sum()) for row in rows),
+            tiles=tuple(tiles if bool(row.all()) else () for tiles, row in zip(self.tiles, rows, strict=True)),
+            signals={name: _taken(values, rows) for name, values in self.signals.items()},
+            survivors=None if self.survivors is None else _taken(self.survivors, rows),
+        )
+
+
+def _taken(values: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(value[row.to(value.device)] for value, row in zip(values, rows, strict=True))
+
 
 @marked("shorten")
 def find_layout(

@@ -23,7 +23,7 @@ def find_tiles(
     """
     rule = parts.row.grid
     if rule == "thw":
-        tiles = _thw(parts, inputs.get(f"{modality}_grid_thw"))
+        tiles = _thw(parts, inputs.get(f"{modality}_grid_thw"), inputs.get(f"{modality}_merge_sizes"))
     elif modality == "video" and rule == "anyres":
         tiles = _frames(inputs["pixel_values_videos"].shape[1], lengths)
     elif rule == "rows":
@@ -51,11 +51,12 @@ def _square(length: int) -> tuple[Tile, ...]:
     return (Tile(1, side, side, frame_lead=1),) if side * side == length - 1 else ()
 
 
-def _thw(parts: ModelParts, grids: torch.Tensor | None) -> list[tuple[Tile, ...]]:
+def _thw(parts: ModelParts, grids: torch.Tensor | None, merges: torch.Tensor | None) -> list[tuple[Tile, ...]]:
     if grids is None:
         return []
-    merge = getattr(parts.config.vision_config, "spatial_merge_size", 1)
-    return [(Tile(int(t), int(h) // merge, int(w) // merge),) for t, h, w in grids.tolist()]
+    same = getattr(parts.config.vision_config, "spatial_merge_size", 1)
+    each = [same] * len(grids) if merges is None else merges.tolist()
+    return [(Tile(int(t), int(h) // m, int(w) // m),) for (t, h, w), m in zip(grids.tolist(), each, strict=True)]
 
 
 def _rows(parts: ModelParts, sizes: torch.Tensor | None) -> list[tuple[Tile, ...]]:

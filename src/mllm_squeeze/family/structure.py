@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
 from mllm_squeeze.family.table import REFUSED, TABLE, FamilyRow
@@ -71,6 +72,27 @@ class ModelParts:
     def rotary(self) -> nn.Module | None:
         """Rotary embedding of the text model, None where positions are learned."""
         return getattr(self.decoder, "rotary_emb", None)
+
+    def rope_kind(self, layer: int) -> str | None:
+        """Name of the rotary tables of a layer, None where all layers share one pair."""
+        if self.rotary is None:
+            return None
+        kinds = getattr(self.decoder, "rope_types", None)
+        if kinds is None and "layer_type" in inspect.signature(self.rotary.forward).parameters:
+            kinds = self.text_config.layer_types
+        return None if kinds is None else str(kinds[layer])
+
+    def rotate(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+        """Return the rotary tables of a layer at positions (B, T), as the text model makes them; hidden: (B, T, D)."""
+        rotary, kind = self.rotary, self.rope_kind(layer)
+        assert rotary is not None
+        if kind is None:
+            return rotary(hidden, positions)
+        # Molmo2 has a module per kind, Gemma 3 one that is told the kind.
+        own: Any = getattr(self.decoder, f"rotary_emb_{kind}", None)
+        if own is not None or hasattr(self.decoder, "rope_types"):
+            return (own or rotary)(hidden, positions)
+        return rotary(hidden, positions, kind)
 
     @property
     def final_norm(self) -> nn.Module | None:

@@ -14,7 +14,7 @@ HALF = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("tokens", "dim"), [(40, 24), (70, 3), (1, 1100)])
+@pytest.mark.parametrize(("tokens", "dim"), [(24, 24), (33, 3), (1, 1100)])
 def test_merge_tokens(monkeypatch, dtype, tokens, dim):
     make = torch.Generator().manual_seed(tokens)
     x = torch.randn(2, tokens, dim, generator=make).to(DEVICE, dtype)
@@ -34,12 +34,12 @@ def test_merge_tokens(monkeypatch, dtype, tokens, dim):
 
 
 def test_merging_all_into_one_and_none(monkeypatch):
-    x = torch.randn(1, 300, 4, device=DEVICE)
-    assign = torch.full((1, 300), 299, device=DEVICE)
-    got = match.merge_tokens(x, assign, torch.full((1, 300), 1 / 300, device=DEVICE))
-    assert torch.allclose(got[0, 299], x[0].mean(0), atol=1e-6)
-    assert torch.equal(got[0, :299], x[0, :299])
-    assert torch.equal(match.merge_tokens(x, assign * 0 - 1, torch.ones(1, 300, device=DEVICE)), x)
+    x = torch.randn(1, 200, 4, device=DEVICE)
+    assign = torch.full((1, 200), 199, device=DEVICE)
+    got = match.merge_tokens(x, assign, torch.full((1, 200), 1 / 200, device=DEVICE))
+    assert torch.allclose(got[0, 199], x[0].mean(0), atol=1e-6)
+    assert torch.equal(got[0, :199], x[0, :199])
+    assert torch.equal(match.merge_tokens(x, assign * 0 - 1, torch.ones(1, 200, device=DEVICE)), x)
 
 
 def test_the_op_takes_the_kernel_where_no_gradient_is_wanted(monkeypatch):

@@ -118,7 +118,7 @@ def _greedy(
         closed = (score == float("-inf")) | (n == pick)
         row = tl.load(matrix + (span * N + pick) * row_stride + n, mask=inside, other=0.0)
         if DPP:
-            for t in tl.range(0, step, loop_unroll_factor=4):
+            for t in tl.range(0, step, loop_unroll_factor=4 if BN <= 8192 else 1):
                 known = factors + t * N
                 row -= tl.load(known + pick) * tl.load(known + n, mask=inside, other=0.0)
             row = tl.where(best > 0, row / tl.sqrt(tl.maximum(best, 1e-30)), 0.0)
