@@ -13,20 +13,13 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-SWITCH = "MLLM_SQUEEZE_KERNELS"
-if "--smoke" in sys.argv:
-    # Before triton is imported, which torch may do.
-    os.environ[SWITCH], os.environ["TRITON_INTERPRET"], os.environ["CUDA_VISIBLE_DEVICES"] = "interpret", "1", ""
-elif __name__ == "__main__":
-    os.environ[SWITCH] = "1"
 
 import torch
 from torch import Tensor
@@ -34,6 +27,7 @@ from torch.nn import functional
 
 from mllm_squeeze import ops
 
+SWITCH = "MLLM_SQUEEZE_KERNELS"
 Call = Callable[[], Any]
 
 
@@ -119,16 +113,9 @@ def attention_cases(size: Shapes, device: str, dtype: torch.dtype) -> Iterator[C
     yield Case("attention received, 4 packed pictures", words, calls)
     for rows in (1, 32):
         few, weights = query[:, :, -rows:], torch.ones(1, rows, device=device) / rows
-        extra = {"full map": lambda q=few: full_map(q, key, True)} if fits else {}
-        calls = both(
-            ops.attention_from_rows,
-            few,
-            key,
-            weights,
-            None,
-            scale,
-            band=ops.attention_band(rows, size.tokens, like=few),
-        )
+        band = ops.attention_band(rows, size.tokens, like=few)
+        extra = {"full map": lambda: full_map(query, key, True)} if fits else {}
+        calls = both(ops.attention_from_rows, few, key, weights, None, scale, band=band)
         yield Case(f"attention from {rows} row{'s' * (rows > 1)}", words, calls | extra)
 
 
@@ -220,10 +207,10 @@ def measure(case: Case, device: str, runs: int, warmup: int) -> dict[str, Any]:
 
 def environment(device: str) -> dict[str, str]:
     """Return the device and the versions that the numbers belong to."""
-    import triton
-
+    # Not imported: that must wait until the switch is read.
+    triton = metadata.version("triton")
     name = "CPU, Triton's interpreter" if device == "cpu" else torch.cuda.get_device_name()
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return {"device": name, "torch": torch.__version__, "triton": triton, "cuda": str(torch.version.cuda)}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -244,6 +231,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
+    os.environ[SWITCH] = "interpret" if args.smoke else "1"
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU found; --smoke runs tiny shapes on the CPU")
     runs, warmup = (1, 0) if args.smoke else (args.runs, args.warmup)

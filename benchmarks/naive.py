@@ -90,7 +90,7 @@ class Naive(Contestant):
         return {
             **kwargs,
             "position_ids": None,
-            "position_embeddings": (cos[:, self.kept, :], sin[:, self.kept, :]),
+            "position_embeddings": (cos[..., self.kept, :], sin[..., self.kept, :]),
             "attention_mask": mask[:, :, self.kept, :][:, :, :, self.kept],
         }
 

@@ -250,12 +250,15 @@ class _Drop:
 
     def __init__(self, model: Any, index: int, before: Tensor, after: Tensor, repack: bool) -> None:
         self.text, self.index, self.after, self.repack = text_model(model), index, after, repack
+        self.compact: Tensor | None = None
         # Places, in the sequence of the layer before, of what this layer gets.
         self.take = torch.searchsorted(before, after)
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kwargs, after = dict(kwargs), self.after
         hidden = args[0][..., self.take, :]
+        if self.compact is not None:
+            hidden = torch.cat([self.compact, hidden[:, self.compact.shape[1] :]], 1)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs["attention_mask"] = mask[:, after] if mask.ndim == 2 else mask[:, :, after][..., after]
@@ -269,11 +272,17 @@ class _Drop:
 
 
 @torch.no_grad()
-def dropped_logits(model: Any, inputs: Inputs, cuts: Sequence[CutLike], repack: bool = False) -> Tensor:
+def dropped_logits(
+    model: Any,
+    inputs: Inputs,
+    cuts: Sequence[CutLike],
+    repack: bool = False,
+    compact: Mapping[int, Tensor] | None = None,
+) -> Tensor:
     """Return the logits (1, M, V) of one prompt of which the rows that were cut really leave; text may stand behind.
 
     The cuts may be those of a shorter prompt: what follows it stays. No cache: all layers see the whole sequence, so
-    that layers without attention can be proved as well.
+    that layers without attention can be proved as well. compact: as for `masked`.
     """
     width = inputs["input_ids"].shape[1]
     handles, now = [], torch.arange(width)
@@ -286,6 +295,7 @@ def dropped_logits(model: Any, inputs: Inputs, cuts: Sequence[CutLike], repack: 
         cut = active[-1]
         after = torch.cat([cut.kept[0], torch.arange(end[cut.layer], width)])
         hook = _Drop(model, i, now, after, repack)
+        hook.compact = (compact or {}).get(i)
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         now = after
     try:

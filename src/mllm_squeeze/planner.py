@@ -83,6 +83,11 @@ def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -
             f"'{recipe.method}' looks at few visual tokens from layer {reducer.layer} on while decoding; this model "
             f"has {len(parts.layers)} layers, so the layer must be between 1 and {len(parts.layers) - 1}."
         )
+    if find_attention(parts.layers[reducer.layer - 1]) is None:
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reads the attention of layer {reducer.layer - 1} while decoding, which has none. Choose "
+            "another layer."
+        )
 
 
 def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from tiny.parts import END, IMAGE, Family, Piece, build, llama_text, noise
+from tiny.parts import END, IMAGE, Family, Piece, build, llama_text, noise, qwen2_text
 
 ROW_BREAK = 107
 GRIDS = ((4, 5), (3, 6), (6, 4))  # rows and columns of tokens
@@ -56,7 +56,24 @@ def _mistral3() -> Any:
     return build(hf.Mistral3ForConditionalGeneration, config)
 
 
+def _lighton_ocr() -> Any:
+    config = hf.LightOnOcrConfig(
+        vision_config=_vision(7, 84),
+        text_config=qwen2_text(model_type="qwen3"),
+        image_token_id=IMAGE,
+        spatial_merge_size=2,
+    )
+    return build(hf.LightOnOcrForConditionalGeneration, config)
+
+
 MISTRAL_LINE = {
     "pixtral": Family(_pixtral, _image),
     "mistral3": Family(_mistral3, _image),
+    "lighton_ocr": Family(
+        _lighton_ocr,
+        _image,
+        visual_ids=(IMAGE,),
+        tower="model.vision_encoder",
+        wants="LightOnOcrForConditionalGeneration",
+    ),
 }

@@ -59,6 +59,27 @@ QWEN = Shape(
     fixed=False,
 )
 
+QWEN25 = Shape(
+    "tiny-qwen2.5",
+    "qwen",
+    find_shape("qwen2.5-vl-7b").classes,
+    QWEN.text,
+    dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=4,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=64,
+        window_size=16,
+        fullatt_block_indexes=[1],
+        tokens_per_second=2,
+    ),
+    fixed=False,
+)
+
 
 def dense_on(shape: Shape, batch: int = 1, attention: str = "sdpa") -> Contestant:
     """Return the prepared dense contestant; large weights, so that every token matters."""
@@ -127,9 +148,10 @@ def test_oracle_gives_our_logits(llava: Contestant, method: str, params: dict[st
     assert min(ideal.oracle.lengths(4)) < llava.prompt.length
 
 
+@pytest.mark.parametrize("shape", [QWEN25, QWEN], ids=lambda shape: shape.name)
 @pytest.mark.parametrize(("method", "layer"), [("divprune", 0), ("fastv", 1), ("fastv", 2)])
-def test_oracle_follows_deepstack_and_three_axes(method: str, layer: int) -> None:
-    dense = dense_on(QWEN, batch=2)
+def test_oracle_follows_deepstack_and_three_axes(shape: Shape, method: str, layer: int) -> None:
+    dense = dense_on(shape, batch=2)
     ours = squeezed(dense, method, ratio=0.7, **({"layer": layer} if layer else {}))
     ideal = oracle_of(ours, dense)
     torch.testing.assert_close(logits(ideal), logits(ours), rtol=0, atol=1e-4)
@@ -274,6 +296,12 @@ def test_profile_names_the_parts(llava: Contestant, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tokens", "expected"), [(2880, (48, 60)), (16384, (128, 128)), (97, (9, 11)), (1, (1, 1))])
 def test_rectangles(tokens: int, expected: tuple[int, int]) -> None:
     assert models.rectangle(tokens) == expected
+
+
+def test_naive_works_with_three_axes(naive: Mapping[str, Any]) -> None:
+    dense = dense_on(QWEN25)
+    ours = squeezed(dense, "fastv", ratio=0.75)
+    torch.testing.assert_close(logits(naive_of(naive, dense, "fastv", ratio=0.75)), logits(ours), rtol=0, atol=1e-4)
 
 
 def test_every_shape_builds_and_counts_its_tokens() -> None:

@@ -37,9 +37,9 @@ def run(program, **environment):
     return subprocess.run([sys.executable, *program], capture_output=True, text=True, env=env, check=False)
 
 
-def check(cases, **environment):
-    program = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CASES / f"check_{cases}.py")]
-    done = run(program, **environment)
+def check(*cases, **environment):
+    files = [str(CASES / f"check_{name}.py") for name in cases]
+    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files], **environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -47,17 +47,15 @@ def check(cases, **environment):
 @needs_triton
 @needs_interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", ["attention", "choice", "rows"])
-def test_interpreted_kernels_agree_with_the_torch_ops(cases):
-    check(cases, **INTERPRET)
+def test_interpreted_kernels_agree_with_the_torch_ops():
+    check("attention", "choice", "rows", **INTERPRET)
 
 
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("cases", ["attention", "choice", "rows"])
-def test_kernels_agree_with_the_torch_ops_on_a_gpu(cases):
-    check(cases, **{kernels.SWITCH: "1"})
+def test_kernels_agree_with_the_torch_ops_on_a_gpu():
+    check("attention", "choice", "rows", **{kernels.SWITCH: "1"})
 
 
 @needs_triton

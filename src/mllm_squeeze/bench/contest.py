@@ -129,23 +129,33 @@ def build(setting: Setting, told: Told = lambda text: None) -> Stage:
     return stage
 
 
-def run(setting: Setting, command: str, told: Told = lambda text: None) -> results.Results:
-    """Run a benchmark; raises like `check` and `models.build`."""
+def run(
+    setting: Setting,
+    command: str,
+    told: Told = lambda text: None,
+    save: Callable[[results.Results], None] = lambda found: None,
+) -> results.Results:
+    """Run a benchmark; raises like `check` and `models.build`. save: is given what there is after each round."""
     check(setting)
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
     stage = build(setting, told)
     device = stage.model.device
-    times = Race(stage.contestants, device, setting.clock, setting.decoded).run(setting.rounds, setting.warmup, told)
-    return results.Results(
-        command=command,
-        environment=results.machine(device),
-        setting=_told(setting, stage),
-        rows=tuple(_rows(stage, times)),
-    )
+    race = Race(stage.contestants, device, setting.clock, setting.decoded)
+
+    def found() -> results.Results:
+        return results.Results(
+            command=command,
+            environment=results.machine(device),
+            setting=_told(setting, stage, len(race.times[stage.dense.name].prefill)),
+            rows=tuple(_rows(stage, race.times)),
+        )
+
+    race.run(setting.rounds, setting.warmup, told, lambda: save(found()))
+    return found()
 
 
-def _told(setting: Setting, stage: Stage) -> dict[str, Any]:
+def _told(setting: Setting, stage: Stage, rounds: int) -> dict[str, Any]:
     return {
         "model": setting.model,
         "decoder_parameters": sum(p.numel() for p in stage.model.get_decoder().parameters()),
@@ -156,7 +166,7 @@ def _told(setting: Setting, stage: Stage) -> dict[str, Any]:
         "attention": setting.attention,
         "clock": setting.clock,
         "threads": torch.get_num_threads(),
-        "rounds": setting.rounds,
+        "rounds": rounds,
         "decoded_tokens": setting.decoded,
     }
 

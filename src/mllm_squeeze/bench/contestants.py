@@ -35,6 +35,7 @@ class Contestant:
     def __init__(self, model: Any, prompt: Prompt, name: str = "dense") -> None:
         self.model, self.prompt, self.name = model, prompt, name
         self.features: Any = None
+        self._seen: tuple[dict[str, Any], dict[str, Any]] | None = None
 
     def active(self) -> Any:
         """Return a context inside of which the contestant runs."""
@@ -51,6 +52,12 @@ class Contestant:
         for name in ("hidden_states", "last_hidden_state", "attentions"):
             if getattr(self.features, name, None) is not None:
                 setattr(self.features, name, None)
+
+    def arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the keyword arguments that the text model and its first layer get in a prefill."""
+        if self._seen is None:
+            self._seen = _arguments(self.model.get_decoder(), self)
+        return self._seen
 
     def prefill(self, **more: Any) -> State:
         """Run the prompt to the logits of its last position."""
@@ -141,14 +148,13 @@ def oracle_of(ours: Squeezed, dense: Contestant) -> Ideal:
         cuts = kept_columns(ours.handle.cuts, ours.prompt.inputs["input_ids"].shape[0])
         repack = ours.handle.recipe.positions == "repack" and ours.prompt.positions.ndim == 2
     decoder = ours.model.get_decoder()
-    given, inside = _arguments(decoder, dense)
+    given, inside = dense.arguments()
     visual = ours.prompt.inputs["input_ids"] == IMAGE
     oracle = Oracle(decoder, given, inside, cuts, visual, ours.prompt.after, repack)
     return Ideal(ours, oracle, dense.features)
 
 
 def _arguments(decoder: Any, dense: Contestant) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the keyword arguments that the text model and its first layer get in a dense prefill."""
     seen: list[dict[str, Any]] = []
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

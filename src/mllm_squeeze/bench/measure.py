@@ -93,13 +93,24 @@ class Race:
         self.times = {one.name: Times() for one in contestants}
 
     @torch.inference_mode()
-    def run(self, rounds: int, warmup: int = 1, said: Callable[[str], None] = lambda text: None) -> dict[str, Times]:
-        """Run all rounds and return the times by name; rounds of warming up are not counted."""
+    def run(
+        self,
+        rounds: int,
+        warmup: int = 1,
+        said: Callable[[str], None] = lambda text: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> dict[str, Times]:
+        """Run all rounds and return the times by name; rounds of warming up are not counted.
+
+        said: told who runs. after: called behind each counted round.
+        """
         for number in range(-warmup, rounds):
             for i in order(len(self.contestants), number):
                 one = self.contestants[i]
                 said(f"round {number + 1} of {rounds}: {one.name}" if number >= 0 else f"warming up: {one.name}")
                 self._turn(one, self.times[one.name] if number >= 0 else Times())
+            if number >= 0:
+                after()
         return self.times
 
     def _turn(self, one: Contestant, times: Times) -> None:

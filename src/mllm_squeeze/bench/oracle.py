@@ -192,9 +192,10 @@ class _Hook:
 
 
 def _rows(tables: Any, columns: Tensor) -> Any:
-    """Take the survivors' rows of rotary tables (B or 1, T, d)."""
+    """Take the survivors' rows of rotary tables (B or 1, T, d), or (3, B or 1, T, d) with an axis for each position."""
     out = []
     for table in tables:
-        table = table.expand(columns.shape[0], -1, -1)
-        out.append(table.gather(1, columns[..., None].expand(-1, -1, table.shape[-1])))
+        table = table.expand(*table.shape[:-3], columns.shape[0], -1, -1)
+        index = columns[..., None].expand(*table.shape[:-2], columns.shape[1], table.shape[-1])
+        out.append(table.gather(-2, index))
     return type(tables)(out)

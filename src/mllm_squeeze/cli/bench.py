@@ -113,12 +113,12 @@ def _run(setting: Any, out: Path | None, name: str) -> None:
 
     screen = output.console(error=True)
     with screen.status("starting") as status:
-        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), status.update)
+        save = (lambda so_far: None) if out is None else (lambda so_far: so_far.save(out, name))
+        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), status.update, save)
     output.console().print(results.table(found))
     output.console().print(results.parts_table(found))
     if out is not None:
-        for path in found.save(out, name):
-            output.console().print(f"written: {path}", highlight=False, soft_wrap=True)
+        output.console().print(f"written: {out / name}.json and .md", highlight=False, soft_wrap=True)
 
 
 def _profile(setting: Any, out: Path, name: str) -> None:

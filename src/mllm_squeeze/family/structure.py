@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
 from mllm_squeeze.family.table import REFUSED, TABLE, FamilyRow
 
-_TOWERS = ("visual", "vision_tower", "vision_model", "image_tower", "video_tower", "audio_tower", "encoder")
+_TOWERS = (
+    "visual",
+    "vision_tower",
+    "vision_model",
+    "vision_encoder",
+    "image_tower",
+    "video_tower",
+    "audio_tower",
+    "encoder",
+)
 _BLOCKS = (
     "encoder.layers",
     "encoder.layer",
@@ -23,7 +32,15 @@ _BLOCKS = (
     "transformer.encoder.layers",
     "model.layers",
 )
-_PROJECTORS = ("multi_modal_projector", "visual.merger", "merger", "projector", "connector", "mlp1")
+_PROJECTORS = (
+    "multi_modal_projector",
+    "vision_projection",
+    "visual.merger",
+    "merger",
+    "projector",
+    "connector",
+    "mlp1",
+)
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")

@@ -85,6 +85,7 @@ _ROWS = (
     FamilyRow("idefics3", grid="unknown", road="pool"),
     FamilyRow("smolvlm", grid="unknown", road="pool"),
     FamilyRow("mistral3", grid="rows", road="packed_rows", tower="packed"),
+    FamilyRow("lighton_ocr", grid="rows", road="packed_rows", tower="packed"),
     replace(_POOLED, model_type="aya_vision"),
     replace(_POOLED, model_type="cohere2_vision", grouped=("image",)),
     FamilyRow("molmo2", _BOTH, grid="unknown", shared_id=True),

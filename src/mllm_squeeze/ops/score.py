@@ -121,7 +121,7 @@ def attention_from_rows(
     if available(query):
         from .kernels import attention as fast
 
-        if fast.supports(query, key):
+        if fast.supports(query, key, allowed):
             return fast.attention_from_rows(query, key, row_weights, allowed, scaling, softcap, band)
     batch, heads, rows, dim = query.shape
     groups, width = key.shape[1], key.shape[2]

@@ -22,12 +22,13 @@ def states(batch, heads, groups, rows, keys, dim, dtype=torch.float32, seed=0):
 
 @pytest.fixture
 def agree(monkeypatch):
-    """Compare the kernel with the torch op, relative to the largest score, and with itself bit for bit."""
+    """Compare the kernel with the torch op, relative to the largest score; on a GPU two runs give the same bits."""
 
     def check(query, key, weights, allowed=None, scaling=0.1, softcap=None, band=None):
         got = fast.attention_from_rows(query, key, weights, allowed, scaling, softcap, band)
-        again = fast.attention_from_rows(query, key, weights, allowed, scaling, softcap, band)
-        assert torch.equal(got, again)
+        if BIG:
+            again = fast.attention_from_rows(query, key, weights, allowed, scaling, softcap, band)
+            assert torch.equal(got, again)
         monkeypatch.setenv(kernels.SWITCH, "0")
         wanted = ops.attention_from_rows(query, key, weights, allowed, scaling, softcap, None, band)
         monkeypatch.undo()
@@ -41,7 +42,7 @@ def agree(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "groups", "rows", "keys", "dim"),
-    [(4, 4, 70, 70, 16), (6, 2, 35, 97, 24), (4, 1, 1, 140, 80), (2, 2, 3, 5, 8)],
+    [(2, 2, 70, 70, 16), (6, 2, 35, 97, 24), (4, 1, 1, 140, 80), (2, 2, 3, 5, 8)],
 )
 def test_all_shapes(agree, dtype, heads, groups, rows, keys, dim):
     query, key = states(2, heads, groups, rows, keys, dim, dtype)
@@ -54,7 +55,7 @@ def test_views_need_no_copy(agree):
 
 
 def test_causal_windows_and_packed_sequences_skip_what_they_do_not_see(agree):
-    query, key = states(2, 4, 2, 150, 150, 16)
+    query, key = states(2, 2, 1, 150, 150, 16)
     weights = torch.ones(2, 150, device=DEVICE)
     packed = torch.tensor([0, 5, 70, 71, 150], device=DEVICE, dtype=torch.int32)
     for band in (
@@ -114,6 +115,8 @@ def test_the_ops_take_the_kernel(monkeypatch):
     ops.attention_received(query.double(), key.double(), None, 0.1)
     wide, keys = states(1, 1, 1, 2, 2, 300)
     ops.attention_received(wide, keys, None, 0.1)
+    per_head = torch.rand(1, 2, 20, 50, device=DEVICE) > 0.5
+    ops.attention_received(query, key, per_head, 0.1)
     assert len(seen) == 1
 
 

@@ -73,9 +73,10 @@ def usage(kernel, folder: Path):
     return int(spills[1]), int(registers[1])
 
 
-@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 72), (torch.float32, 128)])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float32, 80)])
 def test_attention(built, dtype, dim):
-    for groups in (2, 8):
+    # Few and many programs: small and large blocks.
+    for groups in (2, 8) if dtype == torch.bfloat16 else (2,):
         query, key = torch.ones(1, 8, 2080, dim, dtype=dtype), torch.ones(1, groups, 2080, dim, dtype=dtype)
         attention.attention_from_rows(query, key, torch.ones(1, 2080), None, 0.1, None, attention_band(2080, 2080))
 

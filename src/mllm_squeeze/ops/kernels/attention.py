@@ -102,7 +102,7 @@ def _row_sums(
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(top - base) + tl.sum(tl.exp(s - base[:, None]), 1)
         top = higher
-    out = tl.where(total > 0, top + tl.log(total), float("-inf"))
+    out = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
     tl.store(lse + (split * tl.num_programs(0) + which) * (R * G) + pairs, out, mask=pairs < R * G)
 
 
@@ -142,9 +142,10 @@ def _column_sums(
     tl.store(out + which * P + cols, total, mask=cols < P)
 
 
-def supports(query: Tensor, key: Tensor) -> bool:
-    """Return whether the kernels take these shapes: head size up to 256, equal dtypes, at least one row and key."""
-    return query.shape[-1] <= _MAX_DIM and query.dtype == key.dtype and query.shape[2] > 0 and key.shape[2] > 0
+def supports(query: Tensor, key: Tensor, allowed: Tensor | None) -> bool:
+    """Return whether the kernels take these: head size up to 256, equal dtypes, one mask for all heads."""
+    fits = query.shape[-1] <= _MAX_DIM and query.dtype == key.dtype and query.numel() > 0 and key.numel() > 0
+    return fits and (allowed is None or (allowed.dtype == torch.bool and allowed.shape[1] == 1))
 
 
 def attention_from_rows(

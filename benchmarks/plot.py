@@ -1,0 +1,142 @@
+"""Draws the committed results and copies their table into docs/speed.md: python benchmarks/plot.py [name ...]"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from mllm_squeeze.bench import results
+from mllm_squeeze.bench.results import Results, Row
+
+ROOT = Path(__file__).parents[1]
+COLOURS = {"dense": "#8a8f98", "ours": "#1f6feb", "oracle": "#9ecbff", "naive": "#f0883e"}
+PARTS = {"signal": "#1f6feb", "select": "#f0883e", "merge": "#2da44e", "shorten": "#8250df"}
+HEADERS = (
+    "method",
+    "tokens per layer",
+    "prefill s",
+    "speed-up",
+    "oracle's",
+    "efficiency",
+    "rule ms",
+    "rule / dense",
+    "naive's",
+)
+
+
+def of_method(found: Results, kind: str) -> dict[str, Row]:
+    """Return the rows of one kind by the name of the entry."""
+    return {row.name.removeprefix("oracle of ").removeprefix("naive "): row for row in found.rows if row.kind == kind}
+
+
+def draw_prefill(found: Results, path: Path) -> None:
+    """Bars of the time to first token: dense, and for each method ours, its oracle, and the naive way."""
+    ours = of_method(found, "ours")
+    figure, axes = plt.subplots(figsize=(9, 4))
+    dense = found.rows[0].prefill
+    axes.axhline(dense.median, color=COLOURS["dense"], label="dense", linewidth=2)
+    for shift, kind in ((-0.27, "oracle"), (0.0, "ours"), (0.27, "naive")):
+        rows = of_method(found, kind)
+        places = [(i + shift, rows[name].prefill) for i, name in enumerate(ours) if name in rows]
+        if places:
+            low = [max(p.median - p.low, 0) for _, p in places]
+            high = [max(p.high - p.median, 0) for _, p in places]
+            axes.bar(
+                [x for x, _ in places],
+                [p.median for _, p in places],
+                width=0.25,
+                yerr=[low, high],
+                color=COLOURS[kind],
+                label=kind,
+                error_kw={"linewidth": 1, "ecolor": "#444"},
+            )
+    axes.set_xticks(range(len(ours)), list(ours))
+    axes.set_ylabel("time to first token, s")
+    axes.set_title(results.title(found), fontsize=9)
+    axes.legend(frameon=False, ncols=4)
+    _save(figure, axes, path)
+
+
+def draw_rule(found: Results, path: Path) -> None:
+    """Stacked bars of the rule's own work, as a share of the dense prefill."""
+    ours = of_method(found, "ours")
+    dense = found.rows[0].prefill.median
+    figure, axes = plt.subplots(figsize=(9, 3.2))
+    bottom = [0.0] * len(ours)
+    for part, colour in PARTS.items():
+        shares = [100 * row.rule[part] / dense for row in ours.values()]
+        axes.bar(list(ours), shares, bottom=bottom, width=0.5, color=colour, label=part)
+        bottom = [a + b for a, b in zip(bottom, shares, strict=True)]
+    axes.axhline(2, color="#cf222e", linewidth=1, linestyle="--", label="bar: 2 %")
+    axes.set_ylabel("rule's own work, % of dense prefill")
+    axes.set_title(results.title(found), fontsize=9)
+    axes.legend(frameon=False, ncols=5)
+    _save(figure, axes, path)
+
+
+def _save(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    print(path.relative_to(ROOT))
+
+
+def summary(found: Results) -> list[str]:
+    """Return the table of docs/speed.md: one line per method."""
+    ideals, naive = of_method(found, "oracle"), of_method(found, "naive")
+    dense = found.rows[0]
+    lines = ["| " + " | ".join(HEADERS) + " |", "| --- |" + " ---: |" * (len(HEADERS) - 1)]
+    blank = ["-"] * 5
+    lines.append(f"| dense | {_mean(dense)} | {dense.prefill.median:.2f} | 1.00 | " + " | ".join(blank) + " |")
+    for name, row in of_method(found, "ours").items():
+        cells = [
+            name,
+            _mean(row),
+            f"{row.prefill.median:.2f}",
+            f"{row.speedup.median:.2f}",
+            f"{ideals[name].speedup.median:.2f}" if name in ideals else "-",
+            f"{row.efficiency.median:.3f}" if row.efficiency is not None else "-",
+            f"{1000 * sum(row.rule.values()):.0f}",
+            f"{100 * (row.rule_share or 0):.2f} %",
+            f"{naive[name].speedup.median:.2f}" if name in naive else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _mean(row: Row) -> str:
+    return f"{sum(row.layers) / len(row.layers):.0f}"
+
+
+def put_table(name: str, lines: list[str], page: Path) -> None:
+    """Replace what stands between the marks of a table in a page."""
+    text = page.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if pattern.search(text):
+        body = "\n".join(lines) + "\n"
+        page.write_text(pattern.sub(lambda m: m[1] + body + m[2], text), encoding="utf-8")
+        print(page.relative_to(ROOT))
+
+
+def main(names: list[str]) -> None:
+    """Draw the named results, or all of them."""
+    folder = ROOT / "benchmarks" / "results"
+    for path in sorted(folder.glob("*.json")):
+        if names and path.stem not in names:
+            continue
+        found = Results.load(path)
+        draw_prefill(found, ROOT / "docs" / "img" / f"speed-{path.stem}-prefill.png")
+        draw_rule(found, ROOT / "docs" / "img" / f"speed-{path.stem}-rule.png")
+        put_table(path.stem, summary(found), ROOT / "docs" / "speed.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,198 @@
+"""What cannot be served says so, with the reason, and what the library itself breaks is noticed when it is mended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+import mllm_squeeze as squeeze
+import oracle
+import proof
+import snapshot
+import tiny
+
+UNIFORM_STEP = {"reducer": "uniform_stride", "ratio": 0.5}
+# A word that the message holds, by the method that does not fit.
+WORDS = {
+    "visionzip": ("vision encoder", "reduces image"),
+    "tome": ("inside the vision encoder", "reduces image"),
+    "vidcom2": ("reduces video",),
+    "dycoke": ("reduces video", "while decoding, which has none"),
+    "pyramiddrop": ("previews layer", "borrow keys"),
+    "fastv": (),
+    "divprune": (),
+}
+
+
+
+def uniform_at(layer: int) -> dict[str, Any]:
+    """Return a recipe with one cut."""
+    return {"method": "mine", "steps": [{**UNIFORM_STEP, "at": {"layer": layer}}]}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", proof.families(tuple(proof.REFUSED)))
+@pytest.mark.parametrize("method", tuple(proof.PLACES))
+def test_a_model_with_nothing_to_cut(family: str, method: str, covers: Any) -> None:
+    t = tiny.load(family)
+    before = snapshot.snapshot(t.model)
+    with pytest.raises(squeeze.SqueezeError, match=proof.REFUSED[family]) as caught:
+        squeeze.apply(t.model, method)
+    with pytest.raises(squeeze.SqueezeError, match=proof.REFUSED[family]):
+        squeeze.check(t.model)
+    assert isinstance(caught.value, TypeError)
+    snapshot.assert_same(before, snapshot.snapshot(t.model))
+    covers(family, "all", refused=str(caught.value))
+
+
+@pytest.mark.parametrize("method", tuple(proof.PLACES))
+@pytest.mark.parametrize("family", proof.families())
+def test_a_method_that_does_not_fit_says_why(family: str, method: str, covers: Any) -> None:
+    """What `check` says is what `apply` raises with the recipe as it is; what fits is applied."""
+    t = tiny.load(family)
+    said = squeeze.check(t.model)["methods"][method]
+    if said == "fits":
+        squeeze.apply(t.model, method).remove()
+        return
+    with pytest.raises(squeeze.SqueezeError) as caught:
+        squeeze.apply(t.model, method)
+    assert str(caught.value) == said
+    assert method in said and any(word in said for word in WORDS[method]), said
+    if proof.misfit(family, method):
+        covers(family, proof.PLACES[method], refused=said)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("family", "last"), [("gemma4", 2), ("gemma3n", 2)])
+def test_no_cut_behind_the_layers_that_lend_their_keys(family: str, last: int) -> None:
+    """Layers 4 and 5 borrow the keys of 2 and 3, so a cut at 3 would leave them with two lengths."""
+    if not tiny.available(family):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    t = tiny.load(family)
+    for layer in range(6):
+        if layer <= last:
+            squeeze.apply(t.model, uniform_at(layer)).remove()
+            continue
+        with pytest.raises(squeeze.SqueezeError, match=f"borrow keys and values.*at most {last}"):
+            squeeze.apply(t.model, uniform_at(layer))
+
+
+@pytest.mark.quick
+def test_llama4_refuses_prompts_behind_its_floor() -> None:
+    """The temperature of its layers without rope counts entries from `floor_scale` tokens on."""
+    t = tiny.load("llama4")
+    config = t.model.config.get_text_config()
+    inputs, before = t.inputs["image"], config.floor_scale
+    assert config.attn_temperature_tuning
+    width = inputs["input_ids"].shape[1]
+    try:
+        with squeeze.applied(t.model, "fastv", ratio=0.5, layer=2):
+            config.floor_scale = width + 1
+            proof.forward(t, inputs)
+            config.floor_scale = width
+            with pytest.raises(squeeze.SqueezeError, match=f"scales attention by the place .* from token {width}"):
+                proof.forward(t, inputs)
+    finally:
+        config.floor_scale = before
+
+
+@pytest.mark.parametrize("family", proof.families(proof.HYBRID))
+def test_layers_without_attention_cannot_be_read(family: str) -> None:
+    """A cut by attention behind such a layer is refused; one that reads nothing works at every layer."""
+    t = tiny.load(family)
+    for number in oracle.recurrent(t.model):
+        if number + 1 < len(oracle.text_model(t.model).layers):
+            with pytest.raises(squeeze.SqueezeError, match=f"attention of layer {number}, which has none"):
+                squeeze.apply(t.model, "fastv", ratio=0.5, layer=number + 1)
+    kind = tiny.kinds(family)[0]
+    for layer in range(1, len(oracle.text_model(t.model).layers)):
+        with squeeze.applied(t.model, uniform_at(layer)) as handle:
+            prefill = proof.forward(t, t.inputs[kind])
+            cuts = handle.cuts
+        short = oracle.dropped_logits(t.model, t.inputs[kind], cuts)
+        oracle.assert_close(prefill[oracle.survivors(t.inputs[kind], cuts)], short[0], f"layer {layer}")
+
+
+# What transformers itself refuses or breaks. A test that fails here is good news: serve it, and drop the test.
+
+
+def version_at_most(name: str) -> bool:
+    """Say whether the installed transformers is at most this one."""
+    return Version(transformers.__version__) <= Version(name)
+
+
+@pytest.mark.quick
+def test_kimi_k25_breaks_on_chunks_of_several_frames() -> None:
+    """Its feature splitter counts t*h*w/4 rows, its tower gives h*w/4."""
+    t = tiny.load("kimi_k25")
+    inputs = dict(t.inputs["video"])
+    grid = inputs["video_grid_thw"].clone()
+    assert (grid[:, 0] == 1).all(), "the fixture can show chunks of several frames now"
+    frames = inputs["pixel_values_videos"]
+    rows = int(grid[0].prod())
+    inputs["video_grid_thw"] = torch.cat([grid.new_tensor([[2, *grid[0, 1:].tolist()]]), grid[2:]])
+    assert frames.shape[0] >= 2 * rows
+    with pytest.raises((ValueError, RuntimeError)), torch.no_grad():
+        t.model(**inputs)
+
+
+@pytest.mark.quick
+def test_paligemma2_refuses_sdpa() -> None:
+    t = tiny.load("paligemma2")
+    assert oracle.text_model(t.model).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        t.model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.quick
+def test_phi4_cannot_show_hidden_states_after_an_image() -> None:
+    """Its hooks that capture states are installed twice once a picture was seen, so the first call after one fails."""
+    t = tiny.fresh("phi4_multimodal")
+    text, picture = t.inputs["text"], t.inputs["image"]
+    with torch.no_grad():
+        assert t.model(**text, output_hidden_states=True).hidden_states
+        t.model(**picture)
+        assert not right_states(t.model, picture), "mended: serve output_hidden_states"
+
+
+def right_states(model: Any, inputs: tiny.Inputs) -> bool:
+    """Say whether the model gives one hidden state in front of each layer and one behind the last."""
+    try:
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    except (ValueError, IndexError, TypeError, RuntimeError):
+        return False
+    return states is not None and len(states) == len(oracle.text_model(model).layers) + 1
+
+
+@pytest.mark.quick
+def test_glm4v_cannot_show_an_image_and_a_video_at_once() -> None:
+    """Both carry the image's placeholder, and the model looks for all of them in the features of one."""
+    t = tiny.load("glm4v")
+    image, video = t.inputs["image"], t.inputs["video"]
+    both = {k: torch.cat([image[k], video[k]], -1) for k in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    both |= {k: v for k, v in (image | video).items() if k not in both}
+    with pytest.raises(ValueError, match="do not match"), torch.no_grad():
+        t.model(**both)
+
+
+@pytest.mark.quick
+def test_llama4_itself_counts_padding_in_its_temperature() -> None:
+    """With a small floor a left-padded row of the dense model differs from its single prompt."""
+    t = tiny.load("llama4")
+    config = t.model.config.get_text_config()
+    batch, before = t.batch(("image", "two_images")), config.floor_scale
+    try:
+        for module in t.model.modules():
+            if hasattr(module, "floor_scale"):
+                module.floor_scale = 8
+        row = proof.forward(t, batch.inputs)[0, batch.offsets[0] :]
+        alone = proof.forward(t, batch.singles[0])[0]
+    finally:
+        for module in t.model.modules():
+            if hasattr(module, "floor_scale"):
+                module.floor_scale = before
+    assert oracle.gap(row, alone) > 100 * oracle.TOLERANCE
