@@ -24,6 +24,8 @@ HEADERS = (
     "speed-up",
     "oracle's",
     "efficiency",
+    "of fastest rounds",
+    "1 - rule / ours",
     "rule ms",
     "rule / dense",
     "naive's",
@@ -94,7 +96,7 @@ def summary(found: Results) -> list[str]:
     ideals, naive = of_method(found, "oracle"), of_method(found, "naive")
     dense = found.rows[0]
     lines = ["| " + " | ".join(HEADERS) + " |", "| --- |" + " ---: |" * (len(HEADERS) - 1)]
-    blank = ["-"] * 5
+    blank = ["-"] * 7
     lines.append(f"| dense | {_mean(dense)} | {dense.prefill.median:.2f} | 1.00 | " + " | ".join(blank) + " |")
     for name, row in of_method(found, "ours").items():
         cells = [
@@ -104,12 +106,19 @@ def summary(found: Results) -> list[str]:
             f"{row.speedup.median:.2f}",
             f"{ideals[name].speedup.median:.2f}" if name in ideals else "-",
             f"{row.efficiency.median:.3f}" if row.efficiency is not None else "-",
+            _fastest(row, ideals.get(name)),
+            f"{1 - sum(row.rule.values()) / row.prefill.median:.3f}",
             f"{1000 * sum(row.rule.values()):.0f}",
             f"{100 * (row.rule_share or 0):.2f} %",
             f"{naive[name].speedup.median:.2f}" if name in naive else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _fastest(row: Row, ideal: Row | None) -> str:
+    """Return the efficiency of the fastest rounds: other jobs can only make a round slower."""
+    return "-" if ideal is None else f"{min(ideal.rounds['prefill']) / min(row.rounds['prefill']):.3f}"
 
 
 def _mean(row: Row) -> str:

@@ -23,6 +23,8 @@ FAMILIES = tiny.CORE_FAMILIES
 REPRESENTATIVE = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 # Encoders in which a token stays one token up to the LLM, and tokens of a tile stand in a batch row of their own.
 _PER_TOKEN = ("llava", "llava_next", "llava_next_video", "llava_onevision")
+# The same model as LLaVA-NeXT until a video comes.
+_TWINS = {("llava_next_video", "image"), ("llava_next_video", "two_images")}
 # Families whose video is a modality of its own; InternVL shows a video as images.
 _VIDEO = ("llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -90,7 +92,7 @@ def cells(
     for family in families:
         for method in methods:
             for kind in kinds:
-                if not has(family, kind) or fits(method, family, kind) != fit:
+                if not has(family, kind) or fits(method, family, kind) != fit or (family, kind) in _TWINS:
                     continue
                 for implementation in implementations:
                     quick = (family, method) in QUICK and implementation == "sdpa"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mllm_squeeze.api import Handle, applied, apply, check, families, remove
     from mllm_squeeze.config import describe
-    from mllm_squeeze.engine.session import Cut
+    from mllm_squeeze.engine.trace import Cut
     from mllm_squeeze.errors import SqueezeError, SqueezeWarning
     from mllm_squeeze.registry import method_names as methods
     from mllm_squeeze.registry import register_method, register_reducer
@@ -27,7 +27,7 @@ _HOMES = {
     "Handle": "api",
     "methods": "registry",
     "describe": "config",
-    "Cut": "engine.session",
+    "Cut": "engine.trace",
     "SqueezeError": "errors",
     "SqueezeWarning": "errors",
     "register_method": "registry",

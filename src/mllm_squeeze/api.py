@@ -12,7 +12,8 @@ from torch import nn
 
 from mllm_squeeze.config import Recipe, load_recipe
 from mllm_squeeze.engine.runtime import Runtime
-from mllm_squeeze.engine.session import Cut, Session
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.trace import Cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE

@@ -85,8 +85,8 @@ def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -
         )
     if find_attention(parts.layers[reducer.layer - 1]) is None:
         raise UnsupportedModelError(
-            f"'{recipe.method}' reads the attention of layer {reducer.layer - 1} while decoding, which has none. Choose "
-            "another layer."
+            f"'{recipe.method}' reads the attention of layer {reducer.layer - 1} while decoding, which has none. "
+            "Choose another layer."
         )
 
 

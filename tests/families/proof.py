@@ -44,6 +44,11 @@ OWN_GENERATE = ("blip_2", "instructblip")
 HYBRID = ("minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe", "lfm2_vl")
 # Videos whose frames come without a grid that the library knows.
 NO_GRID = ("kimi_k25", "molmo2", "perception_lm", "gemma4")
+# Prompts that transformers itself cannot repeat for beams: it raises, or deals several pieces to the wrong rows.
+BEAMS_BROKEN = {
+    *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "video_llama_3")),
+    *(("llama4", kind) for kind in ("image", "two_images")),
+}
 QUICK = ("llava", "qwen3_vl", "llama4", "phi4_multimodal", "gemma3_window", "gemma4", "lfm2_vl", "qwen3_5", "molmo2")
 QUICK += ("paligemma2", "perception_lm", "blip_2", "voxtral", "mistral3")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import matrix
 import mllm_squeeze as squeeze
@@ -50,26 +52,49 @@ def test_a_row_of_a_left_padded_batch_is_the_prompt_alone(
             oracle.assert_close(joint[b : b + 1], alone, f"row {b}")
 
 
+def beams() -> list[Any]:
+    """Return (family, kind): the first and the last thing that a family can be shown."""
+    out = []
+    for family in proof.SERVED:
+        for kind in dict.fromkeys((proof.shown(family)[0], proof.shown(family)[-1])):
+            out.append(pytest.param(family, kind, id=f"{family}-{kind}", marks=proof.marks(family)))
+    return out
+
+
+def deals_beams(t: tiny.TinyModel, kind: str) -> bool:
+    """Say whether the dense model shows each beam of a prompt what the prompt shows."""
+    inputs = {k: v.clone() for k, v in t.inputs[kind].items()}
+    try:
+        first = t.model.generate(**inputs, **SETTINGS, num_beams=3).logits[0]
+    except ValueError:
+        return False
+    return oracle.gap(first, first[:1].expand_as(first)) < oracle.TOLERANCE
+
+
 @pytest.mark.parametrize("method", ["divprune", "fastv"])
-@pytest.mark.parametrize("family", proof.families())
-def test_beams(family: str, method: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), beams())
+def test_beams(family: str, kind: str, method: str) -> None:
     """Beams of the dense model with the dropped columns closed, or where no mask does that, one beam is greedy."""
     t = tiny.load(family)
-    kind = proof.shown(family)[-1]
+    if (family, kind) in proof.BEAMS_BROKEN:
+        assert not deals_beams(t, kind), "the library was mended: take it off proof.BEAMS_BROKEN"
+        return
     with proof.whole(t, kind, method) as (handle, inputs):
-        beams = t.model.generate(**inputs, **SETTINGS, num_beams=3, num_return_sequences=2)
-        assert beams.sequences.shape[0] == 2
+        several = t.model.generate(**inputs, **SETTINGS, num_beams=3, num_return_sequences=2)
+        assert several.sequences.shape[0] == 2
         cuts, repack = handle.cuts, proof.repacks(handle)
         greedy = t.model.generate(**inputs, **SETTINGS)
         alone = t.model.generate(**inputs, **SETTINGS, num_beams=1)
         assert torch.equal(greedy.sequences, alone.sequences)
+    for cut in cuts:
+        assert all(kept.tolist() == cut.kept[0].tolist() for kept in cut.kept), "beams keep different tokens"
     if oracle.recurrent(t.model):
         return
     single = [oracle.Drop(c.layer, c.kept[:1]) for c in cuts]
     with oracle.masked(t.model, inputs["input_ids"].shape[1], single, repack=repack):
         expected = t.model.generate(**inputs, **SETTINGS, num_beams=3, num_return_sequences=2)
-    assert torch.equal(beams.sequences, expected.sequences)
-    oracle.assert_close(torch.stack(beams.logits, 1), torch.stack(expected.logits, 1), "logits of all beams")
+    assert torch.equal(several.sequences, expected.sequences)
+    oracle.assert_close(torch.stack(several.logits, 1), torch.stack(expected.logits, 1), "logits of all beams")
 
 
 @pytest.mark.parametrize("method", ["divprune", "fastv"])
@@ -107,46 +132,69 @@ def one_shot(t: tiny.TinyModel, inputs: tiny.Inputs, cuts: Any, repack: bool) ->
 
 @pytest.mark.parametrize("family", proof.families([f for f in proof.SERVED if f not in proof.OWN_GENERATE]))
 def test_fewer_entries_while_decoding(family: str, covers: Any) -> None:
-    """What a step chose not to see is closed in the dense model, for this step only."""
-    t = tiny.load(family)
-    layers = len(oracle.text_model(t.model).layers)
-    layer = next((n for n in range(2, layers) if n - 1 not in oracle.recurrent(t.model)), 0)
-    recipe = {
-        "method": "decode",
-        "steps": [
-            {"reducer": "uniform_stride", "at": "projector", "ratio": 0.25},
-            {"reducer": "decode_refresh", "at": {"cache": "decode"}, "layer": layer, "drop": 0.5, "threshold": 0.9},
-        ],
-    }
-    inputs = {k: v.clone() for k, v in t.inputs[tiny.kinds(family)[0]].items()}
-    forced, width = oracle.forced_tokens(1, 3), inputs["input_ids"].shape[1]
+    """What a step chose not to see is what masks close that are put over the same cut without the choice."""
     covers(family, "cache")
-    with squeeze.applied(t.model, recipe) as handle, torch.no_grad():
-        out = t.model(**inputs, use_cache=True)
-        (cut,), cache = handle.cuts, out.past_key_values
-        got, seen = [], []
-        for n in range(forced.shape[1]):
-            got.append(t.model(input_ids=forced[:, n : n + 1], past_key_values=cache, **later(t, inputs, n)).logits)
-            notes = cache.layers[layer].notes
-            open_ = notes["kept"][0] | ~t.visual(inputs)[0][cut.kept[0]]
-            assert 0 < int((~open_).sum())
-            seen.append(cut.kept[0][open_])
-    dense: Any = None
-    with torch.no_grad():
-        for n in range(-1, forced.shape[1]):
-            now = [cut] if n < 0 else [cut, oracle.Drop(layer, [seen[n]])]
-            with oracle.masked(t.model, width, now):
-                if n < 0:
-                    dense = t.model(**inputs, use_cache=True).past_key_values
-                    continue
-                out = t.model(input_ids=forced[:, n : n + 1], past_key_values=dense, **later(t, inputs, n))
-            oracle.assert_close(got[n], out.logits, f"step {n}")
+    t = tiny.load(family)
+    text = oracle.text_model(t.model)
+    layers = range(2, len(text.layers))
+    layer = next(n for n in layers if n - 1 not in oracle.recurrent(t.model))
+    cut = {"reducer": "uniform_stride", "at": "projector", "ratio": 0.25}
+    choose = {"reducer": "decode_refresh", "at": {"cache": "decode"}, "layer": layer, "drop": 0.5, "threshold": 0.9}
+    forced = oracle.forced_tokens(1, 3)
+    with squeeze.applied(t.model, {"method": "decode", "steps": [cut, choose]}) as handle:
+        chosen = list(decode(t, forced))
+        visual = handle.layout.visual[0][handle.cuts[0].kept[0]]
+    with squeeze.applied(t.model, {"method": "cut", "steps": [cut]}):
+        cache: Any = None
+        for n, (logits, kept) in enumerate(chosen):
+            open_ = kept | ~visual
+            assert 0 < int((~open_).sum()) < int(visual.sum())
+            hooks = []
+            if n == 0:
+                cache = prefill(t)
+            for number in layers:
+                if number >= layer and number not in oracle.recurrent(t.model):
+                    hooks.append(text.layers[number].register_forward_pre_hook(closing(open_, n), with_kwargs=True))
+            try:
+                with torch.no_grad():
+                    expected = t.model(input_ids=forced[:, n : n + 1], past_key_values=cache).logits
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            oracle.assert_close(logits, expected, f"step {n}")
 
 
-def later(t: tiny.TinyModel, inputs: tiny.Inputs, step: int) -> dict[str, Any]:
-    """Return what a family wants in a decode step besides the token and the cache."""
-    mask = inputs["attention_mask"]
-    return {"attention_mask": torch.cat([mask, mask.new_ones(1, step + 1)], -1)}
+def prefill(t: tiny.TinyModel) -> Any:
+    """Return the cache behind the first prompt of a family."""
+    cache = transformers.DynamicCache(config=t.model.config)
+    proof.forward(t, t.inputs[tiny.kinds(t.name)[0]], past_key_values=cache, use_cache=True)
+    return cache
+
+
+def decode(t: tiny.TinyModel, forced: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Feed the tokens one by one; yields logits, and which held entries of the prompt the step chose to see."""
+    cache = prefill(t)
+    for n in range(forced.shape[1]):
+        with torch.no_grad():
+            logits = t.model(input_ids=forced[:, n : n + 1], past_key_values=cache).logits
+        notes = [layer.notes for layer in cache.layers if getattr(layer, "notes", None)]
+        assert len(notes) == 1, "no layer chose"
+        yield logits, notes[0]["kept"][0]
+
+
+def closing(open_: torch.Tensor, step: int) -> Any:
+    """Return a hook that closes entries (bool (P,)) of the prompt for a decode step of one token."""
+
+    def close(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        seen = torch.cat([open_, open_.new_ones(step + 1)])[None, None, None]
+        if mask is None or mask.dtype == torch.bool:
+            mask = seen if mask is None else mask & seen[..., -mask.shape[-1] :]
+        else:
+            mask = mask.masked_fill(~seen[..., -mask.shape[-1] :], torch.finfo(mask.dtype).min)
+        return args, {**kwargs, "attention_mask": mask}
+
+    return close
 
 
 @pytest.mark.parametrize("method", ["divprune", "fastv", "visionzip", "tome"])

@@ -13,8 +13,9 @@ from torch import Tensor
 from mllm_squeeze.engine import signals
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.session import Session, StageTrace, now
+from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import SpanTable
+from mllm_squeeze.engine.trace import StageTrace, now
 from mllm_squeeze.errors import SqueezeWarning
 from mllm_squeeze.reducers.base import Need, Reduction, VisualTokens
 

@@ -19,10 +19,11 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
 
     The choice and the row it was made from live with the cache, so that steps, beams and copies of a cache stay apart.
     """
-    entries = kv.kept_entries(past_key_values, reducer.layer)
+    holder = _holder(session, reducer.layer)
+    entries = kv.kept_entries(past_key_values, holder)
     if entries is None or entries.visual is None:
         return
-    before = kv.kept_entries(past_key_values, reducer.layer - 1)
+    before = kv.kept_entries(past_key_values, session.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
     if before is None or before.columns.shape != entries.columns.shape:
         raise ConfigError(
             f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put "
@@ -31,7 +32,7 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
     visual = entries.visual
 
     def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        layer = past_key_values.layers[reducer.layer]
+        layer = past_key_values.layers[holder]
         rows = query.new_full((query.shape[0], 1), query.shape[2] - 1, dtype=torch.long)
         scores = score_rows(query, key, mask, kwargs, rows, torch.ones_like(rows, dtype=torch.float32))
         row = scores[:, : visual.shape[1]]
@@ -42,3 +43,12 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
         return False
 
     session.listeners[attention] = read
+
+
+def _holder(session: Session, layer: int) -> int:
+    """Return the layer that holds the entries which the first attention layer from `layer` on reads."""
+    parts = session.parts
+    first = next((n for n in range(layer, len(parts.layers)) if parts.has_entries(n)), None)
+    if first is None:
+        raise ConfigError(f"decode_refresh at layer {layer} has no attention layer behind it; choose a lower layer.")
+    return parts.kv_sources.get(first, first)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +12,7 @@ from torch.nn import functional
 from mllm_squeeze import ops
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine.marks import marked
-from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence import (
     Rows,
     gather_positions,
@@ -26,63 +23,12 @@ from mllm_squeeze.engine.sequence import (
     shorten_padding,
 )
 from mllm_squeeze.engine.spans import Features, SpanTable, first_table
+from mllm_squeeze.engine.trace import Cut, StageTrace
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Reduction
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One cut of the last prefill: from `layer` on, the model sees only the kept columns.
-
-    layer: zero-based. index: int64 (B, M), columns of the padded prompt. valid: bool (B, M) or None, False where a
-    shorter row is padded.
-    """
-
-    layer: int
-    index: Tensor
-    valid: Tensor | None = None
-
-    @cached_property
-    def kept(self) -> list[Tensor]:
-        """Ascending columns of the padded prompt that each sample keeps, text included, padding not; on the CPU."""
-        index = self.index.cpu()
-        if self.valid is None:
-            return list(index)
-        return [row[good] for row, good in zip(index, self.valid.cpu(), strict=True)]
-
-
-@dataclass(frozen=True)
-class StageTrace:
-    """What one cut did: tokens per span before and after, sequence length before and after, and its own time."""
-
-    cut: PlannedCut
-    layer: int
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    sequence_before: int
-    sequence_after: int
-    clock: tuple[Any, Any]
-
-    @property
-    def seconds(self) -> float:
-        """Time the rule took; on a GPU this waits for it to be known."""
-        start, end = self.clock
-        if isinstance(start, float):
-            return float(end - start)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-
-
-def now(device: torch.device) -> Any:
-    """Return a point in time: seconds on a CPU, a recorded event on a GPU, so that nothing waits."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 class Session:
@@ -271,6 +217,7 @@ class Session:
         # Where only the last logits are wanted, such layers run on the last tokens only.
         index = index[:, index.shape[1] - width :]
         query_valid = None if self.valid is None else self.valid[:, self.valid.shape[1] - width :]
+        key_valid = self._seen(keys, key_valid)
         return Rows(index, keys.to(index.device), query_valid, key_valid, self.past, self.width)
 
     def close(self, closed: Tensor) -> None:
@@ -295,10 +242,14 @@ class Session:
             old_valid = torch.ones_like(old, dtype=torch.bool) if old_valid is None else old_valid
             now = torch.ones_like(new, dtype=torch.bool) if new_valid is None else new_valid
             key_valid = torch.cat([old_valid.to(index.device), now], dim=1)
-        if self.closed is not None:
-            seen = ~functional.pad(self.closed, (0, keys.shape[1] - self.closed.shape[1]))
-            key_valid = seen if key_valid is None else key_valid & seen
-        return Rows(index, keys, new_valid, key_valid, self.past, self.width)
+        return Rows(index, keys, new_valid, self._seen(keys, key_valid), self.past, self.width)
+
+    def _seen(self, keys: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Return which keys (B, P) are seen: the valid ones that a decode step did not close."""
+        if self.closed is None:
+            return valid
+        seen = ~functional.pad(self.closed, (0, keys.shape[1] - self.closed.shape[1]))
+        return seen if valid is None else valid & seen
 
     def _index_now(self, entries: kv.KeptEntries | None) -> Tensor:
         if self.index is not None:

@@ -1,0 +1,148 @@
+"""Hooks on the encoders of a model: what they give is recorded, scored, and merged on the way where a method asks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mllm_squeeze.engine.encode import EncodeCall
+from mllm_squeeze.engine.encoder import EncoderMerge
+from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.frames import Local
+from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.taps import Listener
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
+from mllm_squeeze.family.structure import ModelParts, find_attention
+
+# Attribute under which a feature method's output carries what was recorded about it.
+MARK = "mllm_squeeze_features"
+
+
+class EncoderHooks:
+    """Records each call of a family's feature methods.
+
+    enabled: says whether the handle is switched on now.
+    """
+
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
+        self.parts, self.plan = parts, plan
+        self._local, self._enabled = local, enabled
+        self._signals = frozenset(name for name in ("saliency", "encoder_keys") if plan.needs(name))
+
+    def attach(self, fittings: Fittings) -> None:
+        """Put the hooks on.
+
+        Raises:
+            UnsupportedModelError: a part that the plan needs was not found, or was patched by other code.
+        """
+        self._override_features(fittings)
+        self._hook_blocks(fittings)
+        self._tap_saliency(fittings)
+
+    def _override_features(self, fittings: Fittings) -> None:
+        # Audio needs no override: it is encoded in each forward, and a run of placeholders is one recording.
+        for modality in (modality for modality in self.parts.ids if modality != "audio"):
+            name = f"get_{modality}_features"
+            original = getattr(self.parts.base, name, None)
+            if original is not None:
+                fittings.override(self.parts.base, name, self._recording(modality, original))
+
+    def _recording(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        # generate() reads the signature, which `wraps` keeps.
+        @functools.wraps(original)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            # Some families encode videos through their image method: the outer call is the one that counts.
+            if not self._enabled() or self._local.encode is not None:
+                return original(*args, **kwargs)
+            inputs = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+            inputs = {**inputs.pop("kwargs", {}), **inputs}
+            if modality == "video":
+                inputs.setdefault("pixel_values_videos", inputs.get("pixel_values"))
+            call = EncodeCall(self.parts, modality, self._signals, self._merge_for(modality))
+            self._local.encode = call
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._local.encode = None
+            if isinstance(output, tuple):
+                return output
+            found = call.features(inputs, output)
+            setattr(output, MARK, found)
+            if self._local.frame is not None and not self.parts.row.by_runs:
+                self._local.frame.features[modality] = found
+            return output
+
+        return record
+
+    def _merge_for(self, modality: str) -> EncoderMerge | None:
+        last = self.parts.feature_block
+        if self.plan.encoder is None or last is None:
+            return None
+        if modality == "video" and self.parts.row.road != "identity":
+            warnings.warn(
+                f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
+                "tokens behind the encoder; use vidcom2 or dycoke for them.",
+                SqueezeWarning,
+                stacklevel=2,
+            )
+            return None
+        blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
+        return EncoderMerge(self.parts, self.plan.encoder.reducer, blocks)
+
+    def _hook_blocks(self, fittings: Fittings) -> None:
+        last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector
+        if self.plan.encoder is None or blocks is None or projector is None or last is None:
+            return
+        for number in (block - 1 for block in self.plan.encoder_blocks or range(1, last + 1)):
+            attention = find_attention(blocks[number])
+            if attention is None:
+                raise UnsupportedModelError(
+                    f"Block {number} of the vision encoder has no attention whose keys can be read."
+                )
+            fittings.tap(attention, self._merge_listener)
+            before = functools.partial(self._before_block, number + 1)
+            fittings.before(blocks[number + 1], before)
+        fittings.after(projector, self._after_projector)
+
+    def _merge_listener(self) -> Listener | None:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        return None if merge is None else merge.read
+
+    def _before_block(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        if merge is None:
+            return None
+        hidden = merge.merge(number, args[0] if args else kwargs["hidden_states"])
+        new = dict(kwargs)
+        bias = merge.bias
+        rest = args[1:]
+        if bias is not None:
+            bias = bias.to(hidden.dtype)
+            rest, new = ((bias, *args[2:]), new) if len(args) > 1 else (rest, {**new, "attention_mask": bias})
+        return ((hidden, *rest), new) if args else (args, {**new, "hidden_states": hidden})
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Any) -> Any:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        return None if merge is None else merge.restore(output)
+
+    def _tap_saliency(self, fittings: Fittings) -> None:
+        block = self.parts.saliency_block
+        if not self._signals:
+            return
+        attention = None if block is None or self.parts.blocks is None else find_attention(self.parts.blocks[block])
+        if attention is None:
+            raise UnsupportedModelError(
+                f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a "
+                "method that needs no encoder signal (fastv, divprune)."
+            )
+        fittings.tap(attention, self._encoder_listener)
+
+    def _encoder_listener(self) -> Listener | None:
+        return None if self._local.encode is None else self._local.encode.read

@@ -1,0 +1,105 @@
+"""What runs in a thread now: calls of the inner model, with their inputs and what the encoders gave for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.engine.encode import EncodeCall
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.spans import Features, find_layout
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.layout import TokenLayout
+
+# Arguments that bring a modality into a prompt.
+_INPUTS = {
+    "image": ("pixel_values", "image_pixel_values"),
+    "video": ("pixel_values_videos",),
+    "audio": ("input_features", "audio_input_features", "input_values"),
+}
+
+
+@dataclass
+class Frame:
+    """One call of the inner model: its inputs, and the features that its encoders gave."""
+
+    inputs: Mapping[str, Any]
+    features: dict[str, Features] = field(default_factory=dict)
+
+
+class Local(threading.local):
+    """What runs in this thread now; threads that share a model do not meet."""
+
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.sessions: list[Session | None] = []
+        self.encode: EncodeCall | None = None
+        # The session of a self-check that runs now: the text model is called inside its own pre-hook.
+        self.probe: tuple[Session | None] | None = None
+        # Length of the prompt that generate() was called with, None outside of it.
+        self.prompt: int | None = None
+
+    @property
+    def frame(self) -> Frame | None:
+        """The innermost call of the inner model."""
+        return self.frames[-1] if self.frames else None
+
+    @property
+    def session(self) -> Session | None:
+        """The session of the innermost decoder pass."""
+        return self.sessions[-1] if self.sessions else None
+
+
+def features_of(frame: Frame, ids: Mapping[str, int]) -> dict[str, Features]:
+    """Return what was encoded for this pass; what is encoded without a feature method is told by its inputs."""
+    found = {m: f.without(frame.inputs.get(f"{m}_compression_mask")) for m, f in frame.features.items()}
+    encoded = frame.inputs.get("mm_encoder_outputs") or {}
+    for modality, names in _INPUTS.items():
+        given = any(frame.inputs.get(name) is not None for name in names) or encoded.get(modality) is not None
+        if modality in ids and modality not in found and given:
+            found[modality] = Features(modality, None)
+    return found
+
+
+def layout_of(
+    frame: Frame, features: Mapping[str, Features], parts: ModelParts, states: Tensor, past: int, prompt: int | None
+) -> TokenLayout:
+    """Return the layout of a pass.
+
+    states: (B, T) or (B, T, D), what the text model is given. past: tokens seen before. prompt: length of the prompt
+    that generate() was called with, None outside of it; what lies behind it are guesses of assisted decoding.
+    """
+    width = states.shape[1]
+    ids = frame.inputs.get("input_ids")
+    if ids is None:
+        ids = _ids_from_embeddings(parts, frame.inputs["inputs_embeds"])
+    mask = frame.inputs.get("attention_mask")
+    real = mask[:, -width:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    ids = ids[:, -width:]
+    # A generate() of its own expands its rows for beams behind our back.
+    ids = ids.repeat_interleave(states.shape[0] // ids.shape[0], dim=0)
+    real = None if real is None else real.repeat_interleave(ids.shape[0] // real.shape[0], dim=0)
+    drafts = 0 if prompt is None else max(past + width - prompt, 0)
+    types = frame.inputs.get("mm_token_type_ids")
+    return find_layout(ids, real, features, parts.ids, parts.row.grouped, types, drafts)
+
+
+def _ids_from_embeddings(parts: ModelParts, embeddings: Tensor) -> Tensor:
+    """Return ids that tell placeholders from text, by their embedding, as the library itself does."""
+    table: Any = parts.base
+    ids = torch.full(embeddings.shape[:2], -1, dtype=torch.long, device=embeddings.device)
+    for token in set(parts.ids.values()):
+        vector = table.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
+        ids = torch.where((embeddings == vector).all(-1), token, ids)
+    return ids
+
+
+def prompt_length(given: Mapping[str, Any]) -> int | None:
+    """Return the length of the prompt among the arguments of generate(), None where there is none."""
+    candidates = [given.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
+    return next((int(given.shape[1]) for given in candidates if isinstance(given, Tensor) and given.ndim >= 2), None)

@@ -1,0 +1,65 @@
+"""What a pass did: its cuts, and what each of them cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.engine.plan import PlannedCut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut of the last prefill: from `layer` on, the model sees only the kept columns.
+
+    layer: zero-based. index: int64 (B, M), columns of the padded prompt. valid: bool (B, M) or None, False where a
+    shorter row is padded.
+    """
+
+    layer: int
+    index: Tensor
+    valid: Tensor | None = None
+
+    @cached_property
+    def kept(self) -> list[Tensor]:
+        """Ascending columns of the padded prompt that each sample keeps, text included, padding not; on the CPU."""
+        index = self.index.cpu()
+        if self.valid is None:
+            return list(index)
+        return [row[good] for row, good in zip(index, self.valid.cpu(), strict=True)]
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one cut did: tokens per span before and after, sequence length before and after, and its own time."""
+
+    cut: PlannedCut
+    layer: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    sequence_before: int
+    sequence_after: int
+    clock: tuple[Any, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Time the rule took; on a GPU this waits for it to be known."""
+        start, end = self.clock
+        if isinstance(start, float):
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+def now(device: torch.device) -> Any:
+    """Return a point in time: seconds on a CPU, a recorded event on a GPU, so that nothing waits."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
