@@ -11,7 +11,7 @@ import oracle
 import tiny
 from mllm_squeeze.errors import ConfigError
 
-BUDGETS: tuple[dict[str, Any], ...] = ({"keep": 1}, {"keep": 2}, {"keep": 5}, {"ratio": 0.97}, {"ratio": 0.06})
+BUDGETS: tuple[dict[str, Any], ...] = ({"keep": 1}, {"keep": 3}, {"ratio": 0.97}, {"ratio": 0.06})
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

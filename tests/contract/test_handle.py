@@ -82,7 +82,9 @@ def test_what_a_handle_says() -> None:
         assert len(handle.cuts[0].kept[0]) > len(cut.kept[0])
 
 
-@pytest.mark.parametrize(("family", "method", "kind", "implementation"), matrix.cells())
+@pytest.mark.parametrize(
+    ("family", "method", "kind", "implementation"), matrix.cells(families=(*matrix.REPRESENTATIVE, "internvl"))
+)
 def test_the_report_counts_what_the_cuts_say(family: str, method: str, kind: str, implementation: str) -> None:
     t = tiny.load(family)
     with matrix.applied(t.model, method) as handle:

@@ -58,7 +58,7 @@ def merged_pairs(states: Tensor, span: Any, weighted: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("batched", ["single", "left", "right"])
 @pytest.mark.parametrize("family", matrix.FAMILIES)
 def test_survivors_carry_what_was_assigned(family: str, batched: str, layer: int, weighted: bool) -> None:

@@ -34,9 +34,7 @@ def breaking(module: Any, call: Callable[[], Any]) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize(
-    ("family", "method", "kind", "implementation"), matrix.cells(implementations=("sdpa", "eager"))
-)
+@pytest.mark.parametrize(("family", "method", "kind", "implementation"), matrix.cells())
 def test_everything_is_put_back(family: str, method: str, kind: str, implementation: str) -> None:
     t = tiny.load(family)
     inputs, forced = t.inputs[kind], oracle.forced_tokens(1, 2)

@@ -48,6 +48,10 @@ NO_GRID = ("kimi_k25", "molmo2", "perception_lm", "gemma4")
 BEAMS_BROKEN = {
     *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "video_llama_3")),
     *(("llama4", kind) for kind in ("image", "two_images")),
+    *((family, "two_audios") for family in ("qwen2_audio", "voxtral", "audioflamingo3", "granite_speech")),
+    ("voxtral", "audio"),
+    ("granite4_vision", "two_images"),
+    ("perception_lm", "two_videos"),
 }
 QUICK = ("llava", "qwen3_vl", "llama4", "phi4_multimodal", "gemma3_window", "gemma4", "lfm2_vl", "qwen3_5", "molmo2")
 QUICK += ("paligemma2", "perception_lm", "blip_2", "voxtral", "mistral3")

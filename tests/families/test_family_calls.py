@@ -12,9 +12,9 @@ import transformers
 import matrix
 import mllm_squeeze as squeeze
 import oracle
-import proof
 import snapshot
 import tiny
+from families import proof
 from unit.test_tiny_families import groups
 
 NEW = 4

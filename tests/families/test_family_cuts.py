@@ -9,8 +9,8 @@ import torch
 
 import mllm_squeeze as squeeze
 import oracle
-import proof
 import tiny
+from families import proof
 
 METHODS = tuple(proof.PLACES)
 PIECES = {"image": "image", "two_images": "image", "video": "video", "two_videos": "video", "audio": "audio"}

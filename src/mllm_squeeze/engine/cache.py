@@ -186,6 +186,15 @@ def kept_entries(cache: Any, layer: int) -> KeptEntries | None:
     return found.entries if isinstance(found, CutLayerMixin) else None
 
 
+def is_even(cache: Any) -> bool:
+    """True where every row of each layer holds the same number of entries, without padding."""
+    return all(
+        layer.entries is None or layer.entries.valid is None
+        for layer in cache.layers
+        if isinstance(layer, CutLayerMixin)
+    )
+
+
 def held_entries(cache: Any, layer: int) -> int:
     """Return the physical entries of a KV layer."""
     if cache is None or layer >= len(cache.layers):

@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -33,6 +33,9 @@ class EncoderHooks:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
         self._signals = frozenset(name for name in ("saliency", "encoder_keys") if plan.needs(name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from mllm_squeeze import ops
+from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer
 
 
@@ -43,6 +45,18 @@ class Plan:
     # Encoder blocks in front of which it acts; empty for all in front of the feature layer.
     encoder_blocks: tuple[int, ...] = ()
     decode: PlannedCut | None = None
+
+    def refuse_copy(self) -> NoReturn:
+        """Say why a squeezed model cannot be copied.
+
+        Raises:
+            UnsupportedModelError: always; a copy would share the hooks of the original.
+        """
+        steps = [*self.cuts, *(step for step in (self.encoder, self.decode) if step is not None)]
+        raise UnsupportedModelError(
+            f"'{steps[0].name}' is applied to this model, and a deep copy would share its hooks. Call "
+            "squeeze.remove(model) first, copy, and apply the method to both."
+        )
 
     def at(self, layer: int) -> Sequence[PlannedCut]:
         """Return the cuts at one layer."""

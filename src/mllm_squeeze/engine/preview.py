@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -64,14 +65,20 @@ def _one_row(attention: nn.Module, row: Tensor) -> Iterator[None]:
     Rotary embedding comes behind the projection and by place, so the chosen row still gets its own rotation.
     """
     lengths: list[int] = []
+    # Another thread may run the same layer for real meanwhile.
+    mine = threading.get_ident()
 
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if threading.get_ident() != mine:
+            return None
         hidden = args[0]
         lengths.append(hidden.shape[1])
         index = row.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return (hidden.gather(1, index), *args[1:])
 
-    def widen(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def widen(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if threading.get_ident() != mine:
+            return None
         return output.expand(-1, lengths.pop(), -1)
 
     hooks = []

@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from mllm_squeeze.engine.encoders import MARK, EncoderHooks
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.frames import Frame, Local, features_of, layout_of, prompt_length
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.session import Session, repacks
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.streams import fold, unfold
 from mllm_squeeze.engine.taps import Listener
@@ -40,6 +40,9 @@ class Runtime:
         self._verified = parts.row.verified
         self._local = Local()
         self._fittings = Fittings()
+        # Layers that must be told where a token stood, also in a decode step.
+        windowed = any(parts.window(number) for number in range(len(parts.layers)))
+        self._minds_position = windowed or repacks(plan, parts)
         self._chooses_rows = [
             cut
             for cut in plan.cuts
@@ -62,6 +65,9 @@ class Runtime:
         except BaseException:
             self.detach()
             raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.plan.refuse_copy()
 
     def detach(self) -> None:
         """Take off all hooks, taps and overrides; the model is as it was."""
@@ -195,7 +201,7 @@ class Runtime:
             if not layout.spans:
                 # Some families are given their pictures again in later passes, which hold no placeholder.
                 layout, features = None, {}
-        if layout is None and not _has_cut(past_key_values):
+        if layout is None and (not _has_cut(past_key_values) or self._is_plain_step(states, kwargs)):
             return None
         refuse_scaled(self.parts.text_config, past + states.shape[1])
         session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
@@ -203,6 +209,14 @@ class Runtime:
             session.prepare(states.device)
             self._check(module, layout, features, states.device, kwargs)
         return session
+
+    def _is_plain_step(self, states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """True for a decode step in which no layer needs anything of us: one token, no mask, original positions."""
+        if states.shape[1] > 1 or kwargs.get("attention_mask") is not None or self.plan.decode is not None:
+            return False
+        if self._minds_position or self.parts.text_config._attn_implementation == "eager":
+            return False
+        return kv.is_even(kwargs["past_key_values"])
 
     def _check(
         self,
@@ -231,7 +245,8 @@ class Runtime:
 
     def _leave_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         session = self._local.sessions.pop()
-        if session is not None and session.cutting and output is not None:
+        # A self-check is not what the user ran.
+        if session is not None and session.cutting and output is not None and self._local.probe is None:
             self._publish(session)
 
     # Decoder layers

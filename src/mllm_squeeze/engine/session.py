@@ -31,6 +31,11 @@ from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Reduction
 
 
+def repacks(plan: Plan, parts: ModelParts) -> bool:
+    """Say whether a plan renumbers the survivors of a model; layers that borrow keys would see two numberings."""
+    return plan.repack and not parts.mrope and not parts.kv_sources and parts.rotary is not None
+
+
 class Session:
     """State of one decoder pass; it lives as long as the pass, what decode needs lives with the cache.
 
@@ -78,9 +83,7 @@ class Session:
     @property
     def repack(self) -> bool:
         """True where survivors are renumbered."""
-        parts = self.parts
-        # Layers that borrow keys would see them at positions of two numberings.
-        return self.plan.repack and not parts.mrope and not parts.kv_sources and parts.rotary is not None
+        return repacks(self.plan, self.parts)
 
     @property
     def implementation(self) -> str:

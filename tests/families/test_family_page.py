@@ -1,0 +1,64 @@
+"""docs/families.md is what the results render to, and no family is missing from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mllm_squeeze as squeeze
+import tiny
+from mllm_squeeze.family.table import REFUSED, TABLE
+
+pytestmark = pytest.mark.quick
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = json.loads((DOCS / "results" / "families.json").read_text())
+
+
+def generator() -> Any:
+    """Return the module that makes the page."""
+    spec = importlib.util.spec_from_file_location("make_families", DOCS / "make_families.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_results_render_to() -> None:
+    assert (DOCS / "families.md").read_text() == generator().render(RESULTS), "run python docs/make_families.py"
+
+
+@pytest.mark.parametrize("name", sorted({*TABLE, *REFUSED}))
+def test_every_family_is_on_the_page_with_results(name: str) -> None:
+    page = (DOCS / "families.md").read_text()
+    assert f"\n| {name} |" in page
+    assert name in RESULTS
+    if name in REFUSED:
+        assert f"**{name}**" in page
+        return
+    passed = {column for column, cell in RESULTS[name].items() if cell["passed"]}
+    assert {"projector", "layer", "batch"} <= passed
+    assert set(TABLE[name].modalities) & {"image", "video", "audio"} <= passed
+    assert not any(cell["failed"] for cell in RESULTS[name].values())
+
+
+def test_the_families_of_the_front_door_are_on_the_page() -> None:
+    assert set(squeeze.families()) <= set(TABLE)
+    assert set(squeeze.families()) <= set(RESULTS)
+
+
+def test_a_failed_cell_shows() -> None:
+    """The page cannot hide what failed."""
+    broken = {**RESULTS, "llava": {**RESULTS["llava"], "batch": {"passed": 1, "failed": 1, "refused": ""}}}
+    assert "✗" in generator().render(broken)
+    assert "✗" not in generator().render(RESULTS)
+
+
+def test_every_tiny_model_stands_for_a_row() -> None:
+    """No row without a tiny model that proves it."""
+    types = {tiny.load(name).model.config.model_type for name in tiny.FAMILIES if tiny.available(name)}
+    gone = {name.split("+")[0] for name in tiny.FAMILIES if not tiny.available(name)}
+    assert {name.split("+")[0] for name in {*TABLE, *REFUSED}} <= types | gone
