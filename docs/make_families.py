@@ -17,7 +17,7 @@ from mllm_squeeze.family.table import REFUSED, TABLE
 HERE = Path(__file__).parent
 PAGE = HERE / "families.md"
 SHOWS = ("image", "video", "audio")
-COLUMNS = (*SHOWS, "encoder", "projector", "layer", "layers", "cache", "batch", "turns")
+COLUMNS = (*SHOWS, "encoder", "scores", "projector", "layer", "layers", "cache", "batch", "turns")
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 HEAD = """# Families
@@ -29,7 +29,8 @@ test that passed; this page is made from the results (`docs/make_families.py`), 
 | --- | --- |
 | image, video, audio | cuts of one and of several equal masking the same tokens, in prefill and each step of generate |
 | encoder | merging inside the vision encoder (`tome`) |
-| projector | cuts before the LLM (`divprune`; `visionzip` where the encoder's attention can be read) |
+| scores | cuts before the LLM by the attention of the vision encoder (`visionzip`) |
+| projector | cuts before the LLM by the features alone (`divprune`) |
 | layer | a cut at one layer by the attention of the layer before (`fastv`), with sdpa and eager masks |
 | layers | cuts at several layers (`pyramiddrop`) |
 | cache | fewer entries seen while decoding (`decode_refresh`, as in `dycoke`) |
@@ -77,13 +78,20 @@ def _notes(names: list[str], results: Results) -> list[str]:
     for name in names:
         cells = results.get(name, {})
         said = [TABLE[name].note] if name in TABLE and TABLE[name].note else []
-        for column in ("all", *COLUMNS):
+        for column in ("all", *COLUMNS, "frames", "beams"):
             cell = cells.get(column, {})
             if cell.get("refused") and not cell.get("passed"):
-                said.append(f"{column}: {cell['refused']}" if column != "all" else str(cell["refused"]))
+                said.append(_reason(column, str(cell["refused"])))
         if said:
-            out += [f"- **{name}**", *(f"  - {text}" for text in said)]
+            out += [f"- **{name}**", *(f"  - {text}" for text in dict.fromkeys(said))]
     return out
+
+
+def _reason(column: str, refused: str) -> str:
+    """Return a reason without what is the same for all families, and without the advice."""
+    text = refused.split("does not fit", 1)[-1].split("': ", 1)[-1] if "does not fit" in refused else refused
+    text = text.split(" Use a method", 1)[0]
+    return text if column in ("all", "frames") else f"{column}: {text}"
 
 
 def main() -> None:

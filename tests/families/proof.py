@@ -26,7 +26,7 @@ STEPS = 3
 # One method per place of action; the recipe of each, and where it acts.
 PLACES = {
     "divprune": "projector",
-    "visionzip": "projector",
+    "visionzip": "scores",
     "fastv": "layer",
     "pyramiddrop": "layers",
     "tome": "encoder",
@@ -43,7 +43,7 @@ OWN_GENERATE = ("blip_2", "instructblip")
 # Recurrent or convolutional layers between the attention layers.
 HYBRID = ("minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe", "lfm2_vl")
 # Videos whose frames come without a grid that the library knows.
-NO_GRID = ("kimi_k25", "molmo2", "perception_lm", "gemma4")
+NO_GRID = ("kimi_k25", "molmo2", "perception_lm", "gemma4", "minicpmv4_6", "minicpmv4_7")
 # Prompts that transformers itself cannot repeat for beams: it raises, or deals several pieces to the wrong rows.
 BEAMS_BROKEN = {
     *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "video_llama_3")),
@@ -55,6 +55,46 @@ BEAMS_BROKEN = {
 }
 QUICK = ("llava", "qwen3_vl", "llama4", "phi4_multimodal", "gemma3_window", "gemma4", "lfm2_vl", "qwen3_5", "molmo2")
 QUICK += ("paligemma2", "perception_lm", "blip_2", "voxtral", "mistral3")
+
+
+# Where encoder tokens cannot be followed to the LLM: pooled by queries, towers that are not found, sound.
+UNREADABLE = (
+    "kimi_k25",
+    "molmo2",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "granite4_vision",
+    "perception_lm",
+    "fast_vlm",
+    "lfm2_vl",
+)
+UNREADABLE += ("blip_2", "instructblip", "video_llama_3", "llama4", "phi4_multimodal", "idefics2", "gemma4", "gemma3n")
+UNREADABLE += ("qwen2_audio", "voxtral", "audioflamingo3", "granite_speech")
+# Encoders in which a token stays one token up to the LLM, and tokens of a tile stand in a batch row of their own.
+PER_TOKEN = ("llava", "llava_next", "llava_next_video", "llava_onevision", "paligemma", "paligemma2")
+# A video is shown as images.
+NO_VIDEO = ("internvl", "smolvlm")
+
+
+def fits(name: str, method: str) -> bool:
+    """Say whether a method must work on a family."""
+    if method == "visionzip":
+        return name not in UNREADABLE
+    if method == "pyramiddrop":
+        return name not in (*HYBRID, "gemma4", "gemma3n")
+    if method == "tome":
+        return name in PER_TOKEN
+    if PLACES[method] == "video":
+        return name not in NO_VIDEO and tiny.FAMILIES[name].video is not None
+    return True
+
+
+def pairs(methods: Sequence[str]) -> list[Any]:
+    """Return (family, method) of those that fit."""
+    out = []
+    for name in SERVED:
+        out += [pytest.param(name, m, id=f"{name}-{m}", marks=marks(name)) for m in methods if fits(name, m)]
+    return out
 
 
 def families(names: Sequence[str] = SERVED) -> list[Any]:

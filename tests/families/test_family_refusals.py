@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -54,13 +55,15 @@ def test_a_method_that_does_not_fit_says_why(family: str, method: str, covers: A
     t = tiny.load(family)
     said = squeeze.check(t.model)["methods"][method]
     if said == "fits":
+        assert proof.fits(family, method)
         squeeze.apply(t.model, method).remove()
         return
     with pytest.raises(squeeze.SqueezeError) as caught:
         squeeze.apply(t.model, method)
     assert str(caught.value) == said
     assert method in said and any(word in said for word in WORDS[method]), said
-    if proof.misfit(family, method):
+    assert (proof.misfit(family, method) is None) == proof.fits(family, method)
+    if not proof.fits(family, method) and f"{method}' reduces" not in said:
         covers(family, proof.PLACES[method], refused=said)
 
 
@@ -153,6 +156,15 @@ def test_phi4_cannot_show_hidden_states_after_an_image() -> None:
     other = tiny.fresh("phi4_multimodal")
     with torch.no_grad():
         assert len(other.model(**picture, output_hidden_states=True).hidden_states) == 5
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", proof.OWN_GENERATE)
+def test_blip_classes_take_no_cache(family: str, covers: Any) -> None:
+    """So there is no second turn, and no decoding by hand."""
+    t = tiny.load(family)
+    assert "past_key_values" not in inspect.signature(t.model.forward).parameters
+    covers(family, "turns", "cache", refused="transformers takes no cache of an earlier turn for this class.")
 
 
 @pytest.mark.quick

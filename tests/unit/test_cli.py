@@ -226,7 +226,7 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert seen == {
         "methods": ["fastv", "random"],
         "ratios": [0.5, 0.9],
-        "questions": 100,
+        "questions": 60,
         "pictures": 1,
         "out": tmp_path,
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
 import mllm_squeeze as squeeze
+import tiny
 from mllm_squeeze.engine import preview, signals
 
 

@@ -21,7 +21,7 @@ from mllm_squeeze.errors import ConfigError
 def demo(
     ratio: Annotated[list[float] | None, typer.Option(help="Fraction removed; give it again for more of them.")] = None,
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; 'all' for all that fit.")] = None,
-    questions: Annotated[int, typer.Option(help="How many held-out questions to ask.", min=2)] = 100,
+    questions: Annotated[int, typer.Option(help="How many held-out questions to ask.", min=2)] = 60,
     pictures: Annotated[int, typer.Option(help="How many pictures of survivors to draw.", min=0)] = 2,
     out: Annotated[Path | None, typer.Option(help="Folder for the table, the numbers and the pictures.")] = None,
 ) -> None:

@@ -88,7 +88,7 @@ def image_methods() -> list[str]:
 def main(
     methods: Sequence[str] = METHODS,
     ratios: Sequence[float] = RATIOS,
-    questions: int = 100,
+    questions: int = 60,
     pictures: int = 2,
     out: str | Path | None = None,
     *,
@@ -224,7 +224,7 @@ def command(arguments: Sequence[str] | None = None) -> Comparison:
     parser.add_argument(
         "--ratios", nargs="+", type=float, help="fractions removed; default: 0.5 0.75, with --full 0.9 too"
     )
-    parser.add_argument("--questions", type=int, help="default: 100, with --full 1000")
+    parser.add_argument("--questions", type=int, help="default: 60, with --full 1000")
     parser.add_argument("--pictures", type=int, default=2, help="pictures of survivors to draw")
     parser.add_argument("--out", type=Path, help="folder for the JSON, the table and the picture")
     parser.add_argument("--full", action="store_true", help="all methods, more questions, three seeds of chance")
@@ -233,7 +233,7 @@ def command(arguments: Sequence[str] | None = None) -> Comparison:
     return main(
         options.methods or (image_methods() if options.full else METHODS),
         options.ratios or (FULL_RATIOS if options.full else RATIOS),
-        options.questions or (1000 if options.full else 100),
+        options.questions or (1000 if options.full else 60),
         options.pictures,
         options.out,
         seeds=3 if options.full else 1,

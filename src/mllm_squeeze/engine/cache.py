@@ -22,7 +22,7 @@ class KeptEntries:
     where a shorter row of a batch is padded on the left. seen: tokens seen when these were written; what is appended
     later is held in full. shift: int64 (B,), cut tokens per row, by which renumbered positions fall behind. tail:
     number of trailing entries that are consecutive tokens in every row. visual: bool (B, P), True for visual entries;
-    None where nobody asks.
+    None where nobody asks. repack: survivors were renumbered.
     """
 
     columns: Tensor
@@ -31,19 +31,22 @@ class KeptEntries:
     shift: Tensor
     tail: int
     visual: Tensor | None = None
+    repack: bool = False
 
     def rows(self, index: Tensor) -> KeptEntries:
         """Return the entries of other batch rows, as beam search reorders them."""
         index = index.to(self.columns.device)
         valid = None if self.valid is None else self.valid.index_select(0, index)
         visual = None if self.visual is None else self.visual.index_select(0, index)
-        return KeptEntries(self.columns[index], valid, self.seen, self.shift[index], self.tail, visual)
+        return KeptEntries(self.columns[index], valid, self.seen, self.shift[index], self.tail, visual, self.repack)
 
     def without_last(self, count: int) -> KeptEntries:
         """Return the entries but the last ones, which are consecutive tokens of every row."""
         valid = None if self.valid is None else self.valid[:, :-count]
         visual = None if self.visual is None else self.visual[:, :-count]
-        return KeptEntries(self.columns[:, :-count], valid, self.seen - count, self.shift, self.tail - count, visual)
+        return KeptEntries(
+            self.columns[:, :-count], valid, self.seen - count, self.shift, self.tail - count, visual, self.repack
+        )
 
     def extended(self, held: int) -> tuple[Tensor, Tensor | None]:
         """Return columns and validity of `held` entries, those appended since included."""
@@ -66,6 +69,8 @@ class CutLayerMixin:
     is_initialized: bool
     entries: KeptEntries | None = None
     upcoming: KeptEntries | None = None
+    # Set by the engine ahead of each update: masks and positions fit what this layer holds.
+    served: bool = False
     # What a method that works while decoding remembers, (B, ...) each.
     notes: dict[str, Tensor] | None = None
 
@@ -75,7 +80,17 @@ class CutLayerMixin:
         return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values; what the engine announced as `upcoming` now describes them."""
+        """Append keys and values; what the engine announced as `upcoming` now describes them.
+
+        Raises:
+            UnsupportedInputError: the cache was cut, and the model that reads on is not squeezed, or elsewhere.
+        """
+        if self.entries is not None and not self.served:
+            raise UnsupportedInputError(
+                "This cache was cut by a method that is no longer applied to the model (or does not reach this layer). "
+                "Apply the same method again, or prefill again without the cache."
+            )
+        self.served = False
         if self.upcoming is not None:
             self.entries, self.upcoming, self.notes = self.upcoming, None, None
         if not self.is_initialized:
@@ -186,13 +201,21 @@ def kept_entries(cache: Any, layer: int) -> KeptEntries | None:
     return found.entries if isinstance(found, CutLayerMixin) else None
 
 
-def is_even(cache: Any) -> bool:
-    """True where every row of each layer holds the same number of entries, without padding."""
-    return all(
-        layer.entries is None or layer.entries.valid is None
-        for layer in cache.layers
-        if isinstance(layer, CutLayerMixin)
-    )
+def serve(cache: Any, layer: int) -> None:
+    """Say that masks and positions of the coming pass fit what a KV layer holds."""
+    found = cache.layers[layer] if layer < len(cache.layers) else None
+    if isinstance(found, CutLayerMixin):
+        found.served = True
+
+
+def serve_even(cache: Any) -> bool:
+    """Serve all layers at once, if each row of each layer holds the same number of entries at its first positions."""
+    cut = [layer for layer in cache.layers if isinstance(layer, CutLayerMixin)]
+    if any(layer.entries is None or layer.entries.valid is not None or layer.entries.repack for layer in cut):
+        return False
+    for layer in cut:
+        layer.served = True
+    return True
 
 
 def held_entries(cache: Any, layer: int) -> int:
@@ -218,4 +241,4 @@ def announce(cache: Any, layer: int, entries: KeptEntries) -> None:
         found = cls.__new__(cls)
         found.__dict__ = cache.layers[layer].__dict__
         cache.layers[layer] = found
-    found.upcoming = entries
+    found.upcoming, found.served = entries, True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
+
+T = TypeVar("T")
 
 # Arguments that bring a modality into a prompt.
 _INPUTS = {
@@ -32,12 +35,50 @@ class Frame:
     features: dict[str, Features] = field(default_factory=dict)
 
 
+class _Live(dict[str, Any]):
+    """Keyword arguments of a call; they live as long as the call does, however it ends."""
+
+
+class Calls(Generic[T]):
+    """What belongs to the calls of one module that run now, the innermost last.
+
+    torch runs no hook behind a call that ends with Ctrl-C, so each entry also knows whether its call still lives.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[T, weakref.ref[_Live] | None]] = []
+
+    def enter(self, value: T, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Add what belongs to a call; returns the arguments to go on with. Without any the caller must `leave`."""
+        live = _Live(kwargs or {})
+        self._entries.append((value, None if kwargs is None else weakref.ref(live)))
+        return live
+
+    def replace(self, value: T) -> None:
+        """Change what belongs to the innermost call."""
+        self._entries[-1] = (value, self._entries[-1][1])
+
+    def leave(self) -> T | None:
+        """Take away what belongs to the innermost call."""
+        return self._entries.pop()[0] if self._entries else None
+
+    @property
+    def top(self) -> T | None:
+        """What belongs to the innermost call that lives, None where none does."""
+        while self._entries:
+            value, live = self._entries[-1]
+            if live is None or live() is not None:
+                return value
+            self._entries.pop()
+        return None
+
+
 class Local(threading.local):
     """What runs in this thread now; threads that share a model do not meet."""
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []
-        self.sessions: list[Session | None] = []
+        self.frames: Calls[Frame] = Calls()
+        self.sessions: Calls[Session | None] = Calls()
         self.encode: EncodeCall | None = None
         # The session of a self-check that runs now: the text model is called inside its own pre-hook.
         self.probe: tuple[Session | None] | None = None
@@ -47,12 +88,12 @@ class Local(threading.local):
     @property
     def frame(self) -> Frame | None:
         """The innermost call of the inner model."""
-        return self.frames[-1] if self.frames else None
+        return self.frames.top
 
     @property
     def session(self) -> Session | None:
         """The session of the innermost decoder pass."""
-        return self.sessions[-1] if self.sessions else None
+        return self.sessions.top
 
 
 def features_of(frame: Frame, ids: Mapping[str, int]) -> dict[str, Features]:

@@ -17,7 +17,7 @@ from mllm_squeeze.engine.encoders import MARK, EncoderHooks
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.frames import Frame, Local, features_of, layout_of, prompt_length
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.session import Session, repacks
+from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.streams import fold, unfold
 from mllm_squeeze.engine.taps import Listener
@@ -40,9 +40,7 @@ class Runtime:
         self._verified = parts.row.verified
         self._local = Local()
         self._fittings = Fittings()
-        # Layers that must be told where a token stood, also in a decode step.
-        windowed = any(parts.window(number) for number in range(len(parts.layers)))
-        self._minds_position = windowed or repacks(plan, parts)
+        self._windowed = any(parts.window(number) for number in range(len(parts.layers)))
         self._chooses_rows = [
             cut
             for cut in plan.cuts
@@ -132,22 +130,24 @@ class Runtime:
             given = {**given.pop("kwargs", {}), **given.pop("generate_kwargs", {}), **given}
             before, self._local.prompt = self._local.prompt, prompt_length(given)
             if self.parts.row.own_generate:
-                self._local.frames.append(Frame(given))
+                self._local.frames.enter(Frame(given))
             try:
                 return original(*args, **kwargs)
             finally:
                 self._local.prompt = before
                 if self.parts.row.own_generate:
-                    self._local.frames.pop()
+                    self._local.frames.leave()
 
         self._fittings.override(self.parts.model, "generate", generate)
 
     # The inner model
 
-    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_base(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inputs = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs if args else kwargs
         frame = Frame(inputs)
-        self._local.frames.append(frame)
+        live = self._local.frames.enter(frame, kwargs)
         for modality, output in (inputs.get("mm_encoder_outputs") or {}).items():
             if output is None or not self.enabled:
                 continue
@@ -159,24 +159,24 @@ class Runtime:
                 )
             if not self.parts.row.by_runs:
                 frame.features[modality] = found
+        return args, live
 
     def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._local.frames.pop()
+        self._local.frames.leave()
 
     # The text model
 
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._local.sessions.append(None if self._local.probe is None else self._local.probe[0])
-        session = None if self._local.probe is not None else self._start(module, kwargs)
-        if session is None:
-            return None
-        self._local.sessions[-1] = session
-        if not session.cutting:
-            return None
-        kwargs, session.inner = take_inner_features(kwargs)
-        return args, kwargs
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        live = self._local.sessions.enter(None, kwargs)
+        probe = self._local.probe
+        session = probe[0] if probe is not None else self._start(module, kwargs)
+        self._local.sessions.replace(session)
+        if session is not None and session.cutting:
+            given, session.inner = take_inner_features(kwargs)
+            live.update(given)
+        return args, live
 
     def _start(self, module: nn.Module, kwargs: dict[str, Any]) -> Session | None:
         """Return the session of a pass, None where there is nothing to cut and nothing was cut before."""
@@ -214,9 +214,9 @@ class Runtime:
         """True for a decode step in which no layer needs anything of us: one token, no mask, original positions."""
         if states.shape[1] > 1 or kwargs.get("attention_mask") is not None or self.plan.decode is not None:
             return False
-        if self._minds_position or self.parts.text_config._attn_implementation == "eager":
+        if self._windowed or self.parts.text_config._attn_implementation == "eager":
             return False
-        return kv.is_even(kwargs["past_key_values"])
+        return kv.serve_even(kwargs["past_key_values"])
 
     def _check(
         self,
@@ -244,7 +244,7 @@ class Runtime:
         self._verified = True
 
     def _leave_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        session = self._local.sessions.pop()
+        session = self._local.sessions.leave()
         # A self-check is not what the user ran.
         if session is not None and session.cutting and output is not None and self._local.probe is None:
             self._publish(session)

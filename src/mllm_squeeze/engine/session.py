@@ -31,11 +31,6 @@ from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Reduction
 
 
-def repacks(plan: Plan, parts: ModelParts) -> bool:
-    """Say whether a plan renumbers the survivors of a model; layers that borrow keys would see two numberings."""
-    return plan.repack and not parts.mrope and not parts.kv_sources and parts.rotary is not None
-
-
 class Session:
     """State of one decoder pass; it lives as long as the pass, what decode needs lives with the cache.
 
@@ -82,8 +77,14 @@ class Session:
 
     @property
     def repack(self) -> bool:
-        """True where survivors are renumbered."""
-        return repacks(self.plan, self.parts)
+        """True where survivors of a new cut are renumbered."""
+        parts = self.parts
+        # Layers that borrow keys would see them at positions of two numberings.
+        return self.plan.repack and not parts.mrope and not parts.kv_sources and parts.rotary is not None
+
+    def _renumbers(self, entries: kv.KeptEntries | None) -> bool:
+        """Say whether positions are renumbered; a cache goes on as it began, whatever is applied now."""
+        return self.repack if entries is None else entries.repack
 
     @property
     def implementation(self) -> str:
@@ -272,13 +273,16 @@ class Session:
         self._refuse_window(layer)
         mask = kwargs.get("attention_mask")
         if mask is None and self._is_plain_decode(entries):
-            return self.given(layer, hidden, kwargs) if self.repack else kwargs
+            kv.serve(past_key_values, layer)
+            return self.given(layer, hidden, kwargs) if self._renumbers(entries) else kwargs
         new = self.given(layer, hidden, kwargs)
         rows, entries = self.rows_of(layer, past_key_values, hidden.shape[1])
         new["attention_mask"] = self._mask(layer, mask, rows)
         if self.index is not None and past_key_values is not None and source is None:
             announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
             kv.announce(past_key_values, layer, announced)
+        elif past_key_values is not None:
+            kv.serve(past_key_values, layer)
         return new
 
     def _is_plain_decode(self, entries: kv.KeptEntries | None) -> bool:
@@ -309,7 +313,7 @@ class Session:
         entries = kv.kept_entries(kwargs.get("past_key_values"), layer)
         if self.index is None and entries is None:
             return new
-        return self._renumbered(layer, new, hidden, entries) if self.repack else self._gathered(new)
+        return self._renumbered(layer, new, hidden, entries) if self._renumbers(entries) else self._gathered(new)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._memo:
@@ -388,7 +392,8 @@ class Session:
             if entries is not None and entries.visual is not None:
                 before[:, : entries.visual.shape[1]] = entries.visual
             visual = torch.cat([before, self.visual if self.valid is None else self.visual & self.valid], dim=1)
-        return kv.KeptEntries(rows.keys, rows.key_valid, self.past + self.width, shift, self.tail, visual)
+        seen, repack = self.past + self.width, self._renumbers(entries)
+        return kv.KeptEntries(rows.keys, rows.key_valid, seen, shift, self.tail, visual, repack)
 
     # Merging
 

@@ -103,6 +103,9 @@ def _spans_of(placeholder: Tensor, features: Features, grouped: bool) -> list[Sp
     spans = []
     at = 0
     for item in _expanded(places, lengths, repeats):
+        if not lengths[item]:
+            # Families that count per sample have an empty item for one without pictures.
+            continue
         columns = places[at : at + lengths[item]]
         at += lengths[item]
         samples = {sample for sample, _ in columns}

@@ -42,6 +42,7 @@ _PROJECTORS = (
     "mlp1",
 )
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_WINDOWED = ("sliding_attention", "chunked_attention")
 _RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1")
@@ -76,7 +77,7 @@ class ModelParts:
         """Config of the text model."""
         return self.decoder.config
 
-    @property
+    @cached_property
     def mrope(self) -> bool:
         """True where positions have three axes."""
         for name in ("rope_parameters", "rope_scaling"):
@@ -85,19 +86,23 @@ class ModelParts:
                 return True
         return False
 
-    @property
+    @cached_property
     def rotary(self) -> nn.Module | None:
         """Rotary embedding of the text model, None where positions are learned."""
         return getattr(self.decoder, "rotary_emb", None)
 
     def rope_kind(self, layer: int) -> str | None:
         """Name of the rotary tables of a layer, None where all layers share one pair."""
+        return None if self._rope_kinds is None else self._rope_kinds[layer]
+
+    @cached_property
+    def _rope_kinds(self) -> list[str] | None:
         if self.rotary is None:
             return None
         kinds = getattr(self.decoder, "rope_types", None)
         if kinds is None and "layer_type" in inspect.signature(self.rotary.forward).parameters:
             kinds = self.text_config.layer_types
-        return None if kinds is None else str(kinds[layer])
+        return None if kinds is None else [str(kind) for kind in kinds]
 
     def rotate(self, layer: int, hidden: Tensor, positions: Tensor) -> Any:
         """Return the rotary tables of a layer at positions (B, T), as the text model makes them; hidden: (B, T, D)."""
@@ -167,16 +172,22 @@ class ModelParts:
 
     def window(self, layer: int) -> int | None:
         """Tokens that a layer looks back, None where it sees all."""
-        kinds = getattr(self.text_config, "layer_types", None)
-        if kinds is not None and kinds[layer] not in ("sliding_attention", "chunked_attention"):
-            return None
+        return self._windows[layer]
+
+    @cached_property
+    def _windows(self) -> list[int | None]:
         found = getattr(self.text_config, "sliding_window", None)
-        return found if isinstance(found, int) else None
+        size = found if isinstance(found, int) else None
+        return [size if kind in (None, *_WINDOWED) else None for kind in self._layer_types]
+
+    @cached_property
+    def _layer_types(self) -> list[str | None]:
+        # Configs look attributes up slowly, and each decode step asks for every layer.
+        return list(getattr(self.text_config, "layer_types", None) or [None] * len(self.layers))
 
     def has_entries(self, layer: int) -> bool:
         """True where a layer keeps token by token, False for linear attention and convolutions."""
-        kinds = getattr(self.text_config, "layer_types", None)
-        return kinds is None or kinds[layer] not in _RECURRENT
+        return self._layer_types[layer] not in _RECURRENT
 
     def path(self, module: nn.Module | None) -> str | None:
         """Return the dotted name of a part, None where it is not there."""
