@@ -76,8 +76,10 @@ def deals_beams(t: tiny.TinyModel, kind: str) -> bool:
 def test_beams(family: str, kind: str, method: str, covers: Any) -> None:
     """Beams of the dense model with the dropped columns closed, or where no mask does that, one beam is greedy."""
     t = tiny.load(family)
-    if (family, kind) in proof.BEAMS_BROKEN:
-        assert not deals_beams(t, kind), "the library was mended: take it off proof.BEAMS_BROKEN"
+    right = deals_beams(t, kind)
+    if proof.RECENT:
+        assert right == ((family, kind) not in proof.BEAMS_BROKEN), "the library has changed: mend proof.BEAMS_BROKEN"
+    if not right:
         covers(family, "beams", refused=f"transformers itself cannot repeat {kind.replace('_', ' ')} for beams.")
         return
     with proof.whole(t, kind, method) as (handle, inputs):
@@ -106,6 +108,8 @@ def test_a_second_turn_on_the_same_cache(family: str, method: str, covers: Any) 
     t = tiny.load(family)
     answer, forced = oracle.forced_tokens(1, 3, seed=1), oracle.forced_tokens(1, 2)
     settings = SETTINGS | {"max_new_tokens": answer.shape[1] + 1}
+    if not proof.RECENT and family == "gemma3_window":
+        pytest.skip(f"transformers {transformers.__version__} itself cannot go on behind a full sliding window")
     with proof.whole(t, proof.first_kind(family, method), method) as (handle, inputs):
         processor = oracle.force(answer, inputs["input_ids"].shape[1])
         turn = t.turn(inputs, answer, 50, 51, 52, 53).whole

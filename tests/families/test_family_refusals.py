@@ -122,6 +122,7 @@ def test_layers_without_attention_cannot_be_read(family: str) -> None:
 
 
 @pytest.mark.quick
+@proof.recent
 def test_kimi_k25_breaks_on_chunks_of_several_frames() -> None:
     """Its feature splitter counts t*h*w/4 rows, its tower gives h*w/4."""
     t = tiny.load("kimi_k25")
@@ -137,6 +138,7 @@ def test_kimi_k25_breaks_on_chunks_of_several_frames() -> None:
 
 
 @pytest.mark.quick
+@proof.recent
 def test_paligemma2_refuses_sdpa() -> None:
     t = tiny.load("paligemma2")
     assert oracle.text_model(t.model).config._attn_implementation == "eager"
@@ -145,6 +147,7 @@ def test_paligemma2_refuses_sdpa() -> None:
 
 
 @pytest.mark.quick
+@proof.recent
 def test_phi4_cannot_show_hidden_states_after_an_image() -> None:
     """Its tower's capture is installed first; the text model's then finds none of the states of the tower."""
     t = tiny.fresh("phi4_multimodal")
@@ -159,6 +162,7 @@ def test_phi4_cannot_show_hidden_states_after_an_image() -> None:
 
 
 @pytest.mark.quick
+@proof.recent
 @pytest.mark.parametrize("family", proof.OWN_GENERATE)
 def test_blip_classes_take_no_cache(family: str, covers: Any) -> None:
     """So there is no second turn, and no decoding by hand."""
@@ -168,6 +172,7 @@ def test_blip_classes_take_no_cache(family: str, covers: Any) -> None:
 
 
 @pytest.mark.quick
+@proof.recent
 def test_glm4v_cannot_show_an_image_and_a_video_at_once() -> None:
     """Both carry the image's placeholder, and the model looks for all of them in the features of one."""
     t = tiny.load("glm4v")
@@ -179,6 +184,7 @@ def test_glm4v_cannot_show_an_image_and_a_video_at_once() -> None:
 
 
 @pytest.mark.quick
+@proof.recent
 def test_llama4_itself_counts_padding_in_its_temperature() -> None:
     """With a small floor a left-padded row of the dense model differs from its single prompt."""
     t = tiny.load("llama4")
