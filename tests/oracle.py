@@ -196,7 +196,7 @@ class _Mask:
         assert self.compact is not None
         hidden = hidden.clone()
         for b, kept in enumerate(self.cut.kept):
-            hidden[b, kept] = self.compact[b, : len(kept)]
+            hidden[..., b, kept, :] = self.compact[..., b, : len(kept), :]
         return hidden
 
 

@@ -13,7 +13,7 @@ from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.taps import score_received, score_rows
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.family.grids import find_tiles
+from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.road import to_llm_tokens
 from mllm_squeeze.family.structure import ModelParts
 
@@ -61,6 +61,7 @@ class EncodeCall:
         lengths = item_lengths(output)
         if lengths is None:
             return Features(self.modality, None)
+        lengths = with_breaks(self.parts, self.modality, inputs, lengths)
         tiles = find_tiles(self.parts, self.modality, inputs, lengths)
         signals = {name: self._carried(name, inputs, lengths) for name in self.wanted}
         survivors = None if self.merge is None else self.merge.survivors(self.modality, inputs, lengths)

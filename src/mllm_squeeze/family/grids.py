@@ -42,6 +42,19 @@ def find_tiles(
     ]
 
 
+def with_breaks(parts: ModelParts, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int]) -> list[int]:
+    """Return lengths that count the break which LLaVA-OneVision sets behind a video.
+
+    Older releases of transformers (5.16) set it after the feature method, whose output then lacks it.
+    """
+    if modality != "video" or not hasattr(parts.base, "apply_pooling"):
+        return list(lengths)
+    vision = parts.config.vision_config
+    half = math.ceil(vision.image_size // vision.patch_size / 2)
+    bare = inputs["pixel_values_videos"].shape[1] * half * half
+    return [length + 1 if length == bare else length for length in lengths]
+
+
 def _square(length: int) -> tuple[Tile, ...]:
     side = math.isqrt(length)
     if side * side == length:

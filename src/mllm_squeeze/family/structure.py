@@ -44,7 +44,7 @@ _PROJECTORS = (
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _RECURRENT = ("linear_attention", "conv", "mamba", "recurrent")
-_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
 _PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1")
 
 

@@ -53,6 +53,7 @@ _ANYRES = replace(_LLAVA, grid="anyres", road="anyres")
 _POOLED = FamilyRow("gemma3", road="pool")
 _AUDIO = FamilyRow("qwen2_audio", ("audio",), grid="unknown")
 _HYBRID_NOTE = "Layers without attention cannot be read: cut behind a full-attention layer (layer - 1 must be one)."
+_SHARED_NOTE = "Survivors keep their positions, whatever the recipe says: the last layers borrow the keys of others."
 _QUERIES_NOTE = "The LLM sees a few query tokens only; the encoder and Q-Former cost stays."
 
 _ROWS = (
@@ -78,8 +79,8 @@ _ROWS = (
     FamilyRow("kimi_k25", _BOTH, grid="thw", tower="packed"),
     FamilyRow("internvl", road="pool", cls=True, grouped=("image",)),
     _POOLED,
-    FamilyRow("gemma3n", ("image", "audio"), stacked=True),
-    FamilyRow("gemma4", _OMNI, grid="unknown"),
+    FamilyRow("gemma3n", ("image", "audio"), stacked=True, note=_SHARED_NOTE),
+    FamilyRow("gemma4", _OMNI, grid="unknown", note=_SHARED_NOTE),
     FamilyRow("paligemma", road="identity", per_token=True),
     FamilyRow("idefics2", grid="unknown", note=_QUERIES_NOTE),
     FamilyRow("idefics3", grid="unknown", road="pool"),
