@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_squeeze.family.table import REFUSED, TABLE
+from mllm_squeeze.family.table import TABLE
 
 HERE = Path(__file__).parent
 PAGE = HERE / "families.md"
 SHOWS = ("image", "video", "audio")
-COLUMNS = (*SHOWS, "encoder", "scores", "projector", "layer", "layers", "cache", "batch", "turns")
+COLUMNS = (*SHOWS, "encoder", "scores", "keys", "projector", "layer", "layers", "cache", "batch", "turns")
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 HEAD = """# Families
@@ -30,6 +30,7 @@ test that passed; this page is made from the results (`docs/make_families.py`), 
 | image, video, audio | cuts of one and of several equal masking the same tokens, in prefill and each step of generate |
 | encoder | merging inside the vision encoder (`tome`) |
 | scores | cuts before the LLM by the attention of the vision encoder (`visionzip`) |
+| keys | fewer image features that a Q-Former, or the text in cross-attention layers, attends to (steps at `keys`) |
 | projector | cuts before the LLM by the features alone (`divprune`) |
 | layer | a cut at one layer by the attention of the layer before (`fastv`), with sdpa and eager masks |
 | layers | cuts at several layers (`pyramiddrop`) |
@@ -52,7 +53,7 @@ was. What a row adds is in [add_a_family.md](add_a_family.md).
 
 def render(results: Results) -> str:
     """Return the page."""
-    names = sorted({*TABLE, *REFUSED})
+    names = sorted(TABLE)
     rows = [_row(name, results.get(name, {})) for name in names]
     lines = [HEAD, "| family (`model_type`) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
     return "\n".join([*lines, *rows, "", *_notes(names, results)]) + "\n" + UNKNOWN

@@ -14,6 +14,7 @@ from mllm_squeeze.config import Recipe, load_recipe
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Cut
+from mllm_squeeze.engine.trial import try_cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
@@ -54,7 +55,10 @@ class Handle:
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """Cuts of the last prefill, in the order in which they happened; empty before the first one."""
+        """Cuts of the last prefill, in the order in which they happened; empty before the first one.
+
+        Where `layout.keys` is true, they kept columns of the keys that are attended to, not of the prompt.
+        """
         return () if self._last is None else tuple(self._last.cuts)
 
     @property
@@ -173,13 +177,29 @@ def families() -> list[str]:
     return sorted({**TABLE, **family_plugins()})
 
 
-def check(model: nn.Module) -> dict[str, Any]:
+def check(model: nn.Module, *, run: bool = False) -> dict[str, Any]:
     """Return what was found in a model, and for each method "fits" or the reason why it does not.
 
+    run: also run a self-check, known family or not: is a cut the same as masking? Under "self_check" it says `result`
+    ("passed", "failed", "not comparable", "not run"), `error`, `reason` and what it ran `on`: a model without weights
+    (meta device) is tried by a small random text model of its class.
+
     Raises:
-        UnsupportedModelError: the model cannot be squeezed at all.
+        UnsupportedModelError: the model cannot be squeezed at all. AlreadyAppliedError: run, with a method applied.
     """
     parts = _find(model)
+    found = _found(parts)
+    if run:
+        present = _handle_of(parts.model)
+        if present is not None:
+            raise AlreadyAppliedError(
+                f"'{present.method}' is applied to this model. Call squeeze.remove(model) before a self-check."
+            )
+        found["self_check"] = try_cut(parts).as_dict()
+    return found
+
+
+def _found(parts: ModelParts) -> dict[str, Any]:
     return {
         "family": parts.row.model_type,
         "verified": parts.row.verified,

@@ -33,13 +33,15 @@ class Paper(_Model):
 
 
 class At(_Model):
-    """Where a step acts: exactly one of `encoder`, `projector`, `layer`, `layers` and `cache`.
+    """Where a step acts: exactly one of `encoder`, `keys`, `projector`, `layer`, `layers` and `cache`.
 
-    encoder: "all" or the zero-based index of a block of the vision encoder. layer, layers: the zero-based index of the
-    first decoder layer that runs short, or a fraction of the depth, as a float between 0 and 1.
+    encoder: "all" or the zero-based index of a block of the vision encoder. keys: on image features that are attended
+    to from outside, by the queries of a Q-Former or by the text in cross-attention layers. layer, layers: the
+    zero-based index of the first decoder layer that runs short, or a fraction of the depth, a float between 0 and 1.
     """
 
     encoder: Literal["all"] | StrictInt | None = None
+    keys: Literal[True] | None = None
     projector: Literal[True] | None = None
     layer: StrictInt | StrictFloat | None = None
     layers: tuple[StrictInt | StrictFloat, ...] | None = None
@@ -48,12 +50,12 @@ class At(_Model):
     @model_validator(mode="before")
     @classmethod
     def _from_word(cls, value: Any) -> Any:
-        if value == "projector":
-            return {"projector": True}
+        if value in ("projector", "keys"):
+            return {value: True}
         if isinstance(value, Mapping):
             return value
         raise ValueError(
-            "give 'projector' or one of {encoder: all}, {encoder: 3}, {layer: 2}, {layers: [0.25, 0.5]}, "
+            "give 'projector', 'keys' or one of {encoder: all}, {encoder: 3}, {layer: 2}, {layers: [0.25, 0.5]}, "
             f"{{cache: prefill}} and {{cache: decode}}; got {value!r}"
         )
 
@@ -62,7 +64,7 @@ class At(_Model):
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                "give exactly one of encoder, projector, layer, layers and cache; got "
+                "give exactly one of encoder, keys, projector, layer, layers and cache; got "
                 + (" and ".join(given) or "none")
             )
         if isinstance(self.encoder, int) and self.encoder < 0:
@@ -77,12 +79,12 @@ class At(_Model):
             return "encoder"
         if self.cache is not None:
             return "cache"
-        return "projector" if self.projector else "layer"
+        return "projector" if self.projector or self.keys else "layer"
 
     def to_yaml(self) -> str | dict[str, Any]:
         """Return the value of `at` as a recipe says it."""
-        if self.projector:
-            return "projector"
+        if self.projector or self.keys:
+            return "projector" if self.projector else "keys"
         return {name: list(v) if isinstance(v, tuple) else v for name, v in self if v is not None}
 
     def __str__(self) -> str:
@@ -198,7 +200,7 @@ def resolve_layers(at: At, num_layers: int) -> tuple[int, ...]:
     if at.encoder == "all":
         return tuple(range(num_layers))
     given: Sequence[int | float] = at.layers or ()
-    if at.projector:
+    if at.projector or at.keys:
         given = (0,)
     elif at.layer is not None or isinstance(at.encoder, int):
         given = (at.layer if at.layer is not None else at.encoder,)  # type: ignore[assignment]

@@ -94,6 +94,8 @@ class TokenLayout:
 
     batch, length: shape of the padded prompt. spans: in the order (sample, first column). real: bool (batch, length) on
     the CPU, False where a token is padding. drafts: trailing tokens that are guesses of assisted decoding, not prompt.
+    keys: True where visual tokens are no part of the prompt but keys that it attends to (Mllama), or that the queries
+    of a Q-Former attend to; columns are then those of the keys, and a sample is a row of them.
     """
 
     batch: int
@@ -101,6 +103,7 @@ class TokenLayout:
     spans: tuple[Span, ...]
     real: torch.Tensor
     drafts: int = 0
+    keys: bool = False
 
     @cached_property
     def prompt(self) -> torch.Tensor:

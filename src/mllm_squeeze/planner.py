@@ -6,6 +6,7 @@ from mllm_squeeze.config import At, Recipe, build_reducer, resolve_steps
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
+from mllm_squeeze.planner_keys import check_modality, key_cuts
 from mllm_squeeze.reducers.base import DecodeReducer, Need, Reducer
 
 
@@ -17,12 +18,14 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
         UnsupportedModelError: the model lacks a part that the recipe needs; the message names it.
     """
     places = resolve_steps(recipe, len(parts.layers))
+    if parts.cross_attention or any(step.at.keys for step in recipe.steps):
+        return Plan((), recipe.positions == "repack", keys=key_cuts(recipe, parts, places))
     cuts: list[PlannedCut] = []
     encoder = decode = None
     blocks: tuple[int, ...] = ()
     for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
         reducer = build_reducer(step)
-        _check_modality(recipe, reducer, parts)
+        check_modality(recipe, reducer, parts)
         if step.at.place == "encoder":
             blocks = _encoder_blocks(recipe, step.at, parts)
             encoder = PlannedCut(number, recipe.method, 0, reducer)
@@ -48,14 +51,6 @@ def why_not(recipe: Recipe, parts: ModelParts) -> str | None:
     except (ConfigError, UnsupportedModelError) as error:
         return str(error)
     return None
-
-
-def _check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None:
-    if not reducer.modalities & set(parts.row.modalities):
-        raise UnsupportedModelError(
-            f"'{recipe.method}' reduces {', '.join(sorted(reducer.modalities))} tokens; '{parts.row.model_type}' takes "
-            f"{', '.join(parts.row.modalities)}. Use a method for those (fastv, divprune)."
-        )
 
 
 def _encoder_blocks(recipe: Recipe, at: At, parts: ModelParts) -> tuple[int, ...]:

@@ -8,46 +8,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from mllm_squeeze.dims import ModelDims
+
 SPANS_SHOWN = 8
 STEPS_SHOWN = 12
-
-
-@dataclass(frozen=True)
-class ModelDims:
-    """Sizes of the language model.
-
-    intermediate: what one token passes in the MLP (all active experts together). mlp_matrices: 3 in a gated MLP, 2 in a
-    plain one.
-    """
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    mlp_matrices: int = 3
-
-    def layer_flops(self, tokens: int, keys: int | None = None) -> int:
-        """FLOPs of one decoder layer on n tokens that see m keys (m = n if None), a multiply-add counting as two.
-
-        2 n D (2 H d + 2 G d)   projections of query and output (H heads of size d), of key and value (G grouped heads)
-        + 2 * 2 n m H d         scores and weighted sum, over the full square (a causal kernel may skip half of it)
-        + 2 n M D I             MLP with M matrices (gate, up, down: M = 3) of hidden size D times I
-        """
-        width, grouped = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        projections = 2 * tokens * self.hidden * (2 * width + 2 * grouped)
-        attention = 2 * 2 * tokens * (tokens if keys is None else keys) * width
-        return projections + attention + 2 * tokens * self.mlp_matrices * self.hidden * self.intermediate
-
-    def prefill_flops(self, lengths: Sequence[int], keys: Sequence[int] | None = None) -> int:
-        """FLOPs of one prompt whose layers run on `lengths` tokens and see `keys`, plus one row of logits (2 D V)."""
-        return sum(map(self.layer_flops, lengths, lengths if keys is None else keys)) + 2 * self.hidden * self.vocab
-
-    def cache_bytes(self, entries: Sequence[int], element_bytes: int) -> int:
-        """Bytes of the keys and values of one prompt whose layers hold `entries` each: the sum of 2 n G d b."""
-        return sum(entries) * 2 * self.kv_heads * self.head_dim * element_bytes
 
 
 @dataclass(frozen=True)
@@ -60,12 +24,28 @@ class SpanRecord:
 
 
 @dataclass(frozen=True)
+class KeyRecord:
+    """Keys that are attended to from outside, by the text in cross-attention layers or by the queries of a Q-Former.
+
+    layers: decoder layers that attend to them, () for a Q-Former. before, after: keys of one row in this prefill,
+    padding included. held_before, held_after: those of earlier turns.
+    """
+
+    layers: tuple[int, ...]
+    before: int
+    after: int
+    held_before: int = 0
+    held_after: int = 0
+
+
+@dataclass(frozen=True)
 class StageRecord:
     """One step of the method.
 
-    layer: first decoder layer that ran short. place: "encoder", "projector", "layer" or "cache". before, after: tokens
-    of each span, in tokens of the language model also for a step in the encoder. sequence_before, sequence_after:
-    columns of the padded batch. seconds: time the rule took, None where it was not measured.
+    layer: first decoder layer that ran short. place: "encoder", "keys", "projector", "layer" or "cache". before,
+    after: tokens of each span, in tokens of the language model also for a step in the encoder. sequence_before,
+    sequence_after: columns of the padded batch, or of its keys. seconds: time the rule took, None where it was not
+    measured.
     """
 
     layer: int
@@ -85,6 +65,7 @@ class PrefillRecord:
     layout_length: columns of the padded prompt. layer_lengths: columns on which each decoder layer ran. cache_lengths:
     entries that each layer holds after the prefill, the same as layer_lengths if None. element_bytes: bytes of one
     number in the cache. past: tokens of earlier turns that the dense model would hold. decode: remarks about decoding.
+    keys: where visual tokens are no part of the prompt, what was attended to instead; spans are then spans of keys.
     """
 
     method: str
@@ -98,6 +79,7 @@ class PrefillRecord:
     element_bytes: int = 2
     cache_lengths: tuple[int, ...] | None = None
     past: int = 0
+    keys: KeyRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,8 @@ class Report:
     """What the last prefill did; printing it gives a table, `as_dict()` and `to_json()` the numbers.
 
     FLOPs and bytes are those of the whole batch in the language model, padding included, as the hardware runs it; the
-    vision encoder is not in them. They are None where the sizes of the language model are not known.
+    vision encoder is not in them. They are None where the sizes of the language model are not known, and where a method
+    acts in front of a Q-Former, which leaves the language model as it is.
     """
 
     record: PrefillRecord
@@ -138,7 +121,10 @@ class Report:
 
     @cached_property
     def visual_per_layer(self) -> tuple[int, ...]:
-        """Visual tokens of the batch on which each decoder layer ran."""
+        """Visual tokens of the batch on which each decoder layer ran, or to whose keys it attended."""
+        if self.record.keys is not None:
+            crossed, layers = self.record.keys.layers, range(len(self.record.layer_lengths))
+            return tuple(self.visual_after if layer in crossed else 0 for layer in layers)
         cuts = [stage for stage in self.record.stages if stage.place != "cache"]
         out = []
         for layer in range(len(self.record.layer_lengths)):
@@ -159,10 +145,8 @@ class Report:
     @property
     def flops_dense(self) -> int | None:
         """FLOPs of the prefill with every token, see `ModelDims.layer_flops`."""
-        layers = len(self.record.layer_lengths)
-        return self._flops(
-            (self.record.layout_length,) * layers, (self.record.layout_length + self.record.past,) * layers
-        )
+        length, layers = self.record.layout_length, len(self.record.layer_lengths)
+        return self._flops((length,) * layers, (length + self.record.past,) * layers, dense=True)
 
     @property
     def flops(self) -> int | None:
@@ -170,18 +154,23 @@ class Report:
         record = self.record
         # Without earlier turns a layer sees what it runs on; the cache may be cut shorter than that afterwards.
         keys = record.cache_lengths if record.past and record.cache_lengths else record.layer_lengths
+        if record.keys is not None:
+            return self._flops(record.layer_lengths, [n + record.past for n in record.layer_lengths])
         return self._flops(record.layer_lengths, keys)
 
     @property
     def cache_bytes_dense(self) -> int | None:
         """Bytes of the KV cache after a prefill with every token."""
-        return self._cache_bytes((self.record.layout_length + self.record.past,) * len(self.record.layer_lengths))
+        length = self.record.layout_length + self.record.past
+        return self._cache_bytes((length,) * len(self.record.layer_lengths), dense=True)
 
     @property
     def cache_bytes(self) -> int | None:
         """Bytes of the KV cache after this prefill."""
-        held = self.record.cache_lengths
-        return self._cache_bytes(self.record.layer_lengths if held is None else held)
+        record, held = self.record, self.record.cache_lengths
+        if record.keys is not None:
+            return self._cache_bytes([n + record.past for n in record.layer_lengths])
+        return self._cache_bytes(record.layer_lengths if held is None else held)
 
     @property
     def seconds(self) -> float | None:
@@ -189,13 +178,28 @@ class Report:
         times = [stage.seconds for stage in self.record.stages]
         return None if None in times else float(sum(t for t in times if t is not None))
 
-    def _flops(self, lengths: Sequence[int], keys: Sequence[int]) -> int | None:
+    def _flops(self, lengths: Sequence[int], keys: Sequence[int], dense: bool = False) -> int | None:
         dims = self.record.dims
-        return None if dims is None else self.record.batch * dims.prefill_flops(lengths, keys)
+        if dims is None:
+            return None
+        keys, new = self._crossed(keys, dense, held=True), self._crossed(lengths, dense, held=False)
+        return self.record.batch * dims.prefill_flops(lengths, keys, new)
 
-    def _cache_bytes(self, entries: Sequence[int]) -> int | None:
+    def _cache_bytes(self, entries: Sequence[int], dense: bool = False) -> int | None:
         dims = self.record.dims
-        return None if dims is None else self.record.batch * dims.cache_bytes(entries, self.record.element_bytes)
+        if dims is None:
+            return None
+        entries = self._crossed(entries, dense, held=True)
+        return self.record.batch * dims.cache_bytes(entries, self.record.element_bytes)
+
+    def _crossed(self, counts: Sequence[int], dense: bool, held: bool) -> list[int]:
+        """Return counts per layer, with those of the pictures' keys in layers that attend to them."""
+        out, keys = list(counts), self.record.keys
+        for layer in keys.layers if keys is not None else ():
+            assert keys is not None
+            out[layer] = keys.before if dense else keys.after
+            out[layer] += (keys.held_before if dense else keys.held_after) if held else 0
+        return out
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record and all numbers derived from it, in plain types."""
@@ -228,6 +232,8 @@ class Report:
         size = f"batch of {self.record.batch}, prompt of {self.record.layout_length}"
         if self.record.past:
             size += f" after {self.record.past} seen before"
+        if self.record.keys is not None and not self.record.keys.layers:
+            size = f"batch of {self.record.batch}, in front of the Q-Former"
         if not self.record.spans:
             return f"{self.method}: no visual tokens in the last prefill ({size})"
         counts = f"{self.visual_before} -> {self.visual_after} visual tokens, {100 * self.ratio:.1f} % removed"
@@ -248,7 +254,8 @@ class Report:
         stages = self.record.stages
         if not stages:
             return ""
-        rows = [["step", "rule", "where", "visual", "sequence", "rule's time"]]
+        columns = "sequence" if self.record.keys is None else "keys"
+        rows = [["step", "rule", "where", "visual", columns, "rule's time"]]
         for i, stage in enumerate(stages[:STEPS_SHOWN]):
             visual = f"{sum(stage.before)} -> {sum(stage.after)}"
             sequence = f"{stage.sequence_before} -> {stage.sequence_after}"
@@ -258,10 +265,16 @@ class Report:
         return f"\n{table}" + (f"\n  ... and {hidden} more" if hidden > 0 else "")
 
     def _cost_table(self) -> str:
-        dense = float(self.record.layout_length)
+        dense, keys = float(self.record.layout_length), self.record.keys
+        if keys is not None and not keys.layers:
+            return ""
+        length = ["tokens per layer (mean)", f"{dense:.1f}", f"{self.mean_tokens:.1f}", _share(self.mean_tokens, dense)]
+        if keys is not None:
+            before, after = keys.held_before + keys.before, keys.held_after + keys.after
+            length = ["keys per cross-attention layer", f"{before}", f"{after}", _share(after, before)]
         rows = [
             ["language model, prefill", "dense", "now", "of dense"],
-            ["tokens per layer (mean)", f"{dense:.1f}", f"{self.mean_tokens:.1f}", _share(self.mean_tokens, dense)],
+            length,
             ["FLOPs", _unit(self.flops_dense, 1000), _unit(self.flops, 1000), _share(self.flops, self.flops_dense)],
             [
                 "KV cache",
@@ -284,7 +297,8 @@ class Report:
             f"{start}: {lengths[start]}" if start == end else f"{start}-{end}: {lengths[start]}"
             for start, end in zip(starts, ends, strict=True)
         ]
-        return f"\ntokens in decoder layers  {'   '.join(ranges)}"
+        crossed = "" if self.record.keys is None else f"   (keys in {', '.join(map(str, self.record.keys.layers))})"
+        return f"\ntokens in decoder layers  {'   '.join(ranges)}{crossed}"
 
 
 def _mean(values: Sequence[int]) -> float:

@@ -148,7 +148,7 @@ def handle_figure(
     if boxes is None:
         boxes = _guess_boxes(chosen.tiles, first.width, first.height, cropped)
     kept = [survivors(chosen, cut) for cut in handle.cuts]
-    titles = [f"{handle.method}, layer {cut.layer}" for cut in handle.cuts]
+    titles = [f"{handle.method}, {'keys' if handle.layout.keys else f'layer {cut.layer}'}" for cut in handle.cuts]
     return show(images, chosen.tiles, kept, titles=titles, boxes=boxes, path=path)
 
 

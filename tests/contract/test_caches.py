@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import matrix
+import mllm_squeeze as squeeze
 import oracle
 import tiny
 
@@ -134,3 +135,18 @@ def test_cropping_takes_back_what_was_decoded(family: str, method: str) -> None:
         assert cache.get_seq_length() == width
         got = decode(t, cache, forced, where, mask)
     oracle.assert_close(got, expected, "after crop")
+
+
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_a_crop_that_is_refused_takes_nothing(family: str) -> None:
+    """The layers in front of the cut could be cropped; they are not, where those behind it cannot."""
+    t = tiny.load(family)
+    with matrix.applied(t.model, "fastv"), torch.no_grad():
+        cache = t.model(**t.inputs["image"], use_cache=True).past_key_values
+        before = [layer.keys.shape[2] for layer in cache.layers]
+        assert len(set(before)) > 1
+        with pytest.raises(squeeze.SqueezeError, match="cannot be undone"):
+            cache.crop(-(before[0] - 2))
+        assert [layer.keys.shape[2] for layer in cache.layers] == before
+        cache.crop(-1)
+        assert [layer.keys.shape[2] for layer in cache.layers] == [length - 1 for length in before]

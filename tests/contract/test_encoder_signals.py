@@ -27,6 +27,8 @@ ENCODERS = {
     "qwen2_vl": ("blocks", 0, 1, False),
     "qwen2_5_vl": ("blocks", 1, 2, False),
     "qwen3_vl": ("blocks", 1, 2, False),
+    "pixtral": ("transformer.layers", 0, 1, False),
+    "mistral3": ("transformer.layers", 0, 1, False),
 }
 CELLS = [(f, k) for f in ENCODERS for k in ("image", "two_images")]
 CELLS += [(f, "video") for f in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")]

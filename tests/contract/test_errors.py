@@ -155,21 +155,6 @@ def refused(call: Callable[[], Any], *words: str) -> None:
 
 @pytest.mark.parametrize("method", matrix.CORE)
 @pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
-def test_a_static_cache(family: str, method: str) -> None:
-    t = tiny.load(family)
-    inputs = t.inputs["image"]
-    forced = oracle.forced_tokens(1, 2)
-    with matrix.applied(t.model, method):
-        good = oracle.run(t.model, inputs, forced)
-        cache = transformers.StaticCache(config=t.model.config.get_text_config(), max_cache_len=256)
-        refused(lambda: t.model(**inputs, past_key_values=cache, use_cache=True), "dynamic")
-        refused(lambda: t.model.generate(**inputs, max_new_tokens=2, cache_implementation="static"), "dynamic")
-        again = oracle.run(t.model, inputs, forced)
-    assert torch.equal(good.prefill, again.prefill)
-
-
-@pytest.mark.parametrize("method", matrix.CORE)
-@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
 def test_a_prefill_in_chunks(family: str, method: str) -> None:
     t = tiny.load(family)
     with matrix.applied(t.model, method):

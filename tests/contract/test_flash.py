@@ -11,8 +11,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import matrix
+import mllm_squeeze as squeeze
 import oracle
 import tiny
+from mllm_squeeze.family.table import TABLE
 
 METHODS = ["random", *matrix.CORE, "visionzip"]
 STEPS = 5
@@ -160,3 +162,15 @@ def test_rows_without_padding_that_keep_different_numbers(family: str, method: s
             alone = oracle.run(t.model, single, forced[b : b + 1])
             oracle.assert_close(joint.prefill[b : b + 1], alone.prefill, f"row {b} prefill")
             oracle.assert_close(joint.decode[b : b + 1], alone.decode, f"row {b} decode")
+
+
+@pytest.mark.parametrize("method", ["random", "fastv"])
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_a_family_without_a_row_proves_itself(monkeypatch: pytest.MonkeyPatch, family: str, method: str) -> None:
+    """The self-check of the first call masks queries by keys, which FlashAttention cannot; it says what it cuts."""
+    t = tiny.load(family)
+    monkeypatch.delitem(TABLE, t.model.config.model_type)
+    prove(t, t.inputs["image"], method)
+    with FlashText(t.model):
+        assert squeeze.check(t.model, run=True)["self_check"]["result"] == "passed"
+        assert oracle.text_model(t.model).config._attn_implementation == "flash_attention_2"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import matrix
@@ -55,7 +56,9 @@ def read_on(t: tiny.TinyModel, inputs: tiny.Inputs, answer: Tensor, new: Tensor,
     return torch.stack(logits[-forced.shape[1] - 1 :], 1)
 
 
-def two_turns(t: tiny.TinyModel, handle: Any, forced: Tensor) -> tuple[list[Tensor], list[Any], list[Any], tiny.Turn]:
+def two_turns(
+    t: tiny.TinyModel, handle: Any, forced: Tensor, cache: Any = None
+) -> tuple[list[Tensor], list[Any], list[Any], tiny.Turn]:
     """Prefill a picture, answer it, feed a second one on the same cache, decode; return logits and both cuts."""
     inputs, answer = t.inputs["image"], oracle.forced_tokens(1, 3, seed=1)
     turn = t.turn(inputs, answer, 50, 51, "image:1", 52, 53, 54, 55, 56)
@@ -63,7 +66,7 @@ def two_turns(t: tiny.TinyModel, handle: Any, forced: Tensor) -> tuple[list[Tens
     seen, whole = width + answer.shape[1], turn.whole["input_ids"].shape[1]
     where = oracle.positions(t.model, turn.whole, forced.shape[1])
     with torch.no_grad():
-        out = t.model(**inputs, position_ids=where[..., :width], use_cache=True)
+        out = t.model(**inputs, position_ids=where[..., :width], past_key_values=cache, use_cache=True)
         first = list(handle.cuts) if handle else []
         for n in range(answer.shape[1]):
             at = where[..., width + n : width + n + 1]
@@ -77,6 +80,20 @@ def two_turns(t: tiny.TinyModel, handle: Any, forced: Tensor) -> tuple[list[Tens
             out = t.model(input_ids=forced[:, n : n + 1], position_ids=at, past_key_values=out.past_key_values)
             logits.append(out.logits[:, -1])
     return logits, first, second, turn
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["random", *matrix.CORE, "dart"])
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_two_turns_on_a_static_cache(family: str, method: str, implementation: str) -> None:
+    """Slots that the second cut sets free stay where they are; both turns answer as with a growing cache."""
+    t = tiny.load(family)
+    forced = oracle.forced_tokens(1, NEW)
+    cache = transformers.StaticCache(config=t.model.config.get_text_config(), max_cache_len=192)
+    with matrix.attention(t.model, implementation), matrix.applied(t.model, method) as handle:
+        expected, *_ = two_turns(t, handle, forced)
+        got, *_ = two_turns(t, handle, forced, cache)
+    oracle.assert_close(torch.stack(got), torch.stack(expected), "second turn")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

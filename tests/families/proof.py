@@ -38,8 +38,10 @@ PLACES = {
     "dycoke": "video",
 }
 # Models that cannot be squeezed at all, and a word of the reason.
-REFUSED = {"mllama": "cross-attention", "blip_2_t5": "Encoder-decoder"}
-SERVED = tuple(name for name in tiny.FAMILIES if name not in REFUSED)
+REFUSED = {"blip_2_t5": "Encoder-decoder"}
+# Models whose pictures are keys beside the LLM's sequence; test_cross_*.py prove them.
+KEYED = ("mllama",)
+SERVED = tuple(name for name in tiny.FAMILIES if name not in (*REFUSED, *KEYED))
 # The prompt looks ahead, so words that come later change what was said before: only generate() shows the same.
 PREFIX = ("molmo2", "paligemma", "paligemma2")
 # These classes keep no cache of a conversation, and their forward takes none.

@@ -124,6 +124,25 @@ def test_what_is_not_exact_is_refused(house: tiny.TinyModel) -> None:
     snapshot.assert_same(before, snapshot.snapshot(house.model))
 
 
+def test_what_raises_when_it_is_cut_is_refused(house: tiny.TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text model that insists on the length of the prompt: its own error is told, with where to go from there."""
+    layer = oracle.text_model(house.model).layers[3]
+    forward, length = layer.forward, house.inputs["image"]["input_ids"].shape[1]
+
+    def stubborn(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(hidden_states + torch.zeros(length, 1), *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", stubborn)
+    before = snapshot.snapshot(house.model)
+    with (
+        squeeze.applied(house.model, "fastv", ratio=0.5, layer=2),
+        pytest.raises(squeeze.SqueezeError, match=r"raises RuntimeError: The size .*docs/add_a_family\.md") as caught,
+    ):
+        proof.forward(house, house.inputs["image"])
+    assert "'house_llava'" in str(caught.value) and isinstance(caught.value.__cause__, RuntimeError)
+    snapshot.assert_same(before, snapshot.snapshot(house.model))
+
+
 def add_places(layer: Any) -> Any:
     """Make a layer scale what it gets by the place of each token, as temperatures that grow with the place do."""
 

@@ -129,6 +129,14 @@ def test_recipes_round_trip_through_yaml(params: dict[str, Any], tmp_path: Path)
     assert load_recipe(path, layer=5).steps[0].at.layer == 5
 
 
+def test_keys_round_trip() -> None:
+    first = load_recipe({"method": "mine", "steps": [{"reducer": "pool", "at": "keys", "keep": 3}]})
+    assert first.steps[0].at.keys
+    assert str(first.steps[0].at) == first.to_dict()["steps"][0]["at"] == "keys"
+    assert load_recipe(yaml.safe_load(first.to_yaml())) == first
+    assert first.model_copy(update={"raw": {}}).to_dict()["steps"][0]["at"] == "keys"
+
+
 def test_schedules_round_trip() -> None:
     first = load_recipe(recipe(schedule), kept=[0.5, 0.5, 0.25])
     assert load_recipe(yaml.safe_load(first.to_yaml())) == first
@@ -247,7 +255,7 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (step(at={"layers": []}), {}, ["layers is empty"]),
     (step(at={"layers": [8, 4]}), {}, ["layers must ascend", "[8, 4]"]),
     (step(at={"cache": "prefil"}), {}, ["at.cache", "got 'prefil'", "Did you mean 'prefill'?"]),
-    (step(at="cache"), {}, ["give 'projector' or one of", "{cache: prefill}", "got 'cache'"]),
+    (step(at="cache"), {}, ["give 'projector', 'keys' or one of", "{cache: prefill}", "got 'cache'"]),
     (step(at={}), {}, ["give exactly one of", "got none"]),
     (step(at={"layer": 3, "cache": "decode"}), {}, ["give exactly one of", "layer and cache"]),
     (lambda d: d["steps"].insert(0, {"reducer": "pool", "at": {"encoder": -2}}), {}, ["encoder is 'all' or", "got -2"]),
@@ -255,6 +263,7 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (step(reducer="refresh", at={"cache": "decode"}, keep=3), {}, ["step 2", "keep has no effect on 'refresh'"]),
     (step(reducer="refresh", at={"cache": "prefill"}), {}, ["cannot act at cache prefill", "write {cache: decode}"]),
     (lambda d: d["steps"].extend([{"reducer": "rank", "at": {"cache": "prefill"}}] * 2), {}, ["at most one step"]),
+    (step(at="keys"), {}, ["'rank' cannot act at keys", "Its places are: cache, layer"]),
     (step(at="projector"), {}, ["'rank' cannot act at projector", "Its places are: cache, layer"]),
     (lambda d: d["steps"][0].update(reducer="pool", rows=None), {}, ["'pool' cannot act at layer 2"]),
     (step(at={"layer": 1}, ratio=0.9), {}, ["ascending order of place", "step 2 acts at layer 1, after layer 2"]),
@@ -329,6 +338,7 @@ def test_a_source_of_another_type_is_refused() -> None:
     ("at", "depth", "layers"),
     [
         ("projector", 4, (0,)),
+        ("keys", 4, (0,)),
         ({"layer": 0}, 4, (0,)),
         ({"layer": 3}, 4, (3,)),
         ({"layer": 0.5}, 5, (3,)),  # 2.5 rounds up

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from mllm_squeeze.report import ModelDims, PrefillRecord, Report, SpanRecord, StageRecord
+from mllm_squeeze.dims import ModelDims
+from mllm_squeeze.report import KeyRecord, PrefillRecord, Report, SpanRecord, StageRecord
 
 # D = 4, H = 2 heads and G = 1 grouped head of size 3, I = 5, V = 7.
 SMALL = ModelDims(layers=2, hidden=4, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=7)
@@ -109,6 +110,46 @@ def test_a_later_turn_sees_what_earlier_ones_left() -> None:
     assert report.cache_bytes_dense == 30 * 12
     assert report.cache_bytes == 24 * 12
     assert "prompt of 10 after 5 seen before" in str(report)
+
+
+def crossed(**changes: int) -> PrefillRecord:
+    """Two layers, of which the second attends to 8 keys instead of 20; the prompt of 10 keeps its length."""
+    keys = KeyRecord((1,), before=20, after=8, **changes)
+    stages = (StageRecord(0, "keys", "pool", (12,), (8,), 20, 8, None),)
+    spans = (SpanRecord(0, "image", 12),)
+    return record(stages=stages, spans=spans, layer_lengths=(10, 10), keys=keys)
+
+
+def test_keys_beside_the_prompt() -> None:
+    report, logits = Report(crossed()), 2 * 4 * 7
+    # q and o, and the MLP, on 10 tokens: 216 * 10; k and v of each key: 48; attention of 10 tokens to m keys: 240 m.
+    plain = 264 * 10 + 24 * 100
+    assert report.flops_dense == plain + (216 * 10 + 48 * 20 + 240 * 20) + logits
+    assert report.flops == plain + (216 * 10 + 48 * 8 + 240 * 8) + logits
+    assert report.cache_bytes_dense == (10 + 20) * 12
+    assert report.cache_bytes == (10 + 8) * 12
+    assert report.visual_per_layer == (0, 8)
+    text = str(report)
+    assert "keys per cross-attention layer 20 8 40.0 %" in {" ".join(line.split()) for line in text.splitlines()}
+    assert "0-1: 10   (keys in 1)" in text
+    assert "pool  keys   12 -> 8  20 -> 8" in text
+
+
+def test_keys_of_earlier_turns_are_seen_but_not_computed() -> None:
+    report, logits = Report(replace(crossed(held_before=6, held_after=2), past=5)), 2 * 4 * 7
+    plain = 264 * 10 + 24 * 10 * 15
+    assert report.flops_dense == plain + (216 * 10 + 48 * 20 + 240 * 26) + logits
+    assert report.flops == plain + (216 * 10 + 48 * 8 + 240 * 10) + logits
+    assert report.cache_bytes_dense == (15 + 26) * 12
+    assert report.cache_bytes == (15 + 10) * 12
+
+
+def test_keys_in_front_of_a_q_former_leave_the_language_model_out() -> None:
+    plain = record(layout_length=0, layer_lengths=(), dims=None, keys=KeyRecord((), 20, 8))
+    text = str(Report(plain))
+    assert "batch of 1, in front of the Q-Former" in text
+    assert "language model" not in text
+    assert Report(plain).as_dict()["keys"]["after"] == 8
 
 
 def test_time_is_unknown_as_soon_as_one_step_was_not_measured() -> None:

@@ -39,7 +39,7 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
         notes = layer.notes or {}
         kept, stored = reducer.refresh(row, notes.get("row"), notes.get("kept"), visual.to(row.device))
         layer.notes = {"row": stored, "kept": kept}
-        session.close(visual.to(row.device) & ~kept)
+        session.arguments.close(visual.to(row.device) & ~kept)
         return False
 
     session.listeners[attention] = read

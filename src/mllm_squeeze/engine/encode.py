@@ -44,7 +44,7 @@ class EncodeCall:
     def _saliency(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
         heads = query.shape[1]
         if not self.parts.lead:
-            return score_received(query, key, kwargs)
+            return score_received(query, key, mask, kwargs)
         first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
         weights = torch.full_like(first, heads, dtype=torch.float32)
         # The encoder sees all tokens: an all-open mask instead of the causal reading of None.

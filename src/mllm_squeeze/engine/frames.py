@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor
 from mllm_squeeze.engine.encode import EncodeCall
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
+from mllm_squeeze.errors import SqueezeWarning
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 
@@ -50,7 +52,8 @@ class Calls(Generic[T]):
 
     def enter(self, value: T, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Add what belongs to a call; returns the arguments to go on with. Without any the caller must `leave`."""
-        live = _Live(kwargs or {})
+        # Where one module has several parts to play, all entries live as long as its one call.
+        live = kwargs if isinstance(kwargs, _Live) else _Live(kwargs or {})
         self._entries.append((value, None if kwargs is None else weakref.ref(live)))
         return live
 
@@ -79,6 +82,8 @@ class Local(threading.local):
     def __init__(self) -> None:
         self.frames: Calls[Frame] = Calls()
         self.sessions: Calls[Session | None] = Calls()
+        # Of calls of the whole model: how many trailing tokens their logits are wanted of, None for all.
+        self.tails: Calls[int | None] = Calls()
         self.encode: EncodeCall | None = None
         # The session of a self-check that runs now: the text model is called inside its own pre-hook.
         self.probe: tuple[Session | None] | None = None
@@ -94,6 +99,16 @@ class Local(threading.local):
     def session(self) -> Session | None:
         """The session of the innermost decoder pass."""
         return self.sessions.top
+
+
+def wanted_tail(model: Any, inputs: Mapping[str, Any]) -> int | None:
+    """Return how many trailing tokens a call of the whole model is about, None where it is about all of them."""
+    keep = inputs.get("logits_to_keep")
+    states = inputs.get("output_hidden_states")
+    states = getattr(model.config, "output_hidden_states", False) if states is None else states
+    if type(keep) is not int or keep < 1 or states or inputs.get("labels") is not None:
+        return None
+    return keep
 
 
 def features_of(frame: Frame, ids: Mapping[str, int]) -> dict[str, Features]:
@@ -119,8 +134,7 @@ def layout_of(
     ids = frame.inputs.get("input_ids")
     if ids is None:
         ids = _ids_from_embeddings(parts, frame.inputs["inputs_embeds"])
-    mask = frame.inputs.get("attention_mask")
-    real = mask[:, -width:] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    real = real_tokens(frame.inputs.get("attention_mask"), past, width)
     ids = ids[:, -width:]
     # A generate() of its own expands its rows for beams behind our back.
     ids = ids.repeat_interleave(states.shape[0] // ids.shape[0], dim=0)
@@ -128,6 +142,58 @@ def layout_of(
     drafts = 0 if prompt is None else max(past + width - prompt, 0)
     types = frame.inputs.get("mm_token_type_ids")
     return find_layout(ids, real, features, parts.ids, parts.row.grouped, types, drafts)
+
+
+def words_behind_pictures(
+    parts: ModelParts, given: Mapping[str, Any], inputs: Mapping[str, Any], prompt: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the embeddings (B, T, D) of a prompt, and bool (B, T), its words behind the first picture.
+
+    given: arguments of the text model. inputs: of the inner model. prompt: as for `layout_of`.
+    """
+    embeddings, ids = given.get("inputs_embeds"), inputs.get("input_ids", given.get("input_ids"))
+    if embeddings is None:
+        table: Any = parts.decoder
+        embeddings = table.embed_tokens(given["input_ids"])
+    if ids is None:
+        ids = _ids_from_embeddings(parts, embeddings)
+    width = embeddings.shape[1]
+    picture = ids[:, -width:] == parts.ids["image"]
+    mask = inputs.get("attention_mask")
+    real = mask[:, -width:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(picture)
+    if prompt is not None:
+        real = real & (torch.arange(width, device=real.device) < prompt)
+    behind = picture.cumsum(1) > 0
+    return embeddings, (real & behind & ~picture).to(embeddings.device)
+
+
+def warn_no_image() -> None:
+    """Say that a prompt holds nothing that could be cut."""
+    warnings.warn(
+        "This prompt holds no image, video or audio that the handle saw being encoded; nothing was cut.",
+        SqueezeWarning,
+        stacklevel=2,
+    )
+
+
+def real_tokens(mask: Any, past: int, width: int) -> Tensor | None:
+    """Return bool (B, T), False for padding; None where no token is said to be padding.
+
+    mask: what the inner model got: 2-D (B, tokens seen), 4-D (B, 1, T, K), or a dict of such by the kind of layer, as
+    generate() makes them for caches that can be compiled. In a 4-D mask a real token sees itself.
+    """
+    if isinstance(mask, Mapping):
+        widest = max((m for m in mask.values() if isinstance(m, Tensor)), key=lambda m: m.shape[-1], default=None)
+        mask = mask.get("full_attention", widest)
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        mask = mask[:, None].expand(-1, width, -1)
+    else:
+        mask = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    if mask.shape[-1] < past + width:
+        past = mask.shape[-1] - width
+    return mask[:, :, past : past + width].diagonal(dim1=1, dim2=2).bool()
 
 
 def _ids_from_embeddings(parts: ModelParts, embeddings: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class Plan:
     # Encoder blocks in front of which it acts; empty for all in front of the feature layer.
     encoder_blocks: tuple[int, ...] = ()
     decode: PlannedCut | None = None
+    # Reductions of keys that the text, or the queries of a Q-Former, attend to; there is nothing else then.
+    keys: tuple[PlannedCut, ...] = ()
 
     def refuse_copy(self) -> NoReturn:
         """Say why a squeezed model cannot be copied.
@@ -52,7 +54,7 @@ class Plan:
         Raises:
             UnsupportedModelError: always; a copy would share the hooks of the original.
         """
-        steps = [*self.cuts, *(step for step in (self.encoder, self.decode) if step is not None)]
+        steps = [*self.cuts, *self.keys, *(step for step in (self.encoder, self.decode) if step is not None)]
         raise UnsupportedModelError(
             f"'{steps[0].name}' is applied to this model, and a deep copy would share its hooks. Call "
             "squeeze.remove(model) first, copy, and apply the method to both."

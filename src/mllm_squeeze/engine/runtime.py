@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine import cutting, decoding, selfcheck, signals
+from mllm_squeeze.engine.cross_attention import CrossAttentionHooks
 from mllm_squeeze.engine.encoders import MARK, EncoderHooks
 from mllm_squeeze.engine.fittings import Fittings
-from mllm_squeeze.engine.frames import Frame, Local, features_of, layout_of, prompt_length
+from mllm_squeeze.engine.frames import Frame, Local, features_of, layout_of, prompt_length, wanted_tail, warn_no_image
 from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.query_keys import QueryHooks
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
+from mllm_squeeze.engine.static_step import is_static_step, is_traced_step, refuse_static, serve_step, untraced
 from mllm_squeeze.engine.streams import fold, unfold
 from mllm_squeeze.engine.taps import Listener
-from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
+from mllm_squeeze.errors import SqueezeError, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
 from mllm_squeeze.family.handlers.inner_features import has_inner_features, take_inner_features
 from mllm_squeeze.family.handlers.temperature import refuse_scaled
@@ -55,14 +56,30 @@ class Runtime:
             EncoderHooks(self.parts, self.plan, self._local, lambda: self.enabled).attach(self._fittings)
             self._override_generate()
             self._fittings.around(self.parts.base, self._enter_base, self._leave_base)
-            self._fittings.around(self.parts.decoder, self._enter_decoder, self._leave_decoder)
-            self._hook_layers()
-            if has_deepstack(self.parts.decoder):
-                self._fittings.add(follow_cuts(self.parts.decoder, self._kept_now))
-            self._tap_decoder()
+            if self.plan.keys:
+                self._attach_keys()
+            else:
+                self._attach_decoder()
         except BaseException:
             self.detach()
             raise
+
+    def _attach_decoder(self) -> None:
+        """Cut what stands in the LLM's sequence."""
+        self._fittings.around(self.parts.model, self._enter_model, self._leave_model)
+        self._fittings.around(self.parts.decoder, self._enter_decoder, self._leave_decoder)
+        self._hook_layers()
+        if has_deepstack(self.parts.decoder):
+            self._fittings.add(follow_cuts(self.parts.decoder, self._kept_now))
+        self._tap_decoder()
+
+    def _attach_keys(self) -> None:
+        """Cut what is attended to from outside: by the text, or by the queries of a Q-Former."""
+        if self.parts.cross_attention:
+            hooks = CrossAttentionHooks(self.parts, self.plan, self._local, lambda: self.enabled, self._publish)
+            hooks.attach(self._fittings)
+        else:
+            QueryHooks(self.parts, self.plan, lambda: self.enabled, self._publish).attach(self._fittings)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self.plan.refuse_copy()
@@ -140,11 +157,26 @@ class Runtime:
 
         self._fittings.override(self.parts.model, "generate", generate)
 
+    # The whole model
+
+    def _enter_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if is_traced_step(kwargs):
+            return None
+        return args, self._local.tails.enter(wanted_tail(module, kwargs), kwargs)
+
+    def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not is_traced_step(kwargs):
+            self._local.tails.leave()
+
     # The inner model
 
     def _enter_base(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if is_traced_step(kwargs):
+            return None
         inputs = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs if args else kwargs
         frame = Frame(inputs)
         live = self._local.frames.enter(frame, kwargs)
@@ -162,37 +194,46 @@ class Runtime:
         return args, live
 
     def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._local.frames.leave()
+        if not is_traced_step(kwargs):
+            self._local.frames.leave()
 
     # The text model
 
     def _enter_decoder(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if is_traced_step(kwargs):
+            return None
         live = self._local.sessions.enter(None, kwargs)
         probe = self._local.probe
-        session = probe[0] if probe is not None else self._start(module, kwargs)
+        session = probe[0] if probe is not None else self._start(module, live)
         self._local.sessions.replace(session)
         if session is not None and session.cutting:
             given, session.inner = take_inner_features(kwargs)
             live.update(given)
         return args, live
 
+    @untraced
     def _start(self, module: nn.Module, kwargs: dict[str, Any]) -> Session | None:
-        """Return the session of a pass, None where there is nothing to cut and nothing was cut before."""
+        """Return the session of a pass, None where its layers need nothing of us.
+
+        kwargs: of the text model; positions of a decode step may change in it.
+        """
         states = kwargs.get("inputs_embeds")
         states = kwargs.get("input_ids") if states is None else states
         if states is None:
             return None
         past_key_values = kwargs.get("past_key_values")
+        if is_static_step(kwargs):
+            return None
         frame = self._local.frame
-        past = _seen(past_key_values)
+        past = kv.tokens_seen(past_key_values)
         # Where generate() itself is the frame, its later passes are decode steps.
         decodes = (self.parts.row.own_generate and past) or states.shape[1] == 1
         features = {} if decodes or frame is None or not self.enabled else features_of(frame, self.parts.ids)
-        if not features and not _has_cut(past_key_values):
+        if not features and not kv.is_cut(past_key_values):
             if self.enabled and states.shape[1] > 1 and not past:
-                _warn_no_image()
+                warn_no_image()
             return None
         layout = None
         if features and frame is not None:
@@ -201,49 +242,59 @@ class Runtime:
             if not layout.spans:
                 # Some families are given their pictures again in later passes, which hold no placeholder.
                 layout, features = None, {}
-        if layout is None and (not _has_cut(past_key_values) or self._is_plain_step(states, kwargs)):
+        if layout is None and (not kv.is_cut(past_key_values) or self._is_plain_step(states, kwargs)):
             return None
         refuse_scaled(self.parts.text_config, past + states.shape[1])
         session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
         if layout is not None:
             session.prepare(states.device)
-            self._check(module, layout, features, states.device, kwargs)
+            session.wanted = self._local.tails.top
+            self._check(layout, features, kwargs)
         return session
 
     def _is_plain_step(self, states: Tensor, kwargs: dict[str, Any]) -> bool:
-        """True for a decode step in which no layer needs anything of us: one token, no mask, original positions."""
+        """True for a decode step in which no layer needs anything of us: one token, no mask, positions alike."""
         if states.shape[1] > 1 or kwargs.get("attention_mask") is not None or self.plan.decode is not None:
             return False
         if self._windowed or self.parts.text_config._attn_implementation == "eager":
             return False
-        return kv.serve_even(kwargs["past_key_values"])
+        cache, positions = kwargs["past_key_values"], kwargs.get("position_ids")
+        if kv.serve_even(cache):
+            return True
+        if not isinstance(positions, Tensor) or positions.ndim != 2:
+            return False
+        shift = kv.serve_shifted(cache)
+        if shift is None:
+            return False
+        kwargs["position_ids"] = positions - shift.to(positions.device)[:, None]
+        return True
 
-    def _check(
-        self,
-        decoder: nn.Module,
-        layout: TokenLayout,
-        features: Mapping[str, Features],
-        device: torch.device,
-        kwargs: dict[str, Any],
-    ) -> None:
+    def _check(self, layout: TokenLayout, features: Mapping[str, Features], kwargs: dict[str, Any]) -> None:
         """Let a family nobody has tried prove, once, that a cut of it is exact."""
         layer = self.plan.first
         if self._verified or layer is None:
             return
-        plain = {**kwargs, "past_key_values": None, "use_cache": False}
-        session = selfcheck.probe_session(self.parts, layer, layout, features, device)
         try:
-            with torch.no_grad():
-                self._local.probe = (session,)
-                short = decoder(**plain).last_hidden_state
-                self._local.probe = (None,)
-                masked = selfcheck.masked_run(self.parts, session, layer, plain)
-        finally:
-            self._local.probe = None
-        selfcheck.compare(self.parts, session, short, masked)
+            proof = self.prove(layer, layout, features, kwargs)
+        except SqueezeError:
+            raise
+        # The code of a model that nobody has tried may raise anything when it is cut.
+        except Exception as error:
+            raise selfcheck.needs_handler(
+                self.parts, f"a cut, or its mask, raises {type(error).__name__}: {error}"
+            ) from error
+        selfcheck.require_alike(self.parts, proof)
         self._verified = True
 
+    def prove(
+        self, layer: int, layout: TokenLayout, features: Mapping[str, Features], kwargs: Mapping[str, Any]
+    ) -> selfcheck.Proof:
+        """Compare a cut with masking the same tokens; kwargs: of the text model. See `selfcheck.prove`."""
+        return selfcheck.prove(self.parts, self._local, layer, layout, features, kwargs)
+
     def _leave_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if is_traced_step(kwargs):
+            return
         session = self._local.sessions.leave()
         # A self-check is not what the user ran.
         if session is not None and session.cutting and output is not None and self._local.probe is None:
@@ -256,7 +307,13 @@ class Runtime:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         session = self._local.session
         if session is None:
-            return None
+            return self._serve_step(number, args, kwargs)
+        return self._run_before(session, number, module, args, kwargs)
+
+    @untraced
+    def _run_before(
+        self, session: Session, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = args[0] if args else kwargs["hidden_states"]
         hidden = fold(given)
         if session.cutting:
@@ -266,21 +323,28 @@ class Runtime:
             self._listen(session, number)
         elif self.plan.decode is not None and number == self._decode.layer - 1 and session.width == 1:
             decoding.listen(session, find_attention(module), self._decode, kwargs.get("past_key_values"))
-        new = session.shorten(number, hidden, kwargs)
+        new = session.arguments.shorten(number, hidden, kwargs)
         session.lengths[number] = hidden.shape[1]
-        session.held[number] = kv.held_entries(kwargs.get("past_key_values"), number)
+        session.held[number] = kv.held_entries(kwargs.get("past_key_values"), number, session.past)
         if new is kwargs and session.index is None and session.inner is None:
             return None
         hidden = unfold(hidden, given)
         if args:
-            return (hidden, *(session.per_token(other) for other in args[1:])), new
+            return (hidden, *(session.arguments.per_token(other) for other in args[1:])), new
         return args, {**new, "hidden_states": hidden}
+
+    def _serve_step(
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        new = serve_step(self.parts, number, args[0] if args else kwargs["hidden_states"], kwargs)
+        return None if new is None else (args, new)
 
     def _cut(self, session: Session, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         cuts = session.plan.at(number)
         merged = number == 0 and session.plan.encoder is not None
         if (cuts or merged) and kwargs.get("past_key_values") is not None:
             kv.require_cuttable(kwargs["past_key_values"])
+            refuse_static(session, kwargs["past_key_values"])
         if number == 0:
             for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
@@ -293,7 +357,7 @@ class Runtime:
     def _listen(self, session: Session, number: int) -> None:
         upcoming: list[PlannedCut] = list(session.plan.at(number + 1))
         for cut in upcoming:
-            signals.listen(session, cut, self.parts.layers[number])
+            signals.listen(session, cut, number)
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         session = self._local.session
@@ -304,26 +368,9 @@ class Runtime:
         return unfold(session.restore(fold(output)), output)
 
 
-def _seen(past_key_values: Any) -> int:
-    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
-
-
-def _has_cut(past_key_values: Any) -> bool:
-    layers = getattr(past_key_values, "layers", ())
-    return any(isinstance(layer, kv.CutLayerMixin) for layer in layers)
-
-
 def _refuse_packed(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("cu_seq_lens_q") is not None:
         raise UnsupportedInputError(
             "Packed inputs (several prompts in one row, cu_seq_lens_q) cannot be squeezed. Pass a padded batch with an "
             "attention_mask."
         )
-
-
-def _warn_no_image() -> None:
-    warnings.warn(
-        "This prompt holds no image, video or audio that the handle saw being encoded; nothing was cut.",
-        SqueezeWarning,
-        stacklevel=2,
-    )

@@ -1,18 +1,22 @@
-"""Proof, on the first call, that a cut of a model nobody has tried equals masking the same tokens."""
+"""Proof that a cut of a model equals masking: on the first call of one that nobody has tried, and in `check`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.engine.frames import Local
 from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.sequence import is_flash
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import Tile, TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
 
@@ -30,58 +34,139 @@ class _EveryOther(Reducer):
         return Reduction(tokens.mask & (tokens.origin % 2 == 0))
 
 
-def probe_session(
-    parts: ModelParts, layer: int, layout: TokenLayout, features: Mapping[str, Features], device: torch.device
-) -> Session:
-    """Return a session that drops every other visual token at one layer."""
-    cut = PlannedCut(0, "self-check", layer, _EveryOther(ratio=0.5))
-    session = Session(Plan((cut,), repack=False), parts, layout, features, layout.length, 0)
-    session.prepare(device)
-    return session
+@dataclass(frozen=True)
+class Proof:
+    """What one text model gave for one prompt, cut and masked: float32 (n, D) each, the states of all survivors."""
+
+    short: Tensor
+    masked: Tensor
+    session: Session
+    tolerance: float
+
+    @property
+    def error(self) -> float:
+        """By how much they differ, relative to the largest state."""
+        return distance(self.short, self.masked)
+
+    @property
+    def alike(self) -> bool:
+        """True where rounding alone explains the difference; False where it is NaN."""
+        return self.error <= self.tolerance
+
+    def of(self, states: Tensor) -> Tensor:
+        """Return the survivors' rows of states (B, T, D) of the same prompt."""
+        return _survivors(self.session, states)
 
 
-def masked_run(parts: ModelParts, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
-    """Return the text model's output with the tokens that the session dropped masked, from one layer on.
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest of theirs."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+
+
+def probe_cut(layer: int) -> PlannedCut:
+    """Return a cut that drops every other visual token at one layer."""
+    return PlannedCut(0, "self-check", layer, _EveryOther(ratio=0.5))
+
+
+def prove(
+    parts: ModelParts,
+    local: Local,
+    layer: int,
+    layout: TokenLayout,
+    features: Mapping[str, Features],
+    kwargs: Mapping[str, Any],
+) -> Proof:
+    """Run the text model with every other visual token cut at a layer, and with the same tokens masked.
+
+    local: that of the hooks that are on the model from this layer on. kwargs: arguments of the text model.
 
     Raises:
         UnsupportedModelError: a layer mixes tokens without attention, so masking them has no meaning.
     """
-    kept = torch.zeros_like(session.real)
-    assert session.index is not None
-    kept = kept.scatter(1, session.index, True) if session.valid is None else _scatter(kept, session)
-    hooks = []
-    for number in range(layer, len(parts.layers)):
-        if not parts.has_entries(number):
-            raise UnsupportedModelError(
-                f"Layer {number} of '{parts.row.model_type}' mixes tokens without attention, so a cut cannot be "
-                "checked against masking. Add a row for the family: docs/add_a_family.md."
-            )
-        hooks.append(parts.layers[number].register_forward_pre_hook(_closing(kept), with_kwargs=True))
+    _refuse_blind_layers(parts, layer)
+    states = kwargs.get("inputs_embeds")
+    states = kwargs["input_ids"] if states is None else states
+    session = Session(Plan((probe_cut(layer),), repack=False), parts, layout, features, layout.length, 0)
+    session.prepare(states.device)
+    plain = {**kwargs, "past_key_values": None, "use_cache": False}
     try:
-        return _last_hidden(parts.decoder(**kwargs))
+        with torch.no_grad():
+            local.probe = (session,)
+            short = last_hidden(parts.decoder(**plain))
+            local.probe = (None,)
+            masked = _masked_run(parts, session, layer, plain)
     finally:
-        for hook in hooks:
-            hook.remove()
+        local.probe = None
+    tolerance = _TOLERANCE.get(short.element_size(), 5e-2)
+    return Proof(_survivors(session, short), _survivors(session, masked), session, tolerance)
 
 
-def compare(parts: ModelParts, session: Session, short: Tensor, masked: Tensor) -> None:
+def require_alike(parts: ModelParts, proof: Proof) -> None:
     """Check that survivors come out alike.
 
     Raises:
         UnsupportedModelError: they do not, so this family needs more than its structure tells.
     """
-    assert session.index is not None
-    index = session.index.unsqueeze(-1).expand(-1, -1, short.shape[-1])
-    ours, theirs = short.gather(1, index).float(), masked.gather(1, index).float()
-    if session.valid is not None:
-        ours, theirs = ours[session.valid], theirs[session.valid]
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
-    if not error <= _TOLERANCE.get(short.element_size(), 5e-2):
+    if not proof.alike:
+        raise needs_handler(parts, f"a cut differs from masking the same tokens by {proof.error:.1e} (relative)")
+
+
+def needs_handler(parts: ModelParts, why: str) -> UnsupportedModelError:
+    """Return the error for a family that its structure alone does not serve."""
+    return UnsupportedModelError(
+        f"'{parts.row.model_type}' is not a known family. Its decoder was found at '{parts.path(parts.decoder)}' "
+        f"with {len(parts.layers)} layers, but {why}. It needs a handler: see docs/add_a_family.md. The model was left "
+        "as it was."
+    )
+
+
+def layers_without_attention(parts: ModelParts, layer: int) -> list[int]:
+    """Return the layers from one on that mix tokens without attention, to which masking a token means nothing."""
+    return [number for number in range(layer, len(parts.layers)) if not parts.has_entries(number)]
+
+
+def _refuse_blind_layers(parts: ModelParts, layer: int) -> None:
+    for number in layers_without_attention(parts, layer):
         raise UnsupportedModelError(
-            f"'{parts.row.model_type}' is not a known family. Its decoder was found at '{parts.path(parts.decoder)}' "
-            f"with {len(parts.layers)} layers, but a cut differs from masking the same tokens by {error:.1e} "
-            "(relative). It needs a handler: see docs/add_a_family.md. The model was left as it was."
+            f"Layer {number} of '{parts.row.model_type}' mixes tokens without attention, so a cut cannot be "
+            "checked against masking. Add a row for the family: docs/add_a_family.md."
         )
+
+
+def _masked_run(parts: ModelParts, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
+    """Return the text model's output with the tokens that the session dropped masked, from one layer on."""
+    kept = torch.zeros_like(session.real)
+    assert session.index is not None
+    kept = kept.scatter(1, session.index, True) if session.valid is None else _scatter(kept, session)
+    hooks = [
+        parts.layers[number].register_forward_pre_hook(_closing(kept, parts.layers[number]), with_kwargs=True)
+        for number in range(layer, len(parts.layers))
+    ]
+    try:
+        with _masks_allowed(parts.text_config):
+            return last_hidden(parts.decoder(**kwargs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _masks_allowed(config: Any) -> Iterator[None]:
+    """Compute attention by SDPA where FlashAttention is set, which takes no mask of queries by keys."""
+    before = config._attn_implementation_internal
+    if is_flash(str(before)):
+        config._attn_implementation_internal = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+
+
+def _survivors(session: Session, states: Tensor) -> Tensor:
+    assert session.index is not None
+    index = session.index.to(states.device).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+    found = states.gather(1, index).float()
+    return found.flatten(0, 1) if session.valid is None else found[session.valid.to(states.device)]
 
 
 def _scatter(kept: Tensor, session: Session) -> Tensor:
@@ -92,16 +177,20 @@ def _scatter(kept: Tensor, session: Session) -> Tensor:
     return kept
 
 
-def _closing(kept: Tensor) -> Any:
+def _closing(kept: Tensor, layer: nn.Module) -> Any:
+    causal = getattr(find_attention(layer), "is_causal", True)
+
     def close(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
-        length = hidden.shape[1]
+        # Some layers pass several streams of states in front of the batch.
+        length = hidden.shape[-2]
         mask = kwargs.get("attention_mask")
         itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
         if mask is None:
-            mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()[None, None]
+            mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device)[None, None]
+            mask = mask.tril() if causal else mask
         open_ = kept.to(hidden.device)[:, None, None, :] | itself
         closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return args, {**kwargs, "attention_mask": mask.masked_fill(~open_, closed)}
@@ -109,6 +198,7 @@ def _closing(kept: Tensor) -> Any:
     return close
 
 
-def _last_hidden(output: Any) -> Tensor:
+def last_hidden(output: Any) -> Tensor:
+    """Return the states (B, T, D) that a text model gave."""
     found: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
     return found

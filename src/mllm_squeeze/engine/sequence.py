@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
 
 
@@ -17,7 +18,8 @@ class Rows:
 
     queries: int64 (B, M), query columns of this call (0 is the first token of the call). keys: int64 (B, P), columns of
     all held entries, the new ones included, counted from the first token ever seen. query_valid, key_valid: bool or
-    None. past: tokens seen before this call. width: tokens of this call before any cut.
+    None. past: tokens seen before this call. width: tokens of this call before any cut. ahead: trailing keys that are
+    slots for tokens to come, in a cache of fixed size; masks have columns for them too.
     """
 
     queries: Tensor
@@ -26,6 +28,7 @@ class Rows:
     key_valid: Tensor | None
     past: int
     width: int
+    ahead: int = 0
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
@@ -49,6 +52,8 @@ def gather_rope(tables: Any, index: Tensor, width: int) -> Any:
     if isinstance(tables, dict):
         return {name: gather_rope(table, index, width) for name, table in tables.items()}
     if isinstance(tables, (tuple, list)):
+        if all(isinstance(t, Tensor) and t.is_floating_point() and t.shape[-2] == width for t in tables):
+            return type(tables)(ops.gather_together(index.to(tables[0].device), tables))
         return type(tables)(gather_rope(table, index, width) for table in tables)
     if tables.shape[-2] != width:
         return tables
@@ -93,11 +98,12 @@ def is_flash(implementation: str) -> bool:
 
 
 def _mask_from_nothing(rows: Rows, implementation: str) -> Tensor | None:
-    length = rows.queries.shape[1]
+    length, filled = rows.queries.shape[1], rows.keys.shape[1] - rows.ahead
     plain = rows.key_valid is None and rows.query_valid is None
     if is_flash(implementation):
         return None if plain else rows.key_valid
-    if plain and (length == 1 or length == rows.keys.shape[1]):
+    # SDPA reads no mask as: one query sees all keys; several see the first keys up to their own.
+    if plain and (rows.ahead == 0 if length == 1 else length == filled):
         return None
     allowed = rows.keys[:, None, :] <= rows.queries[:, :, None] + rows.past
     return _close_invalid(allowed[:, None], rows)
@@ -128,7 +134,7 @@ def _shorten_4d(mask: Tensor, rows: Rows) -> Tensor:
 
 def _columns(rows: Rows, width: int) -> tuple[Tensor, Tensor]:
     """Return mask columns of the held entries, and which of them the mask reaches (a sliding one starts later)."""
-    columns = rows.keys - (rows.past + rows.width - width)
+    columns = rows.keys - (rows.past + rows.width + rows.ahead - width)
     return columns.clamp(min=0), columns >= 0
 
 
@@ -140,9 +146,8 @@ def _close_invalid(mask: Tensor, rows: Rows) -> Tensor:
         mask = mask.masked_fill(~rows.key_valid.to(mask.device)[:, None, None, :], closed)
     if rows.query_valid is not None:
         queries, keys = rows.queries.shape[1], rows.keys.shape[1]
-        itself = torch.arange(keys, device=mask.device) == torch.arange(queries, device=mask.device)[:, None] + (
-            keys - queries
-        )
+        slot = torch.arange(queries, device=mask.device) + (keys - rows.ahead - queries)
+        itself = torch.arange(keys, device=mask.device) == slot[:, None]
         lonely = itself[None, None] & ~rows.query_valid.to(mask.device)[:, None, :, None]
         mask = mask.masked_fill(lonely, True if is_bool else 0.0)
     return mask

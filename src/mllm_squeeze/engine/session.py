@@ -1,4 +1,4 @@
-"""One pass through the decoder: what is cut where, and what each layer is given because of it."""
+"""One pass through the decoder: which tokens are left, where they stand, and what was cut."""
 
 from __future__ import annotations
 
@@ -7,24 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mllm_squeeze import ops
-from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine.arguments import LayerArguments
+from mllm_squeeze.engine.cut_layers import KeptEntries
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence import (
-    Rows,
-    gather_positions,
-    gather_rope,
-    gather_rows,
-    is_flash,
-    shorten_mask,
-    shorten_padding,
-)
+from mllm_squeeze.engine.sequence import gather_rows
 from mllm_squeeze.engine.spans import Features, SpanTable, first_table
-from mllm_squeeze.engine.trace import Cut, StageTrace
-from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
@@ -36,6 +27,10 @@ class Session:
 
     width: tokens of this pass before any cut. past: tokens seen before. layout: None where there is nothing to cut.
     """
+
+    # Where keys are reduced that are attended to from outside: what was attended to, and the words beside the keys.
+    attended: Attended | None = None
+    text: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -59,16 +54,17 @@ class Session:
         self.row_weights: dict[int, Tensor] = {}
         # Features that the text model would have added in front of inner layers, None in most families.
         self.inner: InnerFeatures | None = None
-        self._memo: dict[Any, Any] = {}
+        # The hidden states at full length, for the places that were cut; None where nobody wants them.
         self._full: Tensor | None = None
+        # Trailing tokens whose output is wanted, None for all tokens.
+        self.wanted: int | None = None
         self.index: Tensor | None = None
         self.valid: Tensor | None = None
         self.shift: Tensor | None = None
         self.stage = 0
-        # Bool (B, P'): held entries that the layers behind a decode step's choice do not see, None where all are seen.
-        self.closed: Tensor | None = None
         if layout is not None:
             self.row_lengths = [int(n) for n in layout.real.sum(1)]
+        self.arguments = LayerArguments(self)
 
     @property
     def cutting(self) -> bool:
@@ -82,7 +78,7 @@ class Session:
         # Layers that borrow keys would see them at positions of two numberings.
         return self.plan.repack and not parts.mrope and not parts.kv_sources and parts.rotary is not None
 
-    def _renumbers(self, entries: kv.KeptEntries | None) -> bool:
+    def renumbers(self, entries: KeptEntries | None) -> bool:
         """Say whether positions are renumbered; a cache goes on as it began, whatever is applied now."""
         return self.repack if entries is None else entries.repack
 
@@ -135,7 +131,8 @@ class Session:
         was_there = self._was_there(batch, length, hidden.device)
         gone = (was_there & ~keep).cumsum(1)
         shift = gone if self.shift is None else self.shift + gone
-        self._full = hidden if self.index is None else self._restored(hidden)
+        if self.wanted is None or self.wanted > self.tail:
+            self._full = hidden if self.index is None else self._restored(hidden)
         self.index = order if self.index is None else self.index.gather(1, order)
         self.valid = None if even else torch.arange(width, device=hidden.device) >= pad
         self.present = self.valid
@@ -146,7 +143,7 @@ class Session:
         self.text_place = place[rows, self.text_place].clamp(min=0)
         self.last_place = place[rows, self.last_place]
         self.stage += 1
-        self._memo.clear()
+        self.arguments.forget()
         self.cuts.append(Cut(layer, self.index, self.valid))
         return gather_rows(hidden, order)
 
@@ -182,8 +179,8 @@ class Session:
 
     @marked("shorten")
     def restore(self, hidden: Tensor) -> Tensor:
-        """Return the full-length output of the last layer; unchanged where nothing was cut."""
-        if self.index is None or hidden.shape[1] != self.index.shape[1]:
+        """Return the full-length output of the last layer; unchanged where nothing was cut, or no more is wanted."""
+        if self._full is None or self.index is None or hidden.shape[1] != self.index.shape[1]:
             return hidden
         return self._restored(hidden)
 
@@ -195,205 +192,7 @@ class Session:
         self.listeners.clear()
         self.read.clear()
         self.row_weights.clear()
-        self._memo.clear()
-
-    # What a layer is given
-
-    def rows_of(self, layer: int, past_key_values: Any, width: int) -> tuple[Rows, kv.KeptEntries | None]:
-        """Return the queries and keys that a layer sees in this pass; width: tokens it runs on."""
-        source = self.parts.kv_sources.get(layer)
-        entries = kv.kept_entries(past_key_values, layer if source is None else source)
-        held = kv.held_entries(past_key_values, layer if source is None else source)
-        if source is not None:
-            return self._borrowed(entries, held, width), entries
-        if not self.parts.has_entries(layer):
-            held = 0
-        rows: Rows = self._once(("rows", id(entries), held), lambda: self._rows(entries, held))
-        return rows, entries
-
-    def _borrowed(self, entries: kv.KeptEntries | None, held: int, width: int) -> Rows:
-        """Return the rows of a layer that borrows keys and values, which hold the tokens of this pass already."""
-        index = self._index_now(entries)
-        if entries is None or not held:
-            keys, key_valid = index + self.past, self.valid
-        else:
-            keys, key_valid = entries.extended(held)
-        # Where only the last logits are wanted, such layers run on the last tokens only.
-        index = index[:, index.shape[1] - width :]
-        query_valid = None if self.valid is None else self.valid[:, self.valid.shape[1] - width :]
-        key_valid = self._seen(keys, key_valid)
-        return Rows(index, keys.to(index.device), query_valid, key_valid, self.past, self.width)
-
-    def close(self, closed: Tensor) -> None:
-        """Take held entries (bool (B, P')) out of the sight of the layers to come."""
-        self.closed = closed
-        self._memo.clear()
-
-    def _rows(self, entries: kv.KeptEntries | None, held: int) -> Rows:
-        index = self._index_now(entries)
-        batch = index.shape[0]
-        new, new_valid = index + self.past, self.valid
-        if not held:
-            return Rows(index, new, new_valid, new_valid, self.past, self.width)
-        if entries is not None:
-            old, old_valid = entries.extended(held)
-        else:
-            old = torch.arange(self.past - held, self.past, device=index.device).expand(batch, -1)
-            old_valid = None
-        keys = torch.cat([old.to(index.device), new], dim=1)
-        key_valid = None
-        if old_valid is not None or new_valid is not None:
-            old_valid = torch.ones_like(old, dtype=torch.bool) if old_valid is None else old_valid
-            now = torch.ones_like(new, dtype=torch.bool) if new_valid is None else new_valid
-            key_valid = torch.cat([old_valid.to(index.device), now], dim=1)
-        return Rows(index, keys, new_valid, self._seen(keys, key_valid), self.past, self.width)
-
-    def _seen(self, keys: Tensor, valid: Tensor | None) -> Tensor | None:
-        """Return which keys (B, P) are seen: the valid ones that a decode step did not close."""
-        if self.closed is None:
-            return valid
-        seen = ~functional.pad(self.closed, (0, keys.shape[1] - self.closed.shape[1]))
-        return seen if valid is None else valid & seen
-
-    def _index_now(self, entries: kv.KeptEntries | None) -> Tensor:
-        if self.index is not None:
-            return self.index
-        assert entries is not None
-        columns = entries.columns
-        return torch.arange(self.width, device=columns.device).expand(columns.shape[0], -1)
-
-    @marked("shorten")
-    def shorten(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of a layer that sees only survivors, and announce them to its KV layer."""
-        past_key_values = kwargs.get("past_key_values")
-        source = self.parts.kv_sources.get(layer)
-        entries = kv.kept_entries(past_key_values, layer if source is None else source)
-        if self.index is None and entries is None:
-            return kwargs
-        self._refuse_window(layer)
-        mask = kwargs.get("attention_mask")
-        if mask is None and self._is_plain_decode(entries):
-            kv.serve(past_key_values, layer)
-            return self.given(layer, hidden, kwargs) if self._renumbers(entries) else kwargs
-        new = self.given(layer, hidden, kwargs)
-        rows, entries = self.rows_of(layer, past_key_values, hidden.shape[1])
-        new["attention_mask"] = self._mask(layer, mask, rows)
-        if self.index is not None and past_key_values is not None and source is None:
-            announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
-            kv.announce(past_key_values, layer, announced)
-        elif past_key_values is not None:
-            kv.serve(past_key_values, layer)
-        return new
-
-    def _is_plain_decode(self, entries: kv.KeptEntries | None) -> bool:
-        """True where every row holds the same number of entries and sees them all, so that there is no mask to fix."""
-        return self.index is None and self.closed is None and entries is not None and entries.valid is None
-
-    def _refuse_window(self, layer: int) -> None:
-        window = self.parts.window(layer)
-        if window is not None and is_flash(self.implementation) and self.past + self.width > window:
-            raise UnsupportedInputError(
-                f"Layer {layer} sees a sliding window of {window} tokens, and {self.past + self.width} were seen. "
-                "FlashAttention counts the entries that are left, not the tokens that were; load the model with "
-                "attn_implementation='sdpa'."
-            )
-
-    def _mask(self, layer: int, mask: Any, rows: Rows) -> Tensor | None:
-        if not self.parts.has_entries(layer):
-            # Layers without entries read which tokens are real, not who may see whom.
-            return self._once(("real", id(mask), id(rows)), lambda: shorten_padding(mask, rows))
-        found: Tensor | None = self._once(
-            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self.implementation)
-        )
-        return found
-
-    def given(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a layer with rotary tables and positions of the survivors; the mask is left."""
-        new = dict(kwargs)
-        entries = kv.kept_entries(kwargs.get("past_key_values"), layer)
-        if self.index is None and entries is None:
-            return new
-        return self._renumbered(layer, new, hidden, entries) if self._renumbers(entries) else self._gathered(new)
-
-    def _once(self, key: Any, make: Any) -> Any:
-        if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
-
-    def per_token(self, given: Any) -> Any:
-        """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
-        index = self.index
-        if index is None:
-            return given
-        if isinstance(given, (tuple, list)):
-            return gather_rope(given, index, self.width)
-        if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[1] != self.width:
-            return given
-        return gather_rows(given, index)
-
-    def _gathered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Take the survivors' rows of rotary tables and positions."""
-        index = self.index
-        if index is None:
-            return kwargs
-        tables = kwargs.get("position_embeddings")
-        if tables is not None:
-            kwargs["position_embeddings"] = self._once(
-                ("rope", id(tables)), lambda: gather_rope(tables, index, self.width)
-            )
-        positions = kwargs.get("position_ids")
-        if isinstance(positions, Tensor) and positions.shape[-1] == self.width:
-            # Flash attention reads gaps between positions as packed sequences, so it must not see them.
-            kwargs["position_ids"] = (
-                None
-                if is_flash(self.implementation)
-                else self._once(
-                    ("positions", id(positions)),
-                    lambda: gather_positions(positions, index),
-                )
-            )
-        return kwargs
-
-    def _renumbered(
-        self, layer: int, kwargs: dict[str, Any], hidden: Tensor, entries: kv.KeptEntries | None
-    ) -> dict[str, Any]:
-        """Give survivors consecutive positions, and new tokens the ones behind them."""
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            raise UnsupportedInputError(
-                "The text model passes no position_ids to its layers, so survivors cannot be renumbered. Use "
-                "positions='keep' in the recipe."
-            )
-        kwargs["position_ids"], kwargs["position_embeddings"] = self._once(
-            ("repack", id(positions), id(entries), self.parts.rope_kind(layer)),
-            lambda: self._new_positions(layer, positions, hidden, entries),
-        )
-        return kwargs
-
-    def _new_positions(
-        self, layer: int, positions: Tensor, hidden: Tensor, entries: kv.KeptEntries | None
-    ) -> tuple[Tensor, Any]:
-        positions = positions.expand(hidden.shape[0], -1)
-        if self.index is not None and self.shift is not None:
-            positions = positions.gather(1, self.index.to(positions.device)) - self.shift.to(positions.device)
-        if entries is not None:
-            positions = positions - entries.shift.to(positions.device)[:, None]
-        positions = positions.clamp(min=0)
-        return positions, self.parts.rotate(layer, hidden, positions)
-
-    def _announced(self, rows: Rows, entries: kv.KeptEntries | None) -> kv.KeptEntries:
-        assert self.shift is not None
-        # The last column is never padding when rows are padded on the left.
-        shift = self.shift[:, -1] if entries is None else self.shift[:, -1] + entries.shift.to(self.shift.device)
-        visual = None
-        if self.plan.decode is not None:
-            old = rows.keys.shape[1] - self.visual.shape[1]
-            before = self.visual.new_zeros(self.visual.shape[0], old)
-            if entries is not None and entries.visual is not None:
-                before[:, : entries.visual.shape[1]] = entries.visual
-            visual = torch.cat([before, self.visual if self.valid is None else self.visual & self.valid], dim=1)
-        seen, repack = self.past + self.width, self._renumbers(entries)
-        return kv.KeptEntries(rows.keys, rows.key_valid, seen, shift, self.tail, visual, repack)
+        self.arguments.forget()
 
     # Merging
 

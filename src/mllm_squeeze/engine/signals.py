@@ -26,9 +26,9 @@ def mean_weights(mask: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-def listen(session: Session, planned: PlannedCut, layer: nn.Module) -> None:
-    """Make the tap of the layer before a cut read what the cut will need."""
-    attention = find_attention(layer)
+def listen(session: Session, planned: PlannedCut, number: int) -> None:
+    """Make the tap of the layer before a cut, which is the layer of this number, read what the cut will need."""
+    attention = find_attention(session.parts.layers[number])
     if attention is None:
         return
     needs = [need for need in planned.reducer.needs() if _from_layer_before(need)]
@@ -39,6 +39,8 @@ def listen(session: Session, planned: PlannedCut, layer: nn.Module) -> None:
 
     @marked("signal")
     def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+        # A cache of fixed size hands out empty slots as well.
+        key = key[:, :, : session.held[number] + session.lengths[number]]
         for need in needs:
             if need.name == "keys":
                 fresh = key[:, :, key.shape[2] - query.shape[2] :]
@@ -95,7 +97,9 @@ def gather(
         if name in names:
             found[name] = _encoder_signal(session, name, origin, rows)
     text = None
-    if planned.reducer.reads_text or {"keys", "normed"} & names:
+    if session.text is not None:
+        text = TextTokens(session.text[0][table.sample], session.text[1][table.sample])
+    elif planned.reducer.reads_text or {"keys", "normed"} & names:
         columns = session.text_place[table.sample]
         text = TextTokens(
             features=hidden[sample, columns],
@@ -140,7 +144,7 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
             f"The projections of {type(layer).__name__} cannot be previewed; use the attention of the layer before: "
             "source: current in the recipe."
         )
-    given = session.given(planned.layer, hidden, kwargs)
+    given = session.arguments.given(planned.layer, hidden, kwargs)
     rows, weights = _rows(session, planned, need)
     out: list[Tensor] = []
 

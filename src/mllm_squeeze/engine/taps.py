@@ -140,9 +140,15 @@ def score_rows(
     )
 
 
-def score_received(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Return the attention that each key receives from all queries without a mask, float32 (B, P)."""
-    return ops.attention_received(query, key, None, scaling=_scaling(kwargs, query.shape[-1]))
+def score_received(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the attention that each key of an encoder receives from all queries that see it, float32 (B, P).
+
+    Arguments as the attention function got them; a mask keeps pictures apart that are packed into one row.
+    """
+    allowed = None
+    if isinstance(mask, Tensor):
+        allowed = _open(mask) if mask.ndim == 4 else mask[:, None, None, :].bool()
+    return ops.attention_received(query, key, allowed, scaling=_scaling(kwargs, query.shape[-1]))
 
 
 def _scaling(kwargs: dict[str, Any], dim: int) -> float:
@@ -155,9 +161,13 @@ def _allowed(mask: Any, rows: Tensor, queries: int, keys: int) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.ndim == 4:
         mask = mask[..., :keys].expand(rows.shape[0], -1, -1, -1)
         pick = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
-        taken = mask.gather(2, pick)
-        return taken if taken.dtype == torch.bool else taken > torch.finfo(taken.dtype).min / 2
+        return _open(mask.gather(2, pick))
     causal = torch.arange(keys, device=rows.device) <= rows[:, None, :, None] + (keys - queries)
     if isinstance(mask, Tensor):
         causal = causal & mask[:, None, None, -keys:].bool()
     return causal
+
+
+def _open(mask: Tensor) -> Tensor:
+    """Return bool: where a bool or additive mask lets attention through."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -35,6 +35,22 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """Keys that are attended to from outside, in one pass; counts are columns per row, padding included.
+
+    layers: decoder layers that attend to them, () for the queries of a Q-Former. tokens: length of the prompt. before,
+    after: keys of this pass. held_before, held_after: keys of earlier turns, without and with the method.
+    """
+
+    layers: tuple[int, ...]
+    tokens: int
+    before: int
+    after: int
+    held_before: int = 0
+    held_after: int = 0
+
+
+@dataclass(frozen=True)
 class StageTrace:
     """What one cut did: tokens per span before and after, sequence length before and after, and its own time."""
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
-from mllm_squeeze.family.table import REFUSED, TABLE, FamilyRow
+from mllm_squeeze.family.handlers.cross_attention import has_cross_attention
+from mllm_squeeze.family.table import TABLE, FamilyRow
 
 _TOWERS = (
     "visual",
@@ -115,6 +116,16 @@ class ModelParts:
         if own is not None or hasattr(self.decoder, "rope_types"):
             return (own or rotary)(hidden, positions)
         return rotary(hidden, positions, kind)
+
+    @cached_property
+    def cross_attention(self) -> bool:
+        """True where pictures are no part of the text model's sequence, and the text attends to them."""
+        return has_cross_attention(self.decoder)
+
+    @property
+    def queries(self) -> nn.Module | None:
+        """Q-Former whose queries attend to the image features, None without one."""
+        return _first(self.base, ("qformer",))
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -250,9 +261,6 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 def _row_of(model: nn.Module, model_type: str, table: Mapping[str, FamilyRow]) -> FamilyRow:
     """Return the row of a family; one with several towers has a row per tower."""
-    reason = REFUSED.get(model_type)
-    if reason is not None:
-        raise UnsupportedModelError(f"'{model_type}' cannot be squeezed: {reason}")
     config: Any = model.config
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
     row = table.get(f"{model_type}+{vision}") or table.get(model_type)

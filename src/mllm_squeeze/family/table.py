@@ -55,6 +55,14 @@ _AUDIO = FamilyRow("qwen2_audio", ("audio",), grid="unknown")
 _HYBRID_NOTE = "Layers without attention cannot be read: cut behind a full-attention layer (layer - 1 must be one)."
 _SHARED_NOTE = "Survivors keep their positions, whatever the recipe says: the last layers borrow the keys of others."
 _QUERIES_NOTE = "The LLM sees a few query tokens only; the encoder and Q-Former cost stays."
+_QFORMER_NOTE = (
+    "The LLM sees a few query tokens only, which steps at the projector and behind it cut. A recipe whose steps act at "
+    "`keys` reduces the image features that the Q-Former attends to."
+)
+_KEYS_NOTE = (
+    "Pictures are keys of cross-attention layers, one span each. Steps in front of the LLM that read nothing of it "
+    "reduce them; the text keeps its length."
+)
 
 _ROWS = (
     _LLAVA,
@@ -101,12 +109,13 @@ _ROWS = (
         id_paths=(("image", "vision_config.image_token_id"), ("audio", "audio_config.audio_token_id")),
     ),
     FamilyRow("llama4", road="none", grouped=("image",)),
+    FamilyRow("mllama", note=_KEYS_NOTE),
     FamilyRow("perception_lm", _BOTH, grid="unknown", by_runs=True),
     FamilyRow("fast_vlm"),
     FamilyRow("video_llama_3", _BOTH, grid="thw", tower="packed"),
     FamilyRow("lfm2_vl", grid="unknown", note=_HYBRID_NOTE),
-    FamilyRow("blip-2", grid="unknown", own_generate=True, note=_QUERIES_NOTE),
-    FamilyRow("instructblip", grid="unknown", own_generate=True, note=_QUERIES_NOTE),
+    FamilyRow("blip-2", grid="unknown", own_generate=True, note=_QFORMER_NOTE),
+    FamilyRow("instructblip", grid="unknown", own_generate=True, note=_QFORMER_NOTE),
     _AUDIO,
     replace(_AUDIO, model_type="voxtral"),
     replace(_AUDIO, model_type="audioflamingo3"),
@@ -114,11 +123,3 @@ _ROWS = (
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}
-
-# Families that are multimodal but have nothing that could be cut, and why.
-REFUSED: dict[str, str] = {
-    "mllama": (
-        "its visual tokens are no part of the LLM's sequence; the text attends to them in cross-attention layers. Use "
-        "a model that feeds the picture to its LLM (llava, qwen2_5_vl, llama4)."
-    ),
-}

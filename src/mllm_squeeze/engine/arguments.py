@@ -1,0 +1,257 @@
+"""What a decoder layer is given in one pass: rotary tables, masks and positions of the tokens that it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine.cut_layers import KeptEntries
+from mllm_squeeze.engine.marks import marked
+from mllm_squeeze.engine.sequence import (
+    Rows,
+    gather_positions,
+    gather_rope,
+    gather_rows,
+    is_flash,
+    shorten_mask,
+    shorten_padding,
+)
+from mllm_squeeze.errors import UnsupportedInputError
+
+if TYPE_CHECKING:
+    from mllm_squeeze.engine.session import Session
+
+
+class LayerArguments:
+    """Makes the arguments of each layer from those of the full sequence, once for all layers that see the same."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._parts = session.parts
+        self._made: dict[Any, Any] = {}
+        # Bool (B, P'): held entries that the layers behind a decode step's choice do not see, None where all are seen.
+        self._closed: Tensor | None = None
+
+    def forget(self) -> None:
+        """Let go of what was made for other layers: the next ones see other tokens."""
+        self._made.clear()
+
+    def close(self, closed: Tensor) -> None:
+        """Take held entries (bool (B, P')) out of the sight of the layers to come."""
+        self._closed = closed
+        self.forget()
+
+    @marked("shorten")
+    def shorten(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keyword arguments of a layer that sees only survivors, and announce them to its KV layer."""
+        past_key_values = kwargs.get("past_key_values")
+        source = self._parts.kv_sources.get(layer)
+        entries = kv.kept_entries(past_key_values, layer if source is None else source)
+        if self._session.index is None and entries is None:
+            return kwargs
+        self._refuse_window(layer)
+        mask = kwargs.get("attention_mask")
+        if mask is None and self._is_plain_decode(entries):
+            kv.serve(past_key_values, layer)
+            return self.given(layer, hidden, kwargs) if self._session.renumbers(entries) else kwargs
+        new = self.given(layer, hidden, kwargs)
+        rows, entries = self._rows_of(layer, past_key_values, hidden.shape[1])
+        new["attention_mask"] = self._mask(layer, mask, rows)
+        if self._session.index is not None and past_key_values is not None and source is None:
+            announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
+            kv.announce(past_key_values, layer, announced)
+        elif past_key_values is not None:
+            kv.serve(past_key_values, layer)
+        return new
+
+    def given(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a layer with rotary tables and positions of the survivors; the mask is left."""
+        new = dict(kwargs)
+        entries = kv.kept_entries(kwargs.get("past_key_values"), layer)
+        if self._session.index is None and entries is None:
+            return new
+        renumbers = self._session.renumbers(entries)
+        return self._renumbered(layer, new, hidden, entries) if renumbers else self._gathered(new)
+
+    def per_token(self, given: Any) -> Any:
+        """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
+        index, width = self._session.index, self._session.width
+        if index is None:
+            return given
+        if isinstance(given, (tuple, list)):
+            return gather_rope(given, index, width)
+        if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[1] != width:
+            return given
+        return gather_rows(given, index)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _is_plain_decode(self, entries: KeptEntries | None) -> bool:
+        """True where every row holds the same number of entries and sees them all, so that there is no mask to fix."""
+        return self._session.index is None and self._closed is None and entries is not None and entries.valid is None
+
+    def _refuse_window(self, layer: int) -> None:
+        window, seen = self._parts.window(layer), self._session.past + self._session.width
+        if window is not None and is_flash(self._session.implementation) and seen > window:
+            raise UnsupportedInputError(
+                f"Layer {layer} sees a sliding window of {window} tokens, and {seen} were seen. FlashAttention counts "
+                "the entries that are left, not the tokens that were; load the model with "
+                "attn_implementation='sdpa'."
+            )
+
+    # Queries, keys and masks
+
+    def _rows_of(self, layer: int, past_key_values: Any, width: int) -> tuple[Rows, KeptEntries | None]:
+        """Return the queries and keys that a layer sees in this pass; width: tokens it runs on."""
+        source = self._parts.kv_sources.get(layer)
+        holder = layer if source is None else source
+        entries = kv.kept_entries(past_key_values, holder)
+        held = kv.held_entries(past_key_values, holder, self._session.past)
+        if source is not None:
+            return self._borrowed(entries, held, width), entries
+        if not self._parts.has_entries(layer):
+            held = 0
+        whole = kv.whole_length(past_key_values, holder)
+        rows: Rows = self._once(("rows", id(entries), held, whole), lambda: self._rows(entries, held, whole))
+        return rows, entries
+
+    def _borrowed(self, entries: KeptEntries | None, held: int, width: int) -> Rows:
+        """Return the rows of a layer that borrows keys and values, which hold the tokens of this pass already."""
+        session = self._session
+        index, valid = self._index_now(entries), session.valid
+        if entries is None or not held:
+            keys, key_valid = index + session.past, valid
+        else:
+            keys, key_valid = entries.extended(held)
+        # Where only the last logits are wanted, such layers run on the last tokens only.
+        index = index[:, index.shape[1] - width :]
+        query_valid = None if valid is None else valid[:, valid.shape[1] - width :]
+        key_valid = self._seen(keys, key_valid)
+        return Rows(index, keys.to(index.device), query_valid, key_valid, session.past, session.width)
+
+    def _rows(self, entries: KeptEntries | None, held: int, whole: int | None) -> Rows:
+        session = self._session
+        index, past = self._index_now(entries), session.past
+        parts = [self._held_keys(entries, held, index), (index + past, session.valid)]
+        seen = past + session.width
+        if whole is not None:
+            coming = torch.arange(seen, whole, device=index.device)
+            parts.append((coming.expand(index.shape[0], -1), None))
+        keys, key_valid = _joined(parts)
+        ahead = 0 if whole is None else whole - seen
+        return Rows(index, keys, session.valid, self._seen(keys, key_valid), past, session.width, ahead)
+
+    def _held_keys(self, entries: KeptEntries | None, held: int, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        past = self._session.past
+        if entries is None or not held:
+            return torch.arange(past - held, past, device=index.device).expand(index.shape[0], -1), None
+        columns, valid = entries.extended(held)
+        return columns.to(index.device), None if valid is None else valid.to(index.device)
+
+    def _seen(self, keys: Tensor, valid: Tensor | None) -> Tensor | None:
+        """Return which keys (B, P) are seen: the valid ones that a decode step did not close."""
+        if self._closed is None:
+            return valid
+        seen = ~functional.pad(self._closed, (0, keys.shape[1] - self._closed.shape[1]))
+        return seen if valid is None else valid & seen
+
+    def _index_now(self, entries: KeptEntries | None) -> Tensor:
+        if self._session.index is not None:
+            return self._session.index
+        assert entries is not None
+        columns = entries.columns
+        return torch.arange(self._session.width, device=columns.device).expand(columns.shape[0], -1)
+
+    def _mask(self, layer: int, mask: Any, rows: Rows) -> Tensor | None:
+        if not self._parts.has_entries(layer):
+            # Layers without entries read which tokens are real, not who may see whom.
+            return self._once(("real", id(mask), id(rows)), lambda: shorten_padding(mask, rows))
+        found: Tensor | None = self._once(
+            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self._session.implementation)
+        )
+        return found
+
+    def _announced(self, rows: Rows, entries: KeptEntries | None) -> KeptEntries:
+        session = self._session
+        assert session.shift is not None
+        # The last column is never padding when rows are padded on the left.
+        shift = session.shift[:, -1] if entries is None else session.shift[:, -1] + entries.shift.to(rows.keys.device)
+        seen = session.past + session.width
+        filled = rows.keys.shape[1] - rows.ahead
+        columns, valid = rows.keys[:, :filled], None if rows.key_valid is None else rows.key_valid[:, :filled]
+        visual = None if session.plan.decode is None else self._visual(filled, entries)
+        return KeptEntries(columns, valid, seen, shift, session.tail, visual, session.renumbers(entries))
+
+    def _visual(self, filled: int, entries: KeptEntries | None) -> Tensor:
+        """Return bool (B, P): which entries of a KV layer will be visual."""
+        session = self._session
+        new = session.visual if session.valid is None else session.visual & session.valid
+        before = new.new_zeros(new.shape[0], filled - new.shape[1])
+        if entries is not None and entries.visual is not None:
+            before[:, : entries.visual.shape[1]] = entries.visual
+        return torch.cat([before, new], dim=1)
+
+    # Positions
+
+    def _gathered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Take the survivors' rows of rotary tables and positions."""
+        index, width = self._session.index, self._session.width
+        if index is None:
+            return kwargs
+        tables = kwargs.get("position_embeddings")
+        if tables is not None:
+            kwargs["position_embeddings"] = self._once(("rope", id(tables)), lambda: gather_rope(tables, index, width))
+        positions = kwargs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.shape[-1] == width:
+            # Flash attention reads gaps between positions as packed sequences, so it must not see them.
+            kwargs["position_ids"] = (
+                None
+                if is_flash(self._session.implementation)
+                else self._once(("positions", id(positions)), lambda: gather_positions(positions, index))
+            )
+        return kwargs
+
+    def _renumbered(
+        self, layer: int, kwargs: dict[str, Any], hidden: Tensor, entries: KeptEntries | None
+    ) -> dict[str, Any]:
+        """Give survivors consecutive positions, and new tokens the ones behind them."""
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            raise UnsupportedInputError(
+                "The text model passes no position_ids to its layers, so survivors cannot be renumbered. Use "
+                "positions='keep' in the recipe."
+            )
+        kwargs["position_ids"], kwargs["position_embeddings"] = self._once(
+            ("repack", id(positions), id(entries), self._parts.rope_kind(layer)),
+            lambda: self._new_positions(layer, positions, hidden, entries),
+        )
+        return kwargs
+
+    def _new_positions(
+        self, layer: int, positions: Tensor, hidden: Tensor, entries: KeptEntries | None
+    ) -> tuple[Tensor, Any]:
+        index, shift = self._session.index, self._session.shift
+        positions = positions.expand(hidden.shape[0], -1)
+        if index is not None and shift is not None:
+            positions = positions.gather(1, index.to(positions.device)) - shift.to(positions.device)
+        if entries is not None:
+            positions = positions - entries.shift.to(positions.device)[:, None]
+        positions = positions.clamp(min=0)
+        return positions, self._parts.rotate(layer, hidden, positions)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Join columns and validity side by side; None stands for all valid, and comes out where all parts are."""
+    columns = torch.cat([column for column, _ in parts], dim=1)
+    if all(valid is None for _, valid in parts):
+        return columns, None
+    every = [torch.ones_like(column, dtype=torch.bool) if valid is None else valid for column, valid in parts]
+    return columns, torch.cat(every, dim=1)

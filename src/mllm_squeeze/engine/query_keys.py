@@ -1,0 +1,75 @@
+"""The hook on a Q-Former: the image features that its queries attend to get fewer (BLIP-2, InstructBLIP)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.keys import KeptKeys, reduce_keys
+from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.trace import Attended
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.layout import Span, Tile, TokenLayout
+
+
+class QueryHooks:
+    """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them.
+
+    enabled: says whether the handle is switched on now.
+    """
+
+    def __init__(
+        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session], None]
+    ) -> None:
+        self.parts, self.plan = parts, plan
+        self._enabled, self._publish = enabled, publish
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.plan.refuse_copy()
+
+    def attach(self, fittings: Fittings) -> None:
+        """Put the hook on."""
+        assert self.parts.queries is not None
+        fittings.before(self.parts.queries, self._before)
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if states is None or not self._enabled():
+            return None
+        layout = _layout(states, mask)
+        session, short, kept = reduce_keys(self.parts, self.plan, layout, states)
+        session.attended = Attended((), 0, states.shape[1], short.shape[1])
+        self._publish(session)
+        if kept is None:
+            return None
+        return args, {**kwargs, "encoder_hidden_states": short, "encoder_attention_mask": _mask(mask, kept)}
+
+
+def _layout(states: Tensor, mask: Tensor | None) -> TokenLayout:
+    """One span per row, which is an image: a CLS token and the patches, without what the mask closes."""
+    batch, length, _ = states.shape
+    side = math.isqrt(length - 1)
+    whole = (Tile(1, side, side, frame_lead=1),) if side * side == length - 1 else ()
+    real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    spans = []
+    for row, columns in enumerate(real):
+        if bool(columns.all()):
+            spans.append(Span(row, "image", row, ((0, length),), whole))
+        elif bool(columns.any()):
+            spans.append(Span(row, "image", row, tuple((n, 1) for n in columns.nonzero().flatten().tolist())))
+    return TokenLayout(batch, length, tuple(spans), real, keys=True)
+
+
+def _mask(mask: Tensor | None, kept: KeptKeys) -> Tensor | None:
+    if mask is None:
+        return None if kept.valid is None else kept.valid.long()
+    taken = mask.gather(1, kept.index.to(mask.device))
+    return taken if kept.valid is None else taken * kept.valid.to(taken.device).type_as(taken)

@@ -1,0 +1,92 @@
+"""A decode step on a cache of fixed size: tensor work of fixed shape only, so that torch.compile can trace it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine.cut_layers import StaticCutLayer
+from mllm_squeeze.engine.sequence import is_flash
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.family.structure import ModelParts
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile out of a function: a prefill chooses by content, so its graph would break at each choice."""
+    return cast("Callable[P, R]", torch.compiler.disable(function))
+
+
+def is_static_step(kwargs: Mapping[str, Any]) -> bool:
+    """True where a model is given one token per row and a cache of fixed size."""
+    states = kwargs.get("inputs_embeds")
+    states = kwargs.get("input_ids") if states is None else states
+    return states is not None and states.shape[1] == 1 and kv.is_static(kwargs.get("past_key_values"))
+
+
+def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
+    """True while torch.compile traces such a step; what the engine notes about calls would only be guarded against."""
+    return torch.compiler.is_compiling() and is_static_step(kwargs)
+
+
+def refuse_static(session: Session, cache: Any) -> None:
+    """Check that what a session does works on a cache of fixed size, if it is one.
+
+    Raises:
+        UnsupportedInputError: FlashAttention, whose masks have no columns, or a method that goes on while decoding.
+    """
+    if not kv.is_static(cache):
+        return
+    if session.plan.decode is not None:
+        raise UnsupportedInputError(
+            f"'{session.plan.decode.name}' chooses anew while decoding, which a static cache cannot follow. Use "
+            "cache_implementation='dynamic' (the default of generate)."
+        )
+    if is_flash(session.implementation):
+        raise UnsupportedInputError(
+            f"A static cache cannot be cut under {session.implementation}, whose masks do not tell the slots that are "
+            "still empty. Load the model with attn_implementation='sdpa', or use a dynamic cache."
+        )
+
+
+def serve_step(parts: ModelParts, number: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of one layer in a decode step, None where its cache layer was not cut.
+
+    hidden: (B, 1, D). Raises:
+        UnsupportedInputError: the mask is not 4-D.
+    """
+    cache = kwargs.get("past_key_values")
+    layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    if not isinstance(layer, StaticCutLayer) or layer.entries is None:
+        return None
+    new = dict(kwargs)
+    new["attention_mask"] = _mask(layer, kwargs.get("attention_mask"))
+    if layer.entries.repack:
+        # The same place in every layer in front of the cut and behind it, but for the tokens that are gone.
+        positions = kwargs["position_ids"] - layer.entries.shift[:, None]
+        new["position_ids"] = positions
+        new["position_embeddings"] = parts.rotate(number, hidden, positions)
+    layer.served = True
+    return new
+
+
+def _mask(layer: StaticCutLayer, mask: Any) -> Tensor:
+    """Return the columns (B, H, 1, slots) of a mask (B, H, 1, all tokens) that the slots of a layer stand for."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise UnsupportedInputError(
+            f"A static cache was cut, and the mask of a decode step is a {type(mask).__name__}; expected 4-D. Load the "
+            "model with attn_implementation='sdpa' or 'eager'."
+        )
+    columns = layer.columns[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    short = mask.expand(columns.shape[0], -1, -1, -1).gather(-1, columns)
+    if layer.open is None:
+        return short
+    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return short.masked_fill(~layer.open[:, None, None, :], closed)

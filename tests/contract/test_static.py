@@ -1,0 +1,179 @@
+"""Caches of fixed size: each layer has a slot for what it keeps, and compiled decode steps answer as others do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import matrix
+import oracle
+import tiny
+from mllm_squeeze import errors
+
+STEPS = 4
+ROOM = 3
+CELLS = matrix.cells(
+    [name for name, method in matrix.METHODS.items() if not method.decodes],
+    matrix.REPRESENTATIVE,
+    implementations=("sdpa", "eager"),
+)
+CELLS += [pytest.param(f, m, "batch", i) for f, m, kind, i in (cell.values for cell in CELLS) if kind == "image"]
+WINDOWED = ("aya_vision", "cohere2_vision", "llama4", "gemma3", "gemma3_window", "gemma4", "gemma3n")
+# No family of ours, cross-attention of its own (test_cross_cache), and one whose dense model fails (a dict of masks).
+NOT_STATIC = ("blip_2_t5", "mllama", "paligemma2")
+COMPILED = [
+    pytest.param(family, method, marks=[pytest.mark.quick] if (family, method) == ("llava", "pyramiddrop") else [])
+    for family in ("llava", "qwen2_5_vl", "qwen3_vl")
+    for method in matrix.CORE
+]
+
+
+def static(t: tiny.TinyModel, tokens: int) -> transformers.StaticCache:
+    """Return a cache for this many tokens."""
+    return transformers.StaticCache(config=t.model.config.get_text_config(), max_cache_len=tokens)
+
+
+def refused(call: Any, *words: str) -> None:
+    """Check that the call raises UnsupportedInputError with these words."""
+    with pytest.raises(errors.UnsupportedInputError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("family", "method", "kind", "implementation"), CELLS)
+def test_a_static_cache_answers_as_a_growing_one(family: str, method: str, kind: str, implementation: str) -> None:
+    """Slots are as many as tokens that may come, less those cut at or before the layer."""
+    t = tiny.load(family)
+    inputs = t.batch().inputs if kind == "batch" else t.inputs[kind]
+    batch, width = inputs["input_ids"].shape
+    forced = oracle.forced_tokens(batch, STEPS)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    with matrix.attention(t.model, implementation), matrix.applied(t.model, method) as handle:
+        expected = oracle.run(t.model, inputs, forced)
+        cache = static(t, width + STEPS + ROOM)
+        got = oracle.run(t.model, inputs, forced, cache=cache)
+        cuts = handle.cuts
+    oracle.assert_close(got.prefill[real], expected.prefill[real], "prefill")
+    oracle.assert_close(got.decode, expected.decode, "decode")
+    assert cuts
+    for number, layer in enumerate(cache.layers):
+        left = [cut.index.shape[1] for cut in cuts if cut.layer <= number]
+        assert layer.keys.shape[2] == min(left, default=width) + STEPS + ROOM
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("method", matrix.CORE)
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_generate_with_a_static_cache(family: str, method: str, beams: int) -> None:
+    t = tiny.load(family)
+    inputs = t.batch().inputs
+    settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
+    with matrix.applied(t.model, method):
+        expected = t.model.generate(**inputs, **settings)
+        got = t.model.generate(**inputs, **settings, cache_implementation="static")
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in NOT_STATIC])
+def test_every_family(family: str) -> None:
+    """A family works with a static cache, or has layers with a window and says so."""
+    t = tiny.load(family)
+    inputs = t.inputs["image"] if "image" in t.inputs else t.inputs["audio"]
+    settings: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
+    with matrix.squeeze.applied(t.model, "random", ratio=0.5, seed=3):
+        expected = t.model.generate(**inputs, **settings)
+        if family in WINDOWED:
+            refused(
+                lambda: t.model.generate(**inputs, **settings, cache_implementation="static"),
+                "StaticSlidingWindowLayer",
+                "dynamic",
+            )
+            return
+        got = t.model.generate(**inputs, **settings, cache_implementation="static")
+    assert torch.equal(got, expected)
+
+
+def compiled(t: tiny.TinyModel, inputs: tiny.Inputs, forced: Tensor, config: Any) -> Tensor:
+    """Return the logits of generate() whose decode steps run compiled, also without a GPU."""
+    config._compile_all_devices = True
+    return oracle.generate(t.model, inputs, forced, cache_implementation="static", compile_config=config)
+
+
+@pytest.mark.parametrize(("family", "method"), COMPILED)
+def test_a_compiled_decode_step(family: str, method: str) -> None:
+    """It is one graph without a break, which a second prompt of the same size reuses, and it answers alike."""
+    t = tiny.load(family)
+    first, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    other = {k: v.flip(-1) if k == "pixel_values" else v for k, v in first.items()}
+    config = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    try:
+        with matrix.applied(t.model, method):
+            for inputs in (first, other):
+                expected = oracle.generate(t.model, inputs, forced)
+                oracle.assert_close(compiled(t, inputs, forced, config), expected, "compiled")
+        assert counters["stats"]["unique_graphs"] == 1
+    finally:
+        for name in ("_compiled_call", "_last_compile_config"):
+            t.model.__dict__.pop(name, None)
+        torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_a_compiled_model(method: str) -> None:
+    """torch.compile of the whole model is cut like the model itself; the choice stays outside of its graphs."""
+    t = tiny.load("llava")
+    inputs = t.inputs["image"]
+    torch._dynamo.reset()
+    try:
+        with matrix.applied(t.model, method) as handle, torch.no_grad():
+            expected = t.model(**inputs).logits
+            kept = handle.cuts[0].kept[0]
+            got = torch.compile(t.model, backend="eager")(**inputs).logits
+        oracle.assert_close(got, expected, "compiled")
+        assert torch.equal(handle.cuts[0].kept[0], kept)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
+def test_a_static_cache_outlives_its_method(family: str) -> None:
+    """Nobody but the method reads a cut static cache; reset, it serves the dense model in full."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    width = inputs["input_ids"].shape[1]
+    dense = oracle.run(t.model, inputs, forced)
+    cache = static(t, width + STEPS)
+    with matrix.applied(t.model, "divprune"):
+        oracle.run(t.model, inputs, forced[:, :1], cache=cache)
+    refused(lambda: t.model(input_ids=forced[:, :1], past_key_values=cache), "no longer applied")
+    cache.reset()
+    again = oracle.run(t.model, inputs, forced, cache=cache)
+    oracle.assert_close(again.decode, dense.decode, "reset")
+    assert {layer.keys.shape[2] for layer in cache.layers} == {width + STEPS}
+
+
+def test_an_offloaded_static_cache() -> None:
+    t = tiny.load("llava")
+    cache = static(t, 128)
+    cache.offloading = True
+    with matrix.applied(t.model, "divprune"):
+        refused(lambda: t.model(**t.inputs["image"], past_key_values=cache), "offloaded")
+
+
+def test_a_method_that_goes_on_while_decoding() -> None:
+    t = tiny.load("qwen2_5_vl")
+    inputs = t.inputs["video"]
+    with matrix.applied(t.model, "dycoke"):
+        refused(lambda: t.model(**inputs, past_key_values=static(t, 256)), "dycoke", "dynamic")
