@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from mllm_squeeze.bench import contest, models, profiling, results
 from mllm_squeeze.bench.contestants import Contestant, Squeezed, oracle_of
 from mllm_squeeze.bench.measure import Race, Times, order, paired, part_seconds, spread
+from mllm_squeeze.bench.memory import TensorMemory, peak_bytes
 from mllm_squeeze.bench.shapes import SHAPES, Shape, find_shape
 from mllm_squeeze.cli import app
 from mllm_squeeze.engine.marks import PARTS, marked, timed
@@ -374,6 +375,8 @@ def test_sweep_and_profile(tmp_path: Path) -> None:
         ("--dtype", "int8"),
         ("--sweep", "few"),
         ("--attention", "nonsense"),
+        ("--cache", "none"),
+        ("--cache", "static"),
     ],
 )
 def test_slips_end_in_one_message(words: tuple[str, str]) -> None:
@@ -385,6 +388,53 @@ def test_committed_results_can_be_read(path: Path) -> None:
     found = results.Results.load(path)
     assert found.rows[0].kind == "dense"
     assert results.markdown(found) == path.with_suffix(".md").read_text(), "write it again with Results.save"
+
+
+@torch.inference_mode()
+def test_memory_counts_what_lives() -> None:
+    """Views cost nothing, what was let go of is gone, and the peak is the most that lived at once."""
+    with TensorMemory() as memory:
+        one = torch.zeros(1000)
+        view = one.view(10, 100)
+        assert memory.now == 4000
+        del one
+        assert memory.now == 4000
+        two = view + 1
+        assert memory.now == 8000
+        del view
+        two.add_(1)
+        assert memory.now == 4000
+    assert memory.peak == 8000
+
+
+def test_memory_of_a_squeezed_prefill(llava: Contestant) -> None:
+    """A prefill holds what its oracle holds; before layer 0 also the prompt, which the model itself keeps: twice."""
+    device, prompt = torch.device("cpu"), llava.prompt
+    states = prompt.length * llava.model.config.get_text_config().hidden_size * 4
+    # Places, grids and masks of tokens, which weigh little beside the states of a model of real size.
+    places = 128 * prompt.length
+    for method, params, kept in (("fastv", {"layer": 2}, 0), ("uniform", {}, 2 * states)):
+        ours = squeezed(llava, method, **params)
+        with ours.active():
+            mine = peak_bytes(ours.prefill, device)
+        ideal = oracle_of(ours, llava)
+        with ideal.active():
+            theirs = peak_bytes(ideal.prefill, device)
+        assert theirs < mine <= 1.05 * (theirs + kept) + places, method
+
+
+@pytest.mark.parametrize("cache", ["static", "compiled"])
+def test_caches_of_fixed_size(llava: Contestant, cache: str) -> None:
+    """Decode steps say what they say with a growing cache."""
+    ours = squeezed(llava, "fastv")
+    expected = logits(ours)
+    ours.cache = cache
+    try:
+        found = logits(ours)
+    finally:
+        for name in ("_compiled_call", "_last_compile_config"):
+            ours.model.__dict__.pop(name, None)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_the_naive_file_is_no_part_of_the_package() -> None:

@@ -19,6 +19,7 @@ from mllm_squeeze.bench.shapes import find_shape
 from mllm_squeeze.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CACHES = ("dynamic", "static", "compiled")
 NAIVE = "naive "
 Told = Callable[[str], None]
 
@@ -27,8 +28,8 @@ Told = Callable[[str], None]
 class Setting:
     """What is run: a model shape, a prompt, and how it is measured.
 
-    entries: (method, params) of each method of ours. clock: "wall" or "cpu". against: a Python file with naive
-    contestants, see `load_naive`.
+    entries: (method, params) of each method of ours. cache: one of CACHES. clock: "wall" or "cpu". against: a Python
+    file with naive contestants, see `load_naive`.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Setting:
     batch: int = 1
     dtype: str = "float32"
     attention: str = "sdpa"
+    cache: str = "dynamic"
     device: str = "cpu"
     threads: int | None = None
     clock: str = "wall"
@@ -91,6 +93,13 @@ def check(setting: Setting) -> None:
         raise ConfigError(f"dtype is one of {', '.join(DTYPES)}; got '{setting.dtype}'.")
     if setting.clock not in CLOCKS:
         raise ConfigError(f"clock is one of {', '.join(CLOCKS)}; got '{setting.clock}'.")
+    if setting.cache not in CACHES:
+        raise ConfigError(f"cache is one of {', '.join(CACHES)}; got '{setting.cache}'.")
+    if setting.cache != "dynamic" and (setting.oracle or setting.against is not None):
+        raise ConfigError(
+            f"The oracle and naive contestants run with a dynamic cache only; with cache '{setting.cache}' give "
+            "--no-oracle and no --against."
+        )
     if setting.clock == "cpu" and not setting.device.startswith("cpu"):
         raise ConfigError("clock 'cpu' counts time on the CPU's cores; on another device use 'wall'.")
     for method, params in setting.entries:
@@ -126,6 +135,8 @@ def build(setting: Setting, told: Told = lambda text: None) -> Stage:
             other = naive[method](model, prompt, params)
             other.name, other.features = NAIVE + ours.name, stage.dense.features
             stage.contestants.append(other)
+    for one in stage.contestants:
+        one.cache = setting.cache
     return stage
 
 
@@ -151,7 +162,11 @@ def run(
             rows=tuple(_rows(stage, race.times)),
         )
 
-    race.run(setting.rounds, setting.warmup, told, lambda: save(found()))
+    # Every contestant has a graph of its own behind one compiled call.
+    with torch._dynamo.config.patch(recompile_limit=8 + len(stage.contestants)):
+        race.run(setting.rounds, setting.warmup, told, lambda: save(found()))
+    race.weigh(told)
+    save(found())
     return found()
 
 
@@ -164,6 +179,7 @@ def _told(setting: Setting, stage: Stage, rounds: int) -> dict[str, Any]:
         "batch": setting.batch,
         "dtype": setting.dtype,
         "attention": setting.attention,
+        "cache": setting.cache,
         "clock": setting.clock,
         "threads": torch.get_num_threads(),
         "rounds": rounds,

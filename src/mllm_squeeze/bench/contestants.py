@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import mllm_squeeze as squeeze
 from mllm_squeeze.bench.models import IMAGE, Prompt
@@ -31,6 +31,8 @@ class Contestant:
     """
 
     kind = "dense"
+    # "dynamic"; "static", of fixed size; or "compiled": static, and decode steps run compiled, as generate() does it.
+    cache = "dynamic"
 
     def __init__(self, model: Any, prompt: Prompt, name: str = "dense") -> None:
         self.model, self.prompt, self.name = model, prompt, name
@@ -59,13 +61,19 @@ class Contestant:
             self._seen = _arguments(self.model.get_decoder(), self)
         return self._seen
 
+    def new_cache(self) -> Any:
+        """Return an empty cache."""
+        config = self.model.config.get_text_config()
+        if self.cache == "dynamic":
+            return DynamicCache(config=config)
+        return StaticCache(config=config, max_cache_len=self.prompt.length + self.prompt.decoded.shape[1])
+
     def prefill(self, **more: Any) -> State:
         """Run the prompt to the logits of its last position."""
-        cache = DynamicCache(config=self.model.config.get_text_config())
         out = self.model(
             **self.prompt.inputs,
             position_ids=self.prompt.positions,
-            past_key_values=cache,
+            past_key_values=self.new_cache(),
             use_cache=True,
             logits_to_keep=1,
             mm_encoder_outputs={"image": self.features},
@@ -75,9 +83,13 @@ class Contestant:
 
     def step(self, state: State, number: int) -> State:
         """Decode one token."""
-        mask = self.prompt.inputs["attention_mask"]
-        seen = mask.new_ones(mask.shape[0], mask.shape[1] + number + 1)
-        out = self.model(
+        call, seen = self.model, None
+        if self.cache == "dynamic":
+            mask = self.prompt.inputs["attention_mask"]
+            seen = mask.new_ones(mask.shape[0], mask.shape[1] + number + 1)
+        elif self.cache == "compiled":
+            call = self.model.get_compiled_call(None)
+        out = call(
             input_ids=self.prompt.decoded[:, number : number + 1],
             attention_mask=seen,
             position_ids=self.prompt.after[..., number : number + 1],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mllm_squeeze.bench.contestants import Contestant
+from mllm_squeeze.bench.memory import peak_bytes
 from mllm_squeeze.engine.marks import PARTS, Clock, timed
 
 CLOCKS = ("wall", "cpu")
@@ -65,7 +66,7 @@ class Times:
     """What was measured of one contestant, one number per round.
 
     encoder, prefill: seconds. decode: seconds per token. parts: seconds of the rule's own work, by part. memory: peak
-    bytes on the device over a prefill and its decode, None on a CPU.
+    bytes of a prefill, beyond weights and features; None before it was weighed.
     """
 
     encoder: list[float] = field(default_factory=list)
@@ -116,8 +117,6 @@ class Race:
     def _turn(self, one: Contestant, times: Times) -> None:
         with one.active(), timed(self._now) as clock:
             times.encoder.append(self._measure(one.encode)[1])
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
             state, seconds = self._measure(one.prefill)
             times.prefill.append(seconds)
             spans = list(clock.spans)
@@ -126,10 +125,16 @@ class Race:
                 state, taken = self._measure(functools.partial(one.step, state, number))
                 seconds += taken if number else 0.0
             times.decode.append(seconds / max(self.steps - 1, 1))
-        if self.device.type == "cuda":
-            times.memory = max(times.memory or 0, torch.cuda.max_memory_allocated(self.device))
         for name, value in part_seconds(clock, spans).items():
             times.parts[name].append(value)
+
+    @torch.inference_mode()
+    def weigh(self, said: Callable[[str], None] = lambda text: None) -> None:
+        """Run one more prefill of everyone for its memory, with no clock running."""
+        for one in self.contestants:
+            said(f"memory: {one.name}")
+            with one.active():
+                self.times[one.name].memory = peak_bytes(one.prefill, self.device)
 
     def _measure(self, work: Callable[[], Any]) -> tuple[Any, float]:
         begin = self.clock()

@@ -27,7 +27,7 @@ class Row(_Strict):
 
     layers: tokens on which each decoder layer runs. rule: seconds of the rule's own work in encoder and prefill, by
     part. rule_share: their sum by the dense prefill. speedup, decode_speedup: dense by this. efficiency,
-    decode_efficiency: oracle by this. memory: peak bytes on the device, None on a CPU.
+    decode_efficiency: oracle by this. memory: peak bytes of a prefill, beyond weights and features.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Row(_Strict):
 class Results(_Strict):
     """One benchmark: what was run, on what, and one row per contestant.
 
-    setting: model, visual tokens, prompt length, batch, dtype, attention, clock, threads, rounds, steps.
+    setting: model, visual tokens, prompt length, batch, dtype, attention, cache, clock, threads, rounds, steps.
     """
 
     version: Literal[1] = 1
@@ -118,7 +118,7 @@ HEADERS = (
     "speed-up",
     "efficiency",
     "encoder ms",
-    "memory GiB",
+    "memory MiB",
 )
 
 
@@ -136,7 +136,7 @@ def cells(row: Row, spreads: bool = True) -> list[str]:
         f"{row.decode_speedup.median:.2f}",
         _ratio(row.decode_efficiency),
         _time(row.encoder, 0, spreads),
-        "-" if row.memory is None else f"{row.memory / 2**30:.2f}",
+        "-" if row.memory is None else f"{row.memory / 2**20:.1f}",
     ]
 
 
@@ -178,7 +178,7 @@ def title(results: Results) -> str:
     s = results.setting
     return (
         f"{s['model']}: {s['visual_tokens']} visual of {s['prompt_tokens']} tokens, batch {s['batch']}, {s['dtype']}, "
-        f"{s['attention']}, {s['rounds']} rounds, {s['clock']} clock"
+        f"{s['attention']}, {s['cache']} cache, {s['rounds']} rounds, {s['clock']} clock"
     )
 
 

@@ -34,6 +34,12 @@ def bench(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the best by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; float32 on a CPU.")] = None,
     attention: Annotated[str, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = "sdpa",
+    cache: Annotated[
+        str,
+        typer.Option(
+            help="dynamic, static, or compiled: static with compiled decode steps. The last two: --no-oracle."
+        ),
+    ] = "dynamic",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU.")] = None,
     clock: Annotated[
         str, typer.Option(help="wall, or cpu: time on the cores, for a machine that is not quiet.")
@@ -65,6 +71,7 @@ def bench(
             batch=batch,
             dtype=dtype or ("float32" if chosen == "cpu" else "bfloat16"),
             attention=attention,
+            cache=cache,
             device=chosen,
             threads=threads,
             clock=clock,
