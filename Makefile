@@ -1,5 +1,5 @@
 # make demo | test | quick | lint | types | oldest | clean
-# Each target makes its environment by itself from python3 (3.10 or newer) and pip; nothing else is needed.
+# Each target makes its environment by itself from python3 (3.10 or newer) and pip or uv; nothing else is needed.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -46,12 +46,13 @@ $(VENV)/.ready: pyproject.toml Makefile
 $(OLDEST)/.ready: pyproject.toml Makefile
 	$(call environment,$(OLDEST),$(OLDEST_TORCH) $(OLDEST_HF) -e '.[dev]')
 
-# $(call environment,FOLDER,REQUIREMENTS): uv installs in seconds; where it cannot, pip does the same.
-# --without-pip: Debian's python3 can do that without the package python3-venv.
+# $(call environment,FOLDER,REQUIREMENTS): uv installs in seconds, the one on the path or one that pip fetches; where it
+# cannot, pip does the same. --without-pip: Debian's python3 can do that without the package python3-venv.
 define environment
 test -x $(1)/bin/python || $(PYTHON) -m venv --without-pip $(1)
-$(PYTHON) -m pip --python $(1)/bin/python install --quiet uv || true
-$(1)/bin/uv pip install --system-certs --python $(1)/bin/python $(2) \
+{ command -v uv > /dev/null && uv pip install --system-certs --python $(1)/bin/python $(2); } \
+|| { $(PYTHON) -m pip --python $(1)/bin/python install --quiet uv \
+     && $(1)/bin/uv pip install --system-certs --python $(1)/bin/python $(2); } \
 || $(PYTHON) -m pip --python $(1)/bin/python install $(2)
 touch $@
 endef

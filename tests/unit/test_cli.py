@@ -149,6 +149,45 @@ def test_check_tells_what_fits(folder: Path, weights: list[str]) -> None:
     assert "video" in told["methods"]["vidcom2"]
 
 
+@pytest.mark.parametrize(("weights", "on"), [([], "text model alone"), (["--weights"], "the model itself")])
+def test_check_runs_a_self_check(folder: Path, weights: list[str], on: str) -> None:
+    said = json.loads(call("check", folder, "--json", *weights).stdout)["self_check"]
+    assert said["result"] == "passed" and said["layer"] == 1
+    assert 0 <= said["error"] < 1e-5 < said["effect"]
+    assert on in said["on"]
+    lines = call("check", folder, *weights).output.splitlines()
+    assert any(line.split()[:2] == ["self-check", "passed:"] and "equals masking" in line for line in lines)
+    assert any(line.split()[:2] == ["checked", "on"] and on in line for line in lines)
+
+
+@pytest.mark.parametrize("weights", [[], ["--weights"]])
+def test_check_fails_where_a_cut_differs(folder: Path, monkeypatch: pytest.MonkeyPatch, weights: list[str]) -> None:
+    """Layers that mix tokens beside their attention: the rest is printed all the same."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+
+    def mixed(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, hidden_states + hidden_states.roll(1, dims=1), *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", mixed)
+    output = call("check", folder, *weights, code=1).output
+    assert "failed: a cut at layer 1 differs from masking the same tokens by" in output
+    assert "docs/add_a_family.md" in output
+    assert "fastv" in output
+    told = json.loads(call("check", folder, "--json", *weights, code=1).stdout)
+    assert told["self_check"]["result"] == "failed" and told["methods"]["fastv"] == "fits"
+
+
+def test_check_of_layers_without_attention_is_no_error(tmp_path: Path) -> None:
+    import tiny
+
+    tiny.load("qwen3_5").model.config.save_pretrained(tmp_path)
+    output = call("check", tmp_path).output
+    assert "not comparable: layers without attention" in output
+    assert "fastv" in output
+
+
 def test_check_reads_a_config_file(folder: Path) -> None:
     lines = call("check", folder / "config.json").output.splitlines()
     assert any("fastv" in line and "yes" in line for line in lines)

@@ -38,7 +38,7 @@ def pairs(data: Mapping[str, Any]) -> None:
 
 def words(value: Any) -> str:
     """Return a value as a person would say it."""
-    if value is None or value == []:
+    if value in (None, "", []):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
