@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ from mllm_squeeze.bench import results
 from mllm_squeeze.bench.results import Results, Row
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "speed.md"
 COLOURS = {"dense": "#8a8f98", "ours": "#1f6feb", "oracle": "#9ecbff", "naive": "#f0883e"}
 PARTS = {"signal": "#1f6feb", "select": "#f0883e", "merge": "#2da44e", "shorten": "#8250df"}
 HEADERS = (
@@ -82,6 +84,46 @@ def draw_rule(found: Results, path: Path) -> None:
     _save(figure, axes, path)
 
 
+def draw_sweep(found: Sequence[Results], path: Path) -> None:
+    """Lines of the speed-up of the prefill over the number of visual tokens, one for each method."""
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    for name in of_method(found[0], "ours"):
+        rows = [of_method(one, "ours")[name] for one in found]
+        tokens = [one.setting["visual_tokens"] for one in found]
+        axes.plot(tokens, [row.speedup.median for row in rows], marker="o", label=name)
+    axes.axhline(1, color=COLOURS["dense"], linewidth=1, linestyle="--", label="dense")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("visual tokens")
+    axes.set_ylabel("speed-up of the prefill")
+    axes.set_title(results.title(found[0]).split(":")[0] + ", 75 % removed", fontsize=9)
+    axes.legend(frameon=False, ncols=4)
+    _save(figure, axes, path)
+
+
+def sweep_table(found: Sequence[Results]) -> list[str]:
+    """Return one line per number of visual tokens: the dense prefill, then the speed-up and the rule of each method."""
+    names = list(of_method(found[0], "ours"))
+    headers = ["visual tokens", "dense ms", *(f"{name}: speed-up (rule ms)" for name in names)]
+    lines = ["| " + " | ".join(headers) + " |", "|" + " ---: |" * len(headers)]
+    for one in found:
+        rows = of_method(one, "ours")
+        cells = [str(one.setting["visual_tokens"]), f"{1000 * one.rows[0].prefill.median:.0f}"]
+        cells += [f"{rows[n].speedup.median:.2f} ({1000 * sum(rows[n].rule.values()):.1f})" for n in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def decode_table(found: Sequence[Results]) -> list[str]:
+    """Return milliseconds per decoded token, one line per contestant, one column per kind of cache."""
+    names = [row.name for row in found[-1].rows]
+    lines = ["| ms per token | " + " | ".join(str(one.setting["cache"]) for one in found) + " |"]
+    lines.append("| --- |" + " ---: |" * len(found))
+    for name in names:
+        rows = [next(row for row in one.rows if row.name == name) for one in found]
+        lines.append(f"| {name} | " + " | ".join(f"{1000 * row.decode.median:.1f}" for row in rows) + " |")
+    return lines
+
+
 def _save(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -144,7 +186,16 @@ def main(names: list[str]) -> None:
         found = Results.load(path)
         draw_prefill(found, ROOT / "docs" / "img" / f"speed-{path.stem}-prefill.png")
         draw_rule(found, ROOT / "docs" / "img" / f"speed-{path.stem}-rule.png")
-        put_table(path.stem, summary(found), ROOT / "docs" / "speed.md")
+        put_table(path.stem, summary(found), PAGE)
+    if names:
+        return
+    sweep = [Results.load(path) for path in (folder / "sweep").glob("*.json")]
+    if sweep:
+        sweep.sort(key=lambda one: one.setting["visual_tokens"])
+        draw_sweep(sweep, ROOT / "docs" / "img" / "speed-sweep.png")
+        put_table("sweep", sweep_table(sweep), PAGE)
+    caches = [Results.load(folder / kind / "cpu-300m.json") for kind in ("dynamic", "static", "compiled")]
+    put_table("decode", decode_table(caches), PAGE)
 
 
 if __name__ == "__main__":

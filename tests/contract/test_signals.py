@@ -60,6 +60,29 @@ def test_fastv_in_a_padded_batch(family: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("family", matrix.FAMILIES)
+def test_two_steps_at_one_layer_read_the_same_attention(family: str) -> None:
+    """The second chooses among what the first left, by its own rows, where these tokens stand now."""
+    t = tiny.load(family)
+    inputs = t.inputs["image"]
+    steps = [
+        {"reducer": "attention_rank", "at": {"layer": 2}, "ratio": 0.25, "rows": "last"},
+        {"reducer": "attention_rank", "at": {"layer": 2}, "ratio": 0.75, "rows": "text"},
+    ]
+    attention = attention_of(t, inputs, 1)[0]
+    with matrix.squeeze.applied(t.model, {"method": "twice", "steps": steps}) as handle:
+        oracle.run(t.model, inputs, oracle.forced_tokens(1, 0))
+        first, second = (set(cut.kept[0].tolist()) for cut in handle.cuts)
+        (span,) = handle.layout.spans
+    columns = torch.tensor(span.columns)
+    left = best(attention[-1], columns, round(0.75 * span.length))
+    assert first & set(span.columns) == left
+    behind = attention[int(columns[-1]) + 1 :].mean(0)
+    wanted = best(behind, torch.tensor(sorted(left)), round(0.25 * span.length))
+    assert second & set(span.columns) == wanted
+    assert wanted != best(attention[-1], torch.tensor(sorted(left)), len(wanted))
+
+
+@pytest.mark.parametrize("family", matrix.FAMILIES)
 def test_the_preview_is_the_attention_of_the_next_layer(family: str) -> None:
     """The first cut of PyramidDrop previews a layer that still sees everything, so the dense map tells its choice."""
     t = tiny.load(family)

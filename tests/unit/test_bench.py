@@ -383,7 +383,7 @@ def test_slips_end_in_one_message(words: tuple[str, str]) -> None:
     assert "Error" in call(*SMALL, *words, code=2)
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_committed_results_can_be_read(path: Path) -> None:
     found = results.Results.load(path)
     assert found.rows[0].kind == "dense"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine import cutting, decoding, selfcheck, signals
+from mllm_squeeze.engine.calls import CallHooks
 from mllm_squeeze.engine.cross_attention import CrossAttentionHooks
-from mllm_squeeze.engine.encoders import MARK, EncoderHooks
+from mllm_squeeze.engine.encoders import EncoderHooks
 from mllm_squeeze.engine.fittings import Fittings
-from mllm_squeeze.engine.frames import Frame, Local, features_of, layout_of, prompt_length, wanted_tail, warn_no_image
+from mllm_squeeze.engine.frames import Local, features_of, layout_of, warn_no_image
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.query_keys import QueryHooks
 from mllm_squeeze.engine.session import Session
@@ -54,8 +54,7 @@ class Runtime:
         """Hook the model; on an error everything is taken off again."""
         try:
             EncoderHooks(self.parts, self.plan, self._local, lambda: self.enabled).attach(self._fittings)
-            self._override_generate()
-            self._fittings.around(self.parts.base, self._enter_base, self._leave_base)
+            CallHooks(self.parts, self.plan, self._local, lambda: self.enabled).attach(self._fittings)
             if self.plan.keys:
                 self._attach_keys()
             else:
@@ -66,7 +65,6 @@ class Runtime:
 
     def _attach_decoder(self) -> None:
         """Cut what stands in the LLM's sequence."""
-        self._fittings.around(self.parts.model, self._enter_model, self._leave_model)
         self._fittings.around(self.parts.decoder, self._enter_decoder, self._leave_decoder)
         self._hook_layers()
         if has_deepstack(self.parts.decoder):
@@ -132,70 +130,6 @@ class Runtime:
     def _decoder_listener(self, attention: nn.Module) -> Listener | None:
         session = self._local.session
         return None if session is None else session.listeners.get(attention)
-
-    # generate()
-
-    def _override_generate(self) -> None:
-        original: Any = getattr(self.parts.model, "generate", None)
-        if original is None:
-            return
-
-        # Assisted decoding feeds prompt and guesses in one pass; only generate() knows where the prompt ends.
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-            given = {**given.pop("kwargs", {}), **given.pop("generate_kwargs", {}), **given}
-            before, self._local.prompt = self._local.prompt, prompt_length(given)
-            if self.parts.row.own_generate:
-                self._local.frames.enter(Frame(given))
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._local.prompt = before
-                if self.parts.row.own_generate:
-                    self._local.frames.leave()
-
-        self._fittings.override(self.parts.model, "generate", generate)
-
-    # The whole model
-
-    def _enter_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if is_traced_step(kwargs):
-            return None
-        return args, self._local.tails.enter(wanted_tail(module, kwargs), kwargs)
-
-    def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not is_traced_step(kwargs):
-            self._local.tails.leave()
-
-    # The inner model
-
-    def _enter_base(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if is_traced_step(kwargs):
-            return None
-        inputs = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs if args else kwargs
-        frame = Frame(inputs)
-        live = self._local.frames.enter(frame, kwargs)
-        for modality, output in (inputs.get("mm_encoder_outputs") or {}).items():
-            if output is None or not self.enabled:
-                continue
-            found = getattr(output, MARK, None)
-            if found is None:
-                raise UnsupportedInputError(
-                    f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "
-                    "in chunks. Encode them after squeeze.apply, and leave prefill_chunk_size unset."
-                )
-            if not self.parts.row.by_runs:
-                frame.features[modality] = found
-        return args, live
-
-    def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not is_traced_step(kwargs):
-            self._local.frames.leave()
 
     # The text model
 
@@ -352,6 +286,7 @@ class Runtime:
                 hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
         for cut in cuts:
             hidden = cutting.run_cut(session, cut, hidden, kwargs)
+        session.read.clear()
         return hidden
 
     def _listen(self, session: Session, number: int) -> None:

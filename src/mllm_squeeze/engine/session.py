@@ -12,7 +12,7 @@ from mllm_squeeze import ops
 from mllm_squeeze.engine.arguments import LayerArguments
 from mllm_squeeze.engine.cut_layers import KeptEntries
 from mllm_squeeze.engine.marks import marked
-from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence import gather_rows
 from mllm_squeeze.engine.spans import Features, SpanTable, first_table
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
@@ -50,7 +50,7 @@ class Session:
         self.held: dict[int, int] = {}
         # What taps of this pass should read, by attention module, and what they read, by cut.
         self.listeners: dict[nn.Module, Any] = {}
-        self.read: dict[tuple[int, str], Tensor] = {}
+        self.read: dict[tuple[PlannedCut, str], Tensor] = {}
         self.row_weights: dict[int, Tensor] = {}
         # Features that the text model would have added in front of inner layers, None in most families.
         self.inner: InnerFeatures | None = None
@@ -142,6 +142,8 @@ class Session:
         self.table = self.table.take(chosen, counts, place[self.table.sample[:, None], self.table.place])
         self.text_place = place[rows, self.text_place].clamp(min=0)
         self.last_place = place[rows, self.last_place]
+        # What another cut at this layer still has to read.
+        self.read = {key: _taken(value, order) for key, value in self.read.items()}
         self.stage += 1
         self.arguments.forget()
         self.cuts.append(Cut(layer, self.index, self.valid))
@@ -213,3 +215,9 @@ class Session:
         target = torch.where(mask, place, place[:, :1])
         states = torch.where(mask.unsqueeze(-1), states, states[:, :1].detach())
         return hidden.index_put((sample, target), states)
+
+
+def _taken(values: Tensor, order: Tensor) -> Tensor:
+    """Take columns (B, M') of what was read of each token, (B, M) or (B, M, D)."""
+    order = order.to(values.device)
+    return values.gather(1, order) if values.ndim == 2 else gather_rows(values, order)

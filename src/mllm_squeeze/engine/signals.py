@@ -44,13 +44,15 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
         for need in needs:
             if need.name == "keys":
                 fresh = key[:, :, key.shape[2] - query.shape[2] :]
-                session.read[planned.layer, "keys"] = fresh.transpose(1, 2).flatten(2)
+                session.read[planned, "keys"] = fresh.transpose(1, 2).flatten(2)
             else:
                 rows, weights = _rows(session, planned, need)
                 scores = score_rows(query, key, mask, kwargs, rows, weights)
-                session.read[planned.layer, "attention"] = scores[:, scores.shape[1] - query.shape[2] :]
-        return False
+                session.read[planned, "attention"] = scores[:, scores.shape[1] - query.shape[2] :]
+        return False if others is None else others(query, key, mask, kwargs)
 
+    # Another step may cut at the same layer.
+    others = session.listeners.get(attention)
     session.listeners[attention] = read
 
 
@@ -89,7 +91,7 @@ def gather(
         if need.name == "attention" and need.source == "next":
             whole["attention"] = _preview(session, planned, need, hidden, kwargs)
         elif _from_layer_before(need):
-            whole[need.name] = session.read[planned.layer, need.name]
+            whole[need.name] = session.read.pop((planned, need.name))
         elif need.name == "normed":
             whole["normed"] = _normed(session, hidden)
     found = {name: value.to(hidden.device)[sample, place] for name, value in whole.items()}
