@@ -158,6 +158,23 @@ def summary(found: Results) -> list[str]:
     return lines
 
 
+def memory_table(found: Results) -> list[str]:
+    """Return the peak memory of a prefill beyond weights and features, ours and the oracle's, one line per method."""
+    ideals = of_method(found, "oracle")
+    lines = ["| method | peak MiB | oracle's | ours / oracle's |", "| --- |" + " ---: |" * 3]
+    lines.append(f"| dense | {_mib(found.rows[0]):.1f} | - | - |")
+    for name, row in of_method(found, "ours").items():
+        if name in ideals:
+            ours, ideal = _mib(row), _mib(ideals[name])
+            lines.append(f"| {name} | {ours:.1f} | {ideal:.1f} | {ours / ideal:.3f} |")
+    return lines
+
+
+def _mib(row: Row) -> float:
+    assert row.memory is not None, f"{row.name} was not weighed"
+    return row.memory / 2**20
+
+
 def _fastest(row: Row, ideal: Row | None) -> str:
     """Return the efficiency of the fastest rounds: other jobs can only make a round slower."""
     return "-" if ideal is None else f"{min(ideal.rounds['prefill']) / min(row.rounds['prefill']):.3f}"
@@ -187,6 +204,7 @@ def main(names: list[str]) -> None:
         draw_prefill(found, ROOT / "docs" / "img" / f"speed-{path.stem}-prefill.png")
         draw_rule(found, ROOT / "docs" / "img" / f"speed-{path.stem}-rule.png")
         put_table(path.stem, summary(found), PAGE)
+        put_table(f"memory {path.stem}", memory_table(found), PAGE)
     if names:
         return
     sweep = [Results.load(path) for path in (folder / "sweep").glob("*.json")]

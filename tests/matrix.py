@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 import mllm_squeeze as squeeze
 import tiny
@@ -19,6 +21,10 @@ from tiny.prompts import KINDS, collate, sample
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 FAMILIES = tiny.CORE_FAMILIES
+RECENT = Version(transformers.__version__) >= Version("5.23")
+# Older releases repeat the pictures of a prompt for beams one by one, so each beam sees others where there are several.
+BEAM_PROMPT = "two_images" if RECENT else "image"
+BEAM_BATCH = ("two_images", "image") if RECENT else ("image", "text")
 # One plain family, one with separators among its visual tokens, one with M-RoPE, one that injects features later.
 REPRESENTATIVE = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 # Encoders in which a token stays one token up to the LLM, and tokens of a tile stand in a batch row of their own.

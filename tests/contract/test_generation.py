@@ -45,7 +45,7 @@ def against_mask(t: tiny.TinyModel, inputs: tiny.Inputs, method: str, **settings
 @pytest.mark.parametrize(("family", "method"), CELLS)
 def test_beam_search(family: str, method: str) -> None:
     t = tiny.load(family)
-    out = against_mask(t, t.inputs["two_images"], method, num_beams=3, num_return_sequences=2)
+    out = against_mask(t, t.inputs[matrix.BEAM_PROMPT], method, num_beams=3, num_return_sequences=2)
     assert out.sequences.shape[0] == 2
 
 
@@ -54,7 +54,7 @@ def test_beam_search(family: str, method: str) -> None:
 def test_beam_search_on_a_padded_batch(family: str, method: str) -> None:
     """Beams of prompts that keep different numbers of tokens."""
     t = tiny.load(family)
-    against_mask(t, t.batch(("two_images", "image")).inputs, method, num_beams=3)
+    against_mask(t, t.batch(matrix.BEAM_BATCH).inputs, method, num_beams=3)
 
 
 @pytest.mark.parametrize(("family", "method"), CELLS)

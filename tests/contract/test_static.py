@@ -25,6 +25,8 @@ CELLS += [pytest.param(f, m, "batch", i) for f, m, kind, i in (cell.values for c
 WINDOWED = ("aya_vision", "cohere2_vision", "llama4", "gemma3", "gemma3_window", "gemma4", "gemma3n")
 # No family of ours, cross-attention of its own (test_cross_cache), and one whose dense model fails (a dict of masks).
 NOT_STATIC = ("blip_2_t5", "mllama", "paligemma2")
+# Dense models that fail in older releases.
+STATIC_BROKEN = ("gemma3_window", "llama4")
 COMPILED = [
     pytest.param(family, method, marks=[pytest.mark.quick] if (family, method) == ("llava", "pyramiddrop") else [])
     for family in ("llava", "qwen2_5_vl", "qwen3_vl")
@@ -73,7 +75,7 @@ def test_a_static_cache_answers_as_a_growing_one(family: str, method: str, kind:
 @pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
 def test_generate_with_a_static_cache(family: str, method: str, beams: int) -> None:
     t = tiny.load(family)
-    inputs = t.batch().inputs
+    inputs = t.batch(matrix.BEAM_BATCH).inputs
     settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
     with matrix.applied(t.model, method):
         expected = t.model.generate(**inputs, **settings)
@@ -82,9 +84,11 @@ def test_generate_with_a_static_cache(family: str, method: str, beams: int) -> N
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name not in NOT_STATIC])
+@pytest.mark.parametrize("family", [name for name in tiny.ALL_FAMILIES if name not in NOT_STATIC])
 def test_every_family(family: str) -> None:
     """A family works with a static cache, or has layers with a window and says so."""
+    if not matrix.RECENT and family in STATIC_BROKEN:
+        pytest.skip(f"transformers {transformers.__version__} itself cannot run {family} with a static cache")
     t = tiny.load(family)
     inputs = t.inputs["image"] if "image" in t.inputs else t.inputs["audio"]
     settings: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
@@ -114,6 +118,9 @@ def test_a_compiled_decode_step(family: str, method: str) -> None:
     first, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
     other = {k: v.flip(-1) if k == "pixel_values" else v for k, v in first.items()}
     config = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    with torch.no_grad():
+        # Leaves hooks of transformers on the layers, which ours must get along with.
+        t.model(**first, output_hidden_states=True)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor
 
 import matrix
@@ -25,7 +24,7 @@ import tiny
 
 STEPS = 3
 # What the library breaks is told of this release on; older ones break more.
-RECENT = Version(transformers.__version__) >= Version("5.23")
+RECENT = matrix.RECENT
 recent = pytest.mark.skipif(not RECENT, reason=f"what 5.23 breaks; here is transformers {transformers.__version__}")
 # One method per place of action; the recipe of each, and where it acts.
 PLACES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
@@ -47,6 +47,8 @@ class CallHooks:
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
             given = {**given.pop("kwargs", {}), **given.pop("generate_kwargs", {}), **given}
+            if self._enabled():
+                _refuse_chunks(self.parts.model, given)
             before, self._local.prompt = self._local.prompt, prompt_length(given)
             if self.parts.row.own_generate:
                 self._local.frames.enter(Frame(given))
@@ -94,3 +96,13 @@ class CallHooks:
     def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_traced_step(kwargs):
             self._local.frames.leave()
+
+
+def _refuse_chunks(model: Any, given: Mapping[str, Any]) -> None:
+    """given: arguments of generate()."""
+    config = given.get("generation_config") or getattr(model, "generation_config", None)
+    if given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+        raise UnsupportedInputError(
+            "A prompt that is prefilled in chunks cannot be squeezed: no pass holds all of a picture. Leave "
+            "prefill_chunk_size unset."
+        )

@@ -23,7 +23,12 @@ class Fittings:
 
     def after(self, module: nn.Module, hook: Any, first: bool = False) -> None:
         """Call hook(module, args, output) behind a module; first: ahead of the hooks that are there."""
-        self._undo.append(module.register_forward_hook(hook, prepend=first).remove)
+        there = list(module._forward_hooks.items()) if first else []
+        self._undo.append(module.register_forward_hook(hook).remove)
+        # prepend=True would only change the order of iteration, not that of insertion; torch.compile confuses the two.
+        for key, other in there:
+            del module._forward_hooks[key]
+            module._forward_hooks[key] = other
 
     def around(self, module: nn.Module, enter: Any, leave: Any) -> None:
         """Call enter(module, args, kwargs) ahead of a module and leave(...) behind it, also after an exception."""

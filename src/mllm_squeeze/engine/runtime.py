@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import torch
+import transformers
 from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
@@ -172,6 +174,7 @@ class Runtime:
         layout = None
         if features and frame is not None:
             _refuse_packed(kwargs)
+            _refuse_recomputed(self.parts)
             layout = layout_of(frame, features, self.parts, states, past, self._local.prompt)
             if not layout.spans:
                 # Some families are given their pictures again in later passes, which hold no placeholder.
@@ -308,4 +311,16 @@ def _refuse_packed(kwargs: Mapping[str, Any]) -> None:
         raise UnsupportedInputError(
             "Packed inputs (several prompts in one row, cu_seq_lens_q) cannot be squeezed. Pass a padded batch with an "
             "attention_mask."
+        )
+
+
+def _refuse_recomputed(parts: ModelParts) -> None:
+    """Older releases of transformers run hooks again when the backward pass recomputes a layer, outside of any call."""
+    layer = parts.layers[0]
+    inside = type(layer).__call__ is not nn.Module.__call__
+    if inside and torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise UnsupportedInputError(
+            f"transformers {transformers.__version__} recomputes layers together with their hooks, so a squeezed model "
+            "cannot be trained with gradient checkpointing. Call model.gradient_checkpointing_disable(), or install a "
+            "newer transformers."
         )

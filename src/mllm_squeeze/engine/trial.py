@@ -160,7 +160,10 @@ def _prompt(parts: ModelParts) -> dict[str, Any]:
     decoder: Any = parts.decoder
     generator = torch.Generator().manual_seed(0)
     device = next(decoder.embed_tokens.parameters()).device
-    words = min(int(parts.text_config.vocab_size), VOCABULARY)
+    config = parts.text_config
+    # Gemma 3n has a second table, for fewer words; some releases of transformers look up the others in it as well.
+    second = getattr(config, "vocab_size_per_layer_input", None) or VOCABULARY
+    words = min(int(config.vocab_size), int(second), VOCABULARY)
     ids = torch.randint(words, (1, _LENGTH), generator=generator).to(device)
     visual = _layout().visual.to(device)
     with torch.no_grad():
