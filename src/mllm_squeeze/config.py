@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mllm_squeeze import registry, template
 from mllm_squeeze.errors import ConfigError, UnknownNameError
-from mllm_squeeze.reducers.base import DecodeReducer, Place, Reducer
-from mllm_squeeze.validation import check_budget, check_kept, check_layers, check_order, check_totals, explain
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer
+from mllm_squeeze.steps import Step, check_order, check_totals, resolve_layers
+from mllm_squeeze.validation import Strict, explain
 
 _STEP_KEYS = ("reducer", "at", "kept")
 _PROVENANCE = ("source", "raw")
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Paper(_Model):
+class Paper(Strict):
     """The publication that a method comes from."""
 
     title: str
@@ -32,91 +28,7 @@ class Paper(_Model):
     venue: str | None = None
 
 
-class At(_Model):
-    """Where a step acts: exactly one of `encoder`, `keys`, `projector`, `layer`, `layers` and `cache`.
-
-    encoder: "all" or the zero-based index of a block of the vision encoder. keys: on image features that are attended
-    to from outside, by the queries of a Q-Former or by the text in cross-attention layers. layer, layers: the
-    zero-based index of the first decoder layer that runs short, or a fraction of the depth, a float between 0 and 1.
-    """
-
-    encoder: Literal["all"] | StrictInt | None = None
-    keys: Literal[True] | None = None
-    projector: Literal[True] | None = None
-    layer: StrictInt | StrictFloat | None = None
-    layers: tuple[StrictInt | StrictFloat, ...] | None = None
-    cache: Literal["prefill", "decode"] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_word(cls, value: Any) -> Any:
-        if value in ("projector", "keys"):
-            return {value: True}
-        if isinstance(value, Mapping):
-            return value
-        raise ValueError(
-            "give 'projector', 'keys' or one of {encoder: all}, {encoder: 3}, {layer: 2}, {layers: [0.25, 0.5]}, "
-            f"{{cache: prefill}} and {{cache: decode}}; got {value!r}"
-        )
-
-    @model_validator(mode="after")
-    def _one_place(self) -> At:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "give exactly one of encoder, keys, projector, layer, layers and cache; got "
-                + (" and ".join(given) or "none")
-            )
-        if isinstance(self.encoder, int) and self.encoder < 0:
-            raise ValueError(f"encoder is 'all' or the zero-based index of a block; got {self.encoder}")
-        check_layers((self.layer,) if self.layer is not None else self.layers)
-        return self
-
-    @property
-    def place(self) -> Place:
-        """The kind of place, in the words of `Reducer.places`."""
-        if self.encoder is not None:
-            return "encoder"
-        if self.cache is not None:
-            return "cache"
-        return "projector" if self.projector or self.keys else "layer"
-
-    def to_yaml(self) -> str | dict[str, Any]:
-        """Return the value of `at` as a recipe says it."""
-        if self.projector or self.keys:
-            return "projector" if self.projector else "keys"
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in self if v is not None}
-
-    def __str__(self) -> str:
-        value = self.to_yaml()
-        if isinstance(value, str):
-            return value
-        ((name, where),) = value.items()
-        return f"{name} {', '.join(map(str, where)) if isinstance(where, list) else where}"
-
-
-class Step(_Model):
-    """One reducer at one place.
-
-    kept: the fractions of the original tokens left after each of `at.layers`. options: the parameters of the reducer's
-    class. where: which step of which recipe this is, for messages.
-    """
-
-    reducer: str
-    at: At
-    kept: tuple[float, ...] | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    where: str = Field(default="", exclude=True, repr=False)
-
-    @model_validator(mode="after")
-    def _budgets(self) -> Step:
-        check_budget(self.options)
-        if self.kept is not None:
-            check_kept(self.kept, self.at.layers, self.options)
-        return self
-
-
-class Recipe(_Model):
+class Recipe(Strict):
     """A method: its parameters, filled in, and its steps in the order in which they run.
 
     source: the method name or path it was loaded from, or "dict". raw: the same recipe with its `${...}` references.
@@ -189,35 +101,6 @@ def build_reducer(step: Step) -> Reducer:
         return cls(**step.options)
     except ValidationError as error:
         raise ConfigError(explain(error, where, cls, step.options, also=_STEP_KEYS)) from None
-
-
-def resolve_layers(at: At, num_layers: int) -> tuple[int, ...]:
-    """Return the layer indices of a place in a decoder, or a vision encoder, of `num_layers` layers; () for the cache.
-
-    A fraction of the depth is rounded half up, is at least 1, at most the last layer, and in a list more than the one
-    before. Raises ConfigError where a layer is out of range.
-    """
-    if at.encoder == "all":
-        return tuple(range(num_layers))
-    given: Sequence[int | float] = at.layers or ()
-    if at.projector or at.keys:
-        given = (0,)
-    elif at.layer is not None or isinstance(at.encoder, int):
-        given = (at.layer if at.layer is not None else at.encoder,)  # type: ignore[assignment]
-    out: list[int] = []
-    for layer in given:
-        index = layer
-        if isinstance(layer, float):
-            index = min(max(1, math.floor(round(layer * num_layers, 9) + 0.5)), num_layers - 1)
-            index = max(index, out[-1] + 1) if out else index
-        if index >= num_layers or (out and index <= out[-1]):
-            stack = "encoder" if at.encoder is not None else "decoder"
-            raise ConfigError(
-                f"{at}: this model's {stack} has {num_layers} layers, so an index is from 0 to {num_layers - 1} and "
-                f"a list ascends; {layer} is layer {index} here."
-            )
-        out.append(int(index))
-    return tuple(out)
 
 
 def resolve_steps(recipe: Recipe, num_layers: int) -> tuple[tuple[int, ...], ...]:

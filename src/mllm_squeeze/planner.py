@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from mllm_squeeze.config import At, Recipe, build_reducer, resolve_steps
+from mllm_squeeze.config import Recipe, build_reducer, resolve_steps
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.planner_keys import check_modality, key_cuts
 from mllm_squeeze.reducers.base import DecodeReducer, Need, Reducer
+from mllm_squeeze.steps import At
 
 
 def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mllm_squeeze.config import Recipe, Step, build_reducer
+from mllm_squeeze.config import Recipe, build_reducer
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.steps import Step
 
 _FITTING = "(divprune, avgpool, random, uniform)"
 

@@ -1,4 +1,4 @@
-"""The rules that a recipe must follow, and the sentences that say which one it broke."""
+"""The rules that numbers and keys of a recipe must follow, and the sentences that say which one was broken."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from mllm_squeeze.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel, ValidationError
     from pydantic_core import ErrorDetails
-
-    from mllm_squeeze.config import At, Step
 
 RATIO_RULE = "ratio is the fraction removed, at least 0 and below 1"
 KEEP_RULE = "keep is the tokens kept per span (an int, at least 1) or the fraction kept (a float above 0, at most 1)"
+
+
+class Strict(BaseModel):
+    """Plain data that stays as it was checked; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def check_budget(options: Mapping[str, Any]) -> None:
@@ -65,63 +70,6 @@ def check_layers(layers: Sequence[int | float] | None) -> None:
     for earlier, later in pairwise(layers):
         if type(earlier) is type(later) and later <= earlier:
             raise ValueError(f"layers must ascend; got {list(layers)}")
-
-
-def check_order(places: Sequence[At]) -> None:
-    """Raise ValueError unless places ascend from encoder over projector and layers to cache; equal ones may repeat."""
-    for place in ("encoder", "cache"):
-        if sum(at.place == place for at in places) > 1:
-            raise ValueError(f"at most one step may act in the {place}; merge them into one")
-    for number, (before, after) in enumerate(pairwise(places), 2):
-        stage, _, last = _extent(before)
-        next_stage, first, _ = _extent(after)
-        # An index and a fraction compare only once the depth of the model is known; see resolve_steps.
-        known = type(first) is type(last) or first == 0
-        if next_stage < stage or (next_stage == stage and known and first < last):
-            raise ValueError(
-                f"steps run in ascending order of place (encoder, projector, layers, cache prefill, cache decode), but "
-                f"step {number} acts at {after}, after {before}; swap them"
-            )
-
-
-def check_totals(steps: Sequence[Step]) -> None:
-    """Raise ValueError where a later step asks for more tokens than an earlier one leaves; budgets are cumulative."""
-    left: dict[type, float] = {}
-    for number, step in enumerate(steps, 1):
-        if step.at.place == "cache":
-            continue
-        kept = _left(step)
-        if kept is None:
-            continue
-        before = left.get(type(kept))
-        if before is not None and kept > before + 1e-9:
-            raise ValueError(
-                f"budgets count from the original tokens, so a later step leaves no more than an earlier one; "
-                f"step {number} keeps {_short(kept)}, after a step that keeps {_short(before)}. {RATIO_RULE}"
-            )
-        left[type(kept)] = kept
-
-
-def _left(step: Step) -> int | float | None:
-    """Return what a step leaves of the original tokens: an int is tokens, a float a fraction."""
-    if step.kept is not None:
-        return float(step.kept[-1])
-    keep, ratio = step.options.get("keep"), step.options.get("ratio")
-    if keep is not None:
-        return keep
-    return None if ratio is None else 1.0 - float(ratio)
-
-
-def _extent(at: At) -> tuple[int, int | float, int | float]:
-    """Return the stage of a place, and the first and last index in it."""
-    if at.encoder is not None:
-        return (0, 0, 0) if at.encoder == "all" else (0, at.encoder, at.encoder)
-    if at.cache is not None:
-        return (2, 0, 0) if at.cache == "prefill" else (2, 1, 1)
-    if at.layers is not None:
-        return 1, at.layers[0], at.layers[-1]
-    layer = at.layer or 0
-    return 1, layer, layer
 
 
 def explain(
@@ -185,7 +133,3 @@ def _stop(text: str) -> str:
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _short(kept: float) -> str:
-    return f"{kept:.4g}"

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from mllm_squeeze import registry
-from mllm_squeeze.config import At, Recipe, build_reducer, describe, facts, load_recipe, resolve_layers, resolve_steps
+from mllm_squeeze.config import Recipe, build_reducer, describe, facts, load_recipe, resolve_steps
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 from mllm_squeeze.reducers.base import DecodeReducer, Place, Reducer
+from mllm_squeeze.steps import At, resolve_layers
 
 Change = Callable[[dict[str, Any]], Any]
 

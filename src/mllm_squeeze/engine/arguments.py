@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +21,16 @@ from mllm_squeeze.engine.sequence import (
     shorten_mask,
     shorten_padding,
 )
+from mllm_squeeze.engine.survivors import Survivors
 from mllm_squeeze.errors import UnsupportedInputError
-
-if TYPE_CHECKING:
-    from mllm_squeeze.engine.session import Session
 
 
 class LayerArguments:
     """Makes the arguments of each layer from those of the full sequence, once for all layers that see the same."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._parts = session.parts
+    def __init__(self, survivors: Survivors) -> None:
+        self._survivors = survivors
+        self._parts = survivors.parts
         self._made: dict[Any, Any] = {}
         # Bool (B, P'): held entries that the layers behind a decode step's choice do not see, None where all are seen.
         self._closed: Tensor | None = None
@@ -52,17 +50,17 @@ class LayerArguments:
         past_key_values = kwargs.get("past_key_values")
         source = self._parts.kv_sources.get(layer)
         entries = kv.kept_entries(past_key_values, layer if source is None else source)
-        if self._session.index is None and entries is None:
+        if self._survivors.index is None and entries is None:
             return kwargs
         self._refuse_window(layer)
         mask = kwargs.get("attention_mask")
         if mask is None and self._is_plain_decode(entries):
             kv.serve(past_key_values, layer)
-            return self.given(layer, hidden, kwargs) if self._session.renumbers(entries) else kwargs
+            return self.given(layer, hidden, kwargs) if self._survivors.renumbers(entries) else kwargs
         new = self.given(layer, hidden, kwargs)
         rows, entries = self._rows_of(layer, past_key_values, hidden.shape[1])
         new["attention_mask"] = self._mask(layer, mask, rows)
-        if self._session.index is not None and past_key_values is not None and source is None:
+        if self._survivors.index is not None and past_key_values is not None and source is None:
             announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
             kv.announce(past_key_values, layer, announced)
         elif past_key_values is not None:
@@ -73,14 +71,14 @@ class LayerArguments:
         """Return the arguments of a layer with rotary tables and positions of the survivors; the mask is left."""
         new = dict(kwargs)
         entries = kv.kept_entries(kwargs.get("past_key_values"), layer)
-        if self._session.index is None and entries is None:
+        if self._survivors.index is None and entries is None:
             return new
-        renumbers = self._session.renumbers(entries)
+        renumbers = self._survivors.renumbers(entries)
         return self._renumbered(layer, new, hidden, entries) if renumbers else self._gathered(new)
 
     def per_token(self, given: Any) -> Any:
         """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
-        index, width = self._session.index, self._session.width
+        index, width = self._survivors.index, self._survivors.width
         if index is None:
             return given
         if isinstance(given, (tuple, list)):
@@ -96,11 +94,11 @@ class LayerArguments:
 
     def _is_plain_decode(self, entries: KeptEntries | None) -> bool:
         """True where every row holds the same number of entries and sees them all, so that there is no mask to fix."""
-        return self._session.index is None and self._closed is None and entries is not None and entries.valid is None
+        return self._survivors.index is None and self._closed is None and entries is not None and entries.valid is None
 
     def _refuse_window(self, layer: int) -> None:
-        window, seen = self._parts.window(layer), self._session.past + self._session.width
-        if window is not None and is_flash(self._session.implementation) and seen > window:
+        window, seen = self._parts.window(layer), self._survivors.past + self._survivors.width
+        if window is not None and is_flash(self._survivors.implementation) and seen > window:
             raise UnsupportedInputError(
                 f"Layer {layer} sees a sliding window of {window} tokens, and {seen} were seen. FlashAttention counts "
                 "the entries that are left, not the tokens that were; load the model with "
@@ -114,7 +112,7 @@ class LayerArguments:
         source = self._parts.kv_sources.get(layer)
         holder = layer if source is None else source
         entries = kv.kept_entries(past_key_values, holder)
-        held = kv.held_entries(past_key_values, holder, self._session.past)
+        held = kv.held_entries(past_key_values, holder, self._survivors.past)
         if source is not None:
             return self._borrowed(entries, held, width), entries
         if not self._parts.has_entries(layer):
@@ -125,32 +123,32 @@ class LayerArguments:
 
     def _borrowed(self, entries: KeptEntries | None, held: int, width: int) -> Rows:
         """Return the rows of a layer that borrows keys and values, which hold the tokens of this pass already."""
-        session = self._session
-        index, valid = self._index_now(entries), session.valid
+        now = self._survivors
+        index, valid = self._index_now(entries), now.valid
         if entries is None or not held:
-            keys, key_valid = index + session.past, valid
+            keys, key_valid = index + now.past, valid
         else:
             keys, key_valid = entries.extended(held)
         # Where only the last logits are wanted, such layers run on the last tokens only.
         index = index[:, index.shape[1] - width :]
         query_valid = None if valid is None else valid[:, valid.shape[1] - width :]
         key_valid = self._seen(keys, key_valid)
-        return Rows(index, keys.to(index.device), query_valid, key_valid, session.past, session.width)
+        return Rows(index, keys.to(index.device), query_valid, key_valid, now.past, now.width)
 
     def _rows(self, entries: KeptEntries | None, held: int, whole: int | None) -> Rows:
-        session = self._session
-        index, past = self._index_now(entries), session.past
-        parts = [self._held_keys(entries, held, index), (index + past, session.valid)]
-        seen = past + session.width
+        now = self._survivors
+        index, past = self._index_now(entries), now.past
+        parts = [self._held_keys(entries, held, index), (index + past, now.valid)]
+        seen = past + now.width
         if whole is not None:
             coming = torch.arange(seen, whole, device=index.device)
             parts.append((coming.expand(index.shape[0], -1), None))
         keys, key_valid = _joined(parts)
         ahead = 0 if whole is None else whole - seen
-        return Rows(index, keys, session.valid, self._seen(keys, key_valid), past, session.width, ahead)
+        return Rows(index, keys, now.valid, self._seen(keys, key_valid), past, now.width, ahead)
 
     def _held_keys(self, entries: KeptEntries | None, held: int, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        past = self._session.past
+        past = self._survivors.past
         if entries is None or not held:
             return torch.arange(past - held, past, device=index.device).expand(index.shape[0], -1), None
         columns, valid = entries.extended(held)
@@ -164,36 +162,36 @@ class LayerArguments:
         return seen if valid is None else valid & seen
 
     def _index_now(self, entries: KeptEntries | None) -> Tensor:
-        if self._session.index is not None:
-            return self._session.index
+        if self._survivors.index is not None:
+            return self._survivors.index
         assert entries is not None
         columns = entries.columns
-        return torch.arange(self._session.width, device=columns.device).expand(columns.shape[0], -1)
+        return torch.arange(self._survivors.width, device=columns.device).expand(columns.shape[0], -1)
 
     def _mask(self, layer: int, mask: Any, rows: Rows) -> Tensor | None:
         if not self._parts.has_entries(layer):
             # Layers without entries read which tokens are real, not who may see whom.
             return self._once(("real", id(mask), id(rows)), lambda: shorten_padding(mask, rows))
         found: Tensor | None = self._once(
-            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self._session.implementation)
+            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self._survivors.implementation)
         )
         return found
 
     def _announced(self, rows: Rows, entries: KeptEntries | None) -> KeptEntries:
-        session = self._session
-        assert session.shift is not None
+        now = self._survivors
+        assert now.shift is not None
         # The last column is never padding when rows are padded on the left.
-        shift = session.shift[:, -1] if entries is None else session.shift[:, -1] + entries.shift.to(rows.keys.device)
-        seen = session.past + session.width
+        shift = now.shift[:, -1] if entries is None else now.shift[:, -1] + entries.shift.to(rows.keys.device)
+        seen = now.past + now.width
         filled = rows.keys.shape[1] - rows.ahead
         columns, valid = rows.keys[:, :filled], None if rows.key_valid is None else rows.key_valid[:, :filled]
-        visual = None if session.plan.decode is None else self._visual(filled, entries)
-        return KeptEntries(columns, valid, seen, shift, session.tail, visual, session.renumbers(entries))
+        visual = None if now.plan.decode is None else self._visual(filled, entries)
+        return KeptEntries(columns, valid, seen, shift, now.tail, visual, now.renumbers(entries))
 
     def _visual(self, filled: int, entries: KeptEntries | None) -> Tensor:
         """Return bool (B, P): which entries of a KV layer will be visual."""
-        session = self._session
-        new = session.visual if session.valid is None else session.visual & session.valid
+        now = self._survivors
+        new = now.visual if now.valid is None else now.visual & now.valid
         before = new.new_zeros(new.shape[0], filled - new.shape[1])
         if entries is not None and entries.visual is not None:
             before[:, : entries.visual.shape[1]] = entries.visual
@@ -203,7 +201,7 @@ class LayerArguments:
 
     def _gathered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take the survivors' rows of rotary tables and positions."""
-        index, width = self._session.index, self._session.width
+        index, width = self._survivors.index, self._survivors.width
         if index is None:
             return kwargs
         tables = kwargs.get("position_embeddings")
@@ -214,7 +212,7 @@ class LayerArguments:
             # Flash attention reads gaps between positions as packed sequences, so it must not see them.
             kwargs["position_ids"] = (
                 None
-                if is_flash(self._session.implementation)
+                if is_flash(self._survivors.implementation)
                 else self._once(("positions", id(positions)), lambda: gather_positions(positions, index))
             )
         return kwargs
@@ -238,7 +236,7 @@ class LayerArguments:
     def _new_positions(
         self, layer: int, positions: Tensor, hidden: Tensor, entries: KeptEntries | None
     ) -> tuple[Tensor, Any]:
-        index, shift = self._session.index, self._session.shift
+        index, shift = self._survivors.index, self._survivors.shift
         positions = positions.expand(hidden.shape[0], -1)
         if index is not None and shift is not None:
             positions = positions.gather(1, index.to(positions.device)) - shift.to(positions.device)

@@ -1,4 +1,4 @@
-"""One pass through the decoder: which tokens are left, where they stand, and what was cut."""
+"""One pass through the decoder: what its taps read, what is cut, and what comes out at full length."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine.arguments import LayerArguments
-from mllm_squeeze.engine.cut_layers import KeptEntries
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence import gather_rows
 from mllm_squeeze.engine.spans import Features, SpanTable, first_table
+from mllm_squeeze.engine.survivors import Survivors
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
@@ -22,10 +22,10 @@ from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Reduction
 
 
-class Session:
+class Session(Survivors):
     """State of one decoder pass; it lives as long as the pass, what decode needs lives with the cache.
 
-    width: tokens of this pass before any cut. past: tokens seen before. layout: None where there is nothing to cut.
+    layout: None where there is nothing to cut.
     """
 
     # Where keys are reduced that are attended to from outside: what was attended to, and the words beside the keys.
@@ -41,8 +41,8 @@ class Session:
         width: int,
         past: int,
     ) -> None:
-        self.plan, self.parts, self.layout, self.features = plan, parts, layout, features
-        self.width, self.past = width, past
+        super().__init__(plan, parts, width, past)
+        self.layout, self.features = layout, features
         self.cuts: list[Cut] = []
         self.traces: list[StageTrace] = []
         # Sequence length of each layer in this pass, and the entries it held before.
@@ -58,9 +58,6 @@ class Session:
         self._full: Tensor | None = None
         # Trailing tokens whose output is wanted, None for all tokens.
         self.wanted: int | None = None
-        self.index: Tensor | None = None
-        self.valid: Tensor | None = None
-        self.shift: Tensor | None = None
         self.stage = 0
         if layout is not None:
             self.row_lengths = [int(n) for n in layout.real.sum(1)]
@@ -70,22 +67,6 @@ class Session:
     def cutting(self) -> bool:
         """True in a prefill with visual tokens."""
         return self.layout is not None
-
-    @property
-    def repack(self) -> bool:
-        """True where survivors of a new cut are renumbered."""
-        parts = self.parts
-        # Layers that borrow keys would see them at positions of two numberings.
-        return self.plan.repack and not parts.mrope and not parts.kv_sources and parts.rotary is not None
-
-    def renumbers(self, entries: KeptEntries | None) -> bool:
-        """Say whether positions are renumbered; a cache goes on as it began, whatever is applied now."""
-        return self.repack if entries is None else entries.repack
-
-    @property
-    def implementation(self) -> str:
-        """Attention implementation of the text model."""
-        return str(self.parts.text_config._attn_implementation)
 
     @marked("shorten")
     def prepare(self, device: torch.device) -> None:

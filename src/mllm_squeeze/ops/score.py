@@ -19,6 +19,15 @@ def unit(x: Tensor) -> Tensor:
     return x / length.clamp(min=torch.finfo(x.dtype).tiny)
 
 
+def own_variance(x: Tensor, mask: Tensor, quality: Tensor | None) -> Tensor:
+    """Return float32 (S, N), the diagonal of the kernel of `dpp_map`: quality squared, 0 for zero vectors and padding.
+
+    Exactly 1 where all count alike, so that the first pick is the first token, not a matter of rounding.
+    """
+    variance = ((x != 0).any(2) & mask).to(at_least_float32(x).dtype)
+    return variance if quality is None else variance * quality.to(variance.dtype).square()
+
+
 @selection
 def cosine(a: Tensor, b: Tensor, normed: bool = False) -> Tensor:
     """Return float32 (S, A, B), the cosine between each pair of rows of a (S, A, D) and b (S, B, D).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .kernels import available
 from .precision import at_least_float32, on_device, selection
-from .score import unit
+from .score import own_variance, unit
 
 # Above this many entries the matrix of all distances is not built; rows are computed when they are needed.
 _GRAM_LIMIT = 1 << 27
@@ -206,15 +206,6 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
     turn = torch.arange(len(picks), device=mask.device)
     wanted = (turn < torch.minimum(k, mask.sum(1))[:, None]).expand(spans, -1)
     return put_back(torch.zeros_like(mask), torch.cat(picks, 1), wanted, wanted)
-
-
-def own_variance(x: Tensor, mask: Tensor, quality: Tensor | None) -> Tensor:
-    """Return float32 (S, N), the diagonal of the kernel of `dpp_map`: quality squared, 0 for zero vectors and padding.
-
-    Exactly 1 where all count alike, so that the first pick is the first token, not a matter of rounding.
-    """
-    variance = ((x != 0).any(2) & mask).to(at_least_float32(x).dtype)
-    return variance if quality is None else variance * quality.to(variance.dtype).square()
 
 
 @selection

@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..score import unit
-from ..select import own_variance
+from ..score import own_variance, unit
 from . import launching, power_of_two, readable
 from .match import best_target, inverse_norms
 
