@@ -128,6 +128,10 @@ def choice_cases(size: Shapes, device: str, dtype: torch.dtype) -> Iterator[Case
     yield Case("farthest point", words, both(ops.farthest_point, x, mask, k, size.kept))
     if size.kept <= 512:
         yield Case("dpp map", words, both(ops.dpp_map, x, mask, k, size.kept))
+        yield Case("facility location", words, both(ops.facility_location, x, mask, k, size.kept))
+    alike, there = ops.cosine(x[:, :8], x), torch.ones(1, 8, dtype=torch.bool, device=device)
+    calls = both(ops.least_alike_in_turns, mask, [alike], [there], k)
+    yield Case("pivots in turns", f"8 pivots, {size.tokens} tokens to {size.kept}", calls)
     keys = x[..., : size.head_dim].contiguous()
     words = f"{size.tokens} keys of {keys.shape[-1]}, {size.kept} merged"
     yield Case("bipartite match", words, both(ops.bipartite_match, keys, mask, k))

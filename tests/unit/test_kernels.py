@@ -71,7 +71,7 @@ def test_the_benchmark_runs_and_its_contestants_agree(tmp_path):
     done = run([str(ROOT / "benchmarks" / "kernels.py"), "--smoke", "--json", str(tmp_path / "out.json")])
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out.json").read_text())
-    assert len(report["cases"]) == 11 and report["environment"]["triton"]
+    assert len(report["cases"]) == 13 and report["environment"]["triton"]
     for case in report["cases"]:
         assert case["difference"] <= (1e-2 if case["case"] == "merge tokens" else 1e-5), case
         assert {"kernel", "torch"} <= set(case["contestants"])
@@ -118,36 +118,6 @@ def test_gather_together_takes_rows_and_passes_gradients():
     assert place.tolist() == [[0, 2, 4], [6, 7, 8]]
     taken.sum().backward()
     assert hidden.grad[0, :, 0].tolist() == [1, 0, 1, 0, 1]
-
-
-def test_dpp_map_worked_example():
-    # Four unit vectors; relevance 0, 1, .5, .25. The best pair by its determinant is {1, 2}.
-    angles = torch.tensor([0.0, 20, 90, 100]).deg2rad()
-    x = torch.stack([angles.cos(), angles.sin()], 1)[None]
-    quality, mask = torch.tensor([[0.0, 1.0, 0.5, 0.25]]), torch.ones(1, 4, dtype=torch.bool)
-    keep = ops.dpp_map(x, mask, torch.tensor([2]), 2, quality)
-    assert keep[0].nonzero()[:, 0].tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_dpp_map_is_the_greedy_determinant(seed):
-    torch.manual_seed(seed)
-    x, quality = torch.randn(1, 9, 6), torch.rand(1, 9) + 0.2
-    mask = torch.tensor([[True] * 7 + [False] * 2])
-    unit = torch.nn.functional.normalize(x[0].double(), dim=1) * quality[0, :, None].double()
-    kernel = unit @ unit.T
-    picked = []
-    for _ in range(5):
-        others = [i for i in range(7) if i not in picked]
-        picked.append(max(others, key=lambda i: float(kernel[[*picked, i]][:, [*picked, i]].det())))
-    keep = ops.dpp_map(x, mask, torch.tensor([5]), 5, quality)
-    assert keep[0].nonzero()[:, 0].tolist() == sorted(picked)
-
-
-def test_dpp_map_takes_the_lowest_index_when_all_is_explained():
-    x = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 0]]])
-    keep = ops.dpp_map(x, torch.ones(1, 5, dtype=torch.bool), torch.tensor([3]), 3)
-    assert keep[0].tolist() == [True, True, True, False, False]
 
 
 def test_attention_band_is_causal_windowed_and_packed():

@@ -1,19 +1,15 @@
-"""Ranks, top-k, farthest points, compaction."""
+"""Ranks, top-k, compaction."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from reference import rules
-from reference.build import chosen, circle, pad
+from reference.build import chosen, ragged
 
 from mllm_squeeze import ops
 
 NAN, INF = float("nan"), float("inf")
-
-
-def ragged(*lengths):
-    return pad([torch.ones(n, dtype=torch.bool) for n in lengths], max(lengths), False)
 
 
 def test_top_k_breaks_ties_by_index():
@@ -85,32 +81,6 @@ def test_best_first_orders_and_pads():
     assert index.tolist() == [[1, 2, 0, 0], [0, 0, 0, 0]]
     assert filled.tolist() == [[True, True, True, False], [True, False, False, False]]
     assert ops.best_first(scores[:, :0], ragged(3, 1)[:, :0], 2)[1].tolist() == [[False, False]] * 2
-
-
-def test_farthest_point_worked_example():
-    x, mask = circle(0, 10, 90, 95, 200)[None], torch.ones(1, 5, dtype=torch.bool)
-    for k, expected in [(1, [4]), (2, [1, 4]), (3, [1, 3, 4]), (9, [0, 1, 2, 3, 4])]:
-        assert chosen(ops.farthest_point(x, mask, torch.tensor([k]), k)) == expected
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("limit", [1 << 27, 40])
-def test_farthest_point_is_the_greedy_search(seed, limit, monkeypatch):
-    from mllm_squeeze.ops import select
-
-    monkeypatch.setattr(select, "_GRAM_LIMIT", limit)  # the low limit takes the path without the matrix of distances
-    torch.manual_seed(seed)
-    lengths, budgets = [1, 9, 24, 17], [3, 4, 10, 17]
-    x = pad([torch.randn(n, 5) for n in lengths], 24, NAN)
-    keep = ops.farthest_point(x, ragged(*lengths), torch.tensor(budgets), max(budgets))
-    for i, n in enumerate(lengths):
-        assert chosen(keep, i) == sorted(rules.divprune(x[i, :n].double().tolist(), budgets[i]))
-
-
-def test_farthest_point_never_picks_a_duplicate_twice():
-    x = torch.ones(1, 6, 3)
-    keep = ops.farthest_point(x, torch.ones(1, 6, dtype=torch.bool), torch.tensor([4]), 4)
-    assert chosen(keep) == [0, 1, 2, 3]
 
 
 def test_noise_depends_on_the_count_only():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .budget import *  # noqa: F403
+    from .greedy import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .precision import *  # noqa: F403
     from .score import *  # noqa: F403
@@ -26,6 +27,12 @@ _MODULES = {
         "spread",
         "stage_counts",
         "stage_fractions",
+    ),
+    "greedy": (
+        "dpp_map",
+        "facility_location",
+        "farthest_point",
+        "least_alike_in_turns",
     ),
     "merge": (
         "added_mean_weights",
@@ -63,8 +70,6 @@ _MODULES = {
     "select": (
         "best_first",
         "compact_indices",
-        "dpp_map",
-        "farthest_point",
         "gather_together",
         "local_index",
         "positions",

@@ -11,6 +11,8 @@ from .precision import at_least_float32, selection
 # Logits held at once by default: 2 ** 25 float32 numbers are 128 MiB.
 _BLOCK_LOGITS = 1 << 25
 
+_GRAINS = float(1 << 30)
+
 
 def unit(x: Tensor) -> Tensor:
     """Return x (..., D) scaled to length 1 in float32 or better; zero vectors stay zero."""
@@ -26,6 +28,23 @@ def own_variance(x: Tensor, mask: Tensor, quality: Tensor | None) -> Tensor:
     """
     variance = ((x != 0).any(2) & mask).to(at_least_float32(x).dtype)
     return variance if quality is None else variance * quality.to(variance.dtype).square()
+
+
+def in_grains(value: Tensor) -> Tensor:
+    """Return int64, the values in grains of 2 ** -30: sums are exact then, whatever their order, and ties are ties."""
+    return (value.double().nan_to_num() * _GRAINS).round().long()
+
+
+def likeness(products: Tensor, mask: Tensor) -> Tensor:
+    """Return int32 (S, N, N), (1 + cosine) / 2 in grains, symmetric to the last of them, 0 to padding.
+
+    products: float (S, N, N), the cosine of all pairs; it is overwritten.
+    """
+    alike = products.clamp_(max=1).add_(1).mul_(0.5)
+    # Of two tokens that are alike only to each other, either adds the same: rounding must not decide.
+    alike.diagonal(dim1=1, dim2=2).fill_(1)
+    alike.masked_fill_(~(mask[:, :, None] & mask[:, None]), 0)
+    return torch.maximum(alike, alike.transpose(1, 2)).mul_(_GRAINS).round_().int()
 
 
 @selection

@@ -1,4 +1,4 @@
-"""Choosing tokens: ranks and top-k with a budget per span, farthest points, compaction. Ties: lowest index first.
+"""Choosing tokens: ranks and top-k with a budget per span, compaction. Ties: lowest index first.
 
 Throughout, S is spans, N tokens of the longest span, and `mask` bool (S, N) is False at padding.
 """
@@ -12,10 +12,6 @@ from torch import Tensor
 
 from .kernels import available
 from .precision import at_least_float32, on_device, selection
-from .score import own_variance, unit
-
-# Above this many entries the matrix of all distances is not built; rows are computed when they are needed.
-_GRAM_LIMIT = 1 << 27
 
 
 def _comparable(scores: Tensor, mask: Tensor) -> Tensor:
@@ -147,99 +143,3 @@ def put_back(base: Tensor, index: Tensor, filled: Tensor, values: Tensor) -> Ten
     width = base.shape[1]
     padded = torch.nn.functional.pad(base, (0, 1))
     return padded.scatter(1, torch.where(filled, index, width), values.to(base.dtype))[:, :width]
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Return x @ x^T, (S, N, N); on a CPU each pair of blocks is multiplied once."""
-    if x.device.type != "cpu":
-        return x @ x.transpose(1, 2)
-    width = x.shape[1]
-    block = max(64, -(-width // 8))
-    out = x.new_empty(x.shape[0], width, width)
-    for start in range(0, width, block):
-        stop = min(width, start + block)
-        part = x[:, start:stop] @ x[:, start:].transpose(1, 2)
-        out[:, start:stop, start:] = part
-        out[:, stop:, start:stop] = part[..., stop - start :].transpose(1, 2)
-    return out
-
-
-def _distances(x: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
-    """Return (S, stop - start, N), cosine distances from some unit vectors to all; infinite to itself and padding."""
-    whole = start == 0 and stop == x.shape[1]
-    products = _gram(x) if whole else x[:, start:stop] @ x.transpose(1, 2)
-    distance = products.neg_().add_(1).masked_fill_(~mask[:, None], torch.inf)
-    distance.diagonal(offset=start, dim1=1, dim2=2).fill_(torch.inf)
-    return distance
-
-
-@selection
-def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
-    """Return bool (S, N), the k tokens of each span picked greedily, each the farthest from those picked before.
-
-    The first one is the token farthest from its nearest neighbour; distance is 1 - cosine in float32; a picked token is
-    never picked again. x: (S, N, D). k: int64 (S,). steps: host number, the largest k. One small step per pick, batched
-    over spans; memory (S, N, N), or (S, N, D) where that is too much.
-    """
-    if available(x):
-        from .kernels import greedy as fast
-
-        if fast.supports(x, mask):
-            return fast.farthest_point(x, mask, k, steps)
-    x = unit(x)
-    spans, width = mask.shape
-    block = max(1, min(width, _GRAM_LIMIT // max(1, spans * width)))
-    blocks = (_distances(x, mask, start, min(width, start + block)) for start in range(0, width, block))
-    # With one block all distances are at hand; else each row is computed when it is needed.
-    gram = next(blocks) if block == width else None
-    nearest = gram.amin(2) if gram is not None else torch.cat([b.amin(2) for b in blocks], 1)
-    # A step is a few small operations, so what can wait until the end waits.
-    closed, picks = ~mask, []
-    for step in range(min(steps, width)):
-        pick = nearest.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
-        closed.scatter_(1, pick, True)
-        picks.append(pick)
-        row = take(gram, pick)[:, 0] if gram is not None else 1 - (x @ take(x, pick).transpose(1, 2))[..., 0]
-        nearest = row if step == 0 else torch.minimum(nearest, row)
-    if not picks:
-        return torch.zeros_like(mask)
-    turn = torch.arange(len(picks), device=mask.device)
-    wanted = (turn < torch.minimum(k, mask.sum(1))[:, None]).expand(spans, -1)
-    return put_back(torch.zeros_like(mask), torch.cat(picks, 1), wanted, wanted)
-
-
-@selection
-def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | None = None) -> Tensor:
-    """Return bool (S, N), the k tokens of each span picked greedily for the largest determinant of their kernel.
-
-    Greedy MAP of a determinantal point process, arXiv 1709.05135: the kernel is quality_i * cosine * quality_j, and
-    each pick is the token of largest variance that the earlier picks do not explain. Variance below a millionth of the
-    largest counts as none, so tokens that the picks explain fully follow by index. x: (S, N, D). quality: (S, N), not
-    negative; None counts all alike. k: int64 (S,). steps: host number, the largest k. Memory (S, steps, N), and
-    (S, N, N) with the kernels.
-    """
-    if available(x):
-        from .kernels import greedy as fast
-
-        if fast.supports(x, mask, matrix=True):
-            return fast.dpp_map(x, mask, k, steps, quality)
-    variance = own_variance(x, mask, quality)
-    floor = variance.amax(1, keepdim=True) * 1e-6
-    x = unit(x)
-    if quality is not None:
-        x = x * quality[..., None].to(x.dtype)
-    place = positions(mask)
-    chosen = torch.zeros_like(mask)
-    factors = x.new_zeros(mask.shape[0], min(steps, mask.shape[1]), mask.shape[1])
-    k = torch.minimum(k, mask.sum(1))
-    for step in range(factors.shape[1]):
-        best, pick = variance.masked_fill(~mask | chosen, -torch.inf).max(1, keepdim=True)
-        chosen |= (place == pick) & (step < k)[:, None]
-        known = factors[:, :step]
-        at_pick = known.gather(2, pick[:, None].expand(-1, step, -1))
-        row = (x @ take(x, pick).transpose(1, 2))[..., 0] - (known * at_pick).sum(1)
-        row = torch.where(best > 0, row / best.clamp(min=1e-30).sqrt(), 0)
-        factors[:, step] = row
-        variance = variance - row.square()
-        variance = torch.where(variance > floor, variance, 0)
-    return chosen

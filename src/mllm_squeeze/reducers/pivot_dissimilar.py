@@ -29,18 +29,8 @@ def pivots_and_dissimilar(visual: Side, text: Side, total: Tensor, pivots: int, 
     word, spoken = ops.best_first(text[0], text[2], min(words, text[0].shape[1]))
     real = real & (ops.positions(real) < total[:, None])
     kept = ops.top_k_mask(norms, mask, total.clamp(max=pivots))
-    likeness = [
-        *ops.cosine(ops.take(features, image), features).unbind(1),
-        *ops.cosine(ops.take(text[1], word), features).unbind(1),
-    ]
-    there = [*real.unbind(1), *spoken.unbind(1)]
-    rest = total - kept.sum(1)
-    sharing = (real.sum(1) + spoken.sum(1)).clamp(min=1)
-    # Where visual pivots are missing there is nothing to share, so the number of a pivot is its turn.
-    for turn, (similar, exists) in enumerate(zip(likeness, there, strict=True)):
-        quota = (rest.div(sharing, rounding_mode="floor") + (turn < rest % sharing)) * exists
-        kept = kept | ops.top_k_mask(-similar, mask & ~kept, quota)
-    return kept
+    alike = [ops.cosine(ops.take(part, index), features) for part, index in ((features, image), (text[1], word))]
+    return kept | ops.least_alike_in_turns(mask & ~kept, alike, (real, spoken), total - kept.sum(1))
 
 
 class PivotDissimilar(Reducer):

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from mllm_squeeze.ops import attention_band
-from mllm_squeeze.ops.kernels import attention, gather, greedy, match
+from mllm_squeeze.ops.kernels import attention, cover, gather, gram, greedy, match, turns
 
 # Shared memory of one block on an H100 or H200.
 SHARED = 227 * 1024
@@ -49,7 +49,7 @@ def built(monkeypatch, tmp_path):
     triton.runtime.driver.set_active(Hopper())
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for module in (attention, greedy, match):
+    for module in (attention, gram, match):
         monkeypatch.setattr(module, "readable", lambda x: x)
     yield found
     assert found
@@ -95,12 +95,15 @@ def test_greedy_loops(built, tokens):
     start, k = torch.ones(1, tokens), torch.ones(1, dtype=torch.int64)
     greedy._select(matrix, start, mask, k, one, one, dpp=False)
     greedy._select(matrix, start, mask, k, one, one, dpp=True)
+    whole = start.to(torch.int64)
+    cover.launch(matrix.int(), whole, mask, k, 1, start.double(), mask.to(torch.int8))
+    turns.least_alike_in_turns(mask, torch.ones(1, 8, tokens), torch.ones(1, 8, dtype=torch.int64))
 
 
 def test_matrix_and_rows_of_greedy_loops(built, monkeypatch):
     x, mask = torch.ones(1, 160, 128, dtype=torch.bfloat16), torch.ones(1, 160, dtype=torch.bool)
-    greedy.gram(x, mask, None, distance=True)
-    greedy.gram(x, mask, None, distance=False)
+    gram.gram(x, mask, None, distance=True)
+    gram.gram(x, mask, None, distance=False)
     greedy._by_rows(x, mask, torch.tensor([2]), 2)
 
 

@@ -72,3 +72,8 @@ def circle(*degrees: float) -> Tensor:
 def chosen(keep: Tensor, row: int = 0) -> list[int]:
     """Return the indices kept in one row."""
     return keep[row].nonzero()[:, 0].tolist()
+
+
+def ragged(*lengths):
+    """Return a mask bool (S, N) with so many tokens in each span."""
+    return pad([torch.ones(n, dtype=torch.bool) for n in lengths], max(lengths), False)

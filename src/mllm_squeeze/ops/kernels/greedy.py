@@ -6,7 +6,7 @@ the largest, and update all numbers from the picked token's row of a similarity 
 steps, so what counts is the latency of a step. One program per span holds the numbers in registers for the whole
 loop; a step is one reduction and one row of N floats from L2 (11.5 KB for 2,880 tokens). Hence the matrix is computed
 first, at full speed on the tensor cores (bf16 in, float32 sums, norms applied afterwards, so nothing is lost to
-rounding to bf16).
+rounding to bf16, see gram.py).
 
 Recomputing a row instead means reading all N * D features per pick: 20 MB for 2,880 tokens of size 3,584, which one
 multiprocessor cannot do in time, at any N. So the matrix is used as long as it fits in memory that may be borrowed
@@ -25,77 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..score import own_variance, unit
-from . import launching, power_of_two, readable
+from ..score import own_variance
+from . import launching, power_of_two
+from .gram import gram, group
 from .match import best_target, inverse_norms
-
-# Entries of the matrix of all pairs that may be held at once: 2 ** 28 float32 numbers are 1 GiB.
-GRAM_LIMIT = 1 << 28
-# Numbers per token are held in the registers of one program.
-WIDTH_LIMIT = 1 << 15
-
-
-@triton.jit
-def _gram(
-    x, scale, mask, out, N, d, stride_span, stride_row, stride_dim, out_row,
-    DISTANCE: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    span = tl.program_id(2).to(tl.int64)
-    x += span * stride_span
-    a = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    dot = tl.zeros((BLOCK, BLOCK), tl.float32)
-    left_row = a.to(tl.int64)[:, None] * stride_row
-    right_row = b.to(tl.int64)[None, :] * stride_row
-    for first in range(0, d, BD):
-        dims = first + tl.arange(0, BD)
-        inside = dims < d
-        left = tl.load(x + left_row + dims[None, :] * stride_dim, mask=(a < N)[:, None] & inside[None, :], other=0.0)
-        right = tl.load(x + right_row + dims[:, None] * stride_dim, mask=(b < N)[None, :] & inside[:, None], other=0.0)
-        dot = tl.dot(left, right, dot)
-    left_scale = tl.load(scale + span * N + a, mask=a < N, other=0.0)
-    right_scale = tl.load(scale + span * N + b, mask=b < N, other=0.0)
-    value = dot * left_scale[:, None] * right_scale[None, :]
-    if DISTANCE:
-        there = tl.load(mask + span * N + b, mask=b < N, other=0) != 0
-        value = tl.where((a[:, None] == b[None, :]) | ~there[None, :], float("inf"), 1 - value)
-    place = (span * N + a.to(tl.int64))[:, None] * out_row + b[None, :]
-    tl.store(out + place, value, mask=(a < N)[:, None] & (b < N)[None, :])
-
-
-def gram(x: Tensor, mask: Tensor, quality: Tensor | None, distance: bool) -> Tensor:
-    """Return float32 (S, N, N'), N' >= N: products of the rows of x (S, N, D) scaled to length `quality` (None: 1).
-
-    distance: 1 - that instead, infinite to itself and to padding.
-    """
-    if x.dtype == torch.float32:
-        return _exact_gram(x, mask, quality, distance)
-    x = readable(x)
-    spans, width, dim = x.shape
-    scale = inverse_norms(x)
-    if quality is not None:
-        scale = scale * quality.float()
-    # Rows of whole 64 bytes, so that they can be read in wide loads.
-    row = triton.cdiv(width, 16) * 16
-    out = torch.empty(spans, width, row, device=x.device)
-    block = 128 if width > 128 else min(64, power_of_two(width))
-    blocks = triton.cdiv(width, block)
-    with launching(x):
-        _gram[(blocks, blocks, spans)](
-            x, scale, mask.contiguous(), out, width, dim, *x.stride(), row, DISTANCE=distance, BLOCK=block,
-            BD=min(64, power_of_two(dim)), num_warps=8 if block == 128 else 4, num_stages=3,
-        )  # fmt: skip
-    return out
-
-
-def _exact_gram(x: Tensor, mask: Tensor, quality: Tensor | None, distance: bool) -> Tensor:
-    """Return the same for float32, by the reference's own arithmetic: the tensor cores would round it to TF32."""
-    x = unit(x) if quality is None else unit(x) * quality[..., None].float()
-    out = x @ x.transpose(1, 2)
-    if distance:
-        out = (1 - out).masked_fill_(~mask[:, None], torch.inf)
-        out.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    return out
 
 
 @triton.jit
@@ -147,20 +80,10 @@ def _select(
     return chosen.bool()
 
 
-def _group(spans: int, width: int) -> int:
-    """Return how many spans go through the matrix at once; 0 where not even one does."""
-    return min(spans, GRAM_LIMIT // (width * triton.cdiv(width, 16) * 16)) if width <= WIDTH_LIMIT else 0
-
-
-def supports(x: Tensor, mask: Tensor, matrix: bool = False) -> bool:
-    """Return whether the kernels take these shapes. matrix: they need the matrix of all pairs."""
-    return x.shape[1] > 0 and x.shape[2] > 0 and (not matrix or _group(mask.shape[0], mask.shape[1]) > 0)
-
-
 def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
     """Return bool (S, N), as `ops.farthest_point`."""
     k = torch.minimum(k, mask.sum(1)).clamp(max=steps)
-    size = _group(*mask.shape)
+    size = group(*mask.shape)
     if size == 0:
         return _by_rows(x, mask, k, steps)
     chosen = []
@@ -175,9 +98,9 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
 
 
 def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | None = None) -> Tensor:
-    """Return bool (S, N), as `ops.dpp_map`; `supports(..., matrix=True)` must hold."""
+    """Return bool (S, N), as `ops.dpp_map`; `gram.supports(..., matrix=True)` must hold."""
     k = torch.minimum(k, mask.sum(1)).clamp(max=steps)
-    size = _group(*mask.shape)
+    size = group(*mask.shape)
     chosen = []
     for i in range(0, mask.shape[0], size):
         there = mask[i : i + size].contiguous()
@@ -190,6 +113,37 @@ def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | No
     return torch.cat(chosen)
 
 
+@triton.jit
+def last_pick(winner, index, span, blocks, N, BLOCKS: tl.constexpr):
+    """Return the best of the winners that the blocks of the launch before left."""
+    block = tl.arange(0, BLOCKS)
+    best = tl.load(winner + span * blocks + block, mask=block < blocks, other=float("-inf"))
+    place = tl.load(index + span * blocks + block, mask=block < blocks, other=N - 1)
+    # NaN must not lead outside.
+    return tl.minimum(tl.min(tl.where(best == tl.max(best, 0), place, N - 1), 0), N - 1)
+
+
+@triton.jit
+def leave_winner(winner, index, score, span, blocks, BN: tl.constexpr):
+    """Store the best of this block's scores (BN,), and which token has it."""
+    best, place = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(winner + span * blocks + tl.program_id(0), best)
+    tl.store(index + span * blocks + tl.program_id(0), (tl.program_id(0) * BN + place).to(tl.int64))
+
+
+def first_winners(score: Tensor, block: int) -> list[tuple[Tensor, Tensor]]:
+    """Return two sets of block winners (S, blocks), values and tokens; a launch reads one while it writes the other.
+
+    score: (S, N), -inf at padding.
+    """
+    spans, width = score.shape
+    blocks = triton.cdiv(width, block)
+    padded = torch.nn.functional.pad(score, (0, blocks * block - width), value=-torch.inf)
+    best, place = padded.view(spans, blocks, block).max(2)
+    place = place + torch.arange(0, width, block, device=score.device)
+    return [(best, place), (torch.empty_like(best), torch.empty_like(place))]
+
+
 @triton.jit(do_not_specialize=["step"])
 def _step(
     x, inverse, mask, count, nearest, winner_in, index_in, winner_out, index_out, chosen, step, N, d, blocks,
@@ -197,10 +151,7 @@ def _step(
 ):  # fmt: skip
     span = tl.program_id(1).to(tl.int64)
     x += span * stride_span
-    block = tl.arange(0, BLOCKS)
-    best = tl.load(winner_in + span * blocks + block, mask=block < blocks, other=float("-inf"))
-    index = tl.load(index_in + span * blocks + block, mask=block < blocks, other=N - 1)
-    pick = tl.minimum(tl.min(tl.where(best == tl.max(best, 0), index, N - 1), 0), N - 1)
+    pick = last_pick(winner_in, index_in, span, blocks, N, BLOCKS)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = n < N
     dot = tl.zeros((BN,), tl.float32)
@@ -221,9 +172,7 @@ def _step(
     now = tl.where(step == 0, distance, tl.minimum(before, distance))
     now = tl.where(real & ~taken, now, float("-inf"))
     tl.store(nearest + span * N + n, now, mask=inside)
-    high, place = tl.max(now, 0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(winner_out + span * blocks + tl.program_id(0), high)
-    tl.store(index_out + span * blocks + tl.program_id(0), (tl.program_id(0) * BN + place).to(tl.int64))
+    leave_winner(winner_out, index_out, now, span, blocks, BN)
 
 
 def _by_rows(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
@@ -235,11 +184,7 @@ def _by_rows(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
     nearest = nearest.masked_fill(~mask, -torch.inf)
     block = 64
     blocks = triton.cdiv(width, block)
-    padded = torch.nn.functional.pad(nearest, (0, blocks * block - width), value=-torch.inf)
-    best, place = padded.view(spans, blocks, block).max(2)
-    offset = torch.arange(0, width, block, device=x.device)
-    # Two sets of block winners: a launch reads one while it writes the other.
-    winners = [(best, place + offset), (torch.empty_like(best), torch.empty_like(place))]
+    winners = first_winners(nearest, block)
     chosen = torch.zeros(spans, width, dtype=torch.int8, device=x.device)
     inverse = inverse_norms(x)
     with launching(x):
