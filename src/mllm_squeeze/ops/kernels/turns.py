@@ -19,15 +19,17 @@ from .gram import WIDTH_LIMIT
 
 # The lowest finite float32, which stands for NaN as well.
 LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
+# Below the rank of every float.
+NOTHING: tl.constexpr = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
 def _ordered(value):
-    """Return int64 in the order of the float32 values, none negative."""
+    """Return int32 in the order of the float32 values."""
     value = tl.where(value == value, tl.maximum(value, LOWEST), LOWEST)
     # -0 and 0 are equal.
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) + 2147483648
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -37,18 +39,18 @@ def _take_turns(likeness, quota, mask, chosen, N, pivots, BN: tl.constexpr):
     inside = n < N
     free = tl.load(mask + span * N + n, mask=inside, other=0) != 0
     taken = n < 0
-    one = tl.full((), 1, tl.int64)
+    one = tl.full((), 1, tl.int32)
     for pivot in range(0, pivots):
         wanted = tl.load(quota + span * pivots + pivot)
         row = tl.load(likeness + (span * pivots + pivot) * N + n, mask=inside, other=0.0)
-        rank = tl.where(free & ~taken, _ordered(-row), -1)
-        # The largest value that at least `wanted` tokens reach; 0 where there are not that many.
-        limit = tl.zeros((), tl.int64)
+        rank = tl.where(free & ~taken, _ordered(-row), NOTHING)
+        # The largest rank that at least `wanted` tokens reach; NOTHING where there are not that many.
+        limit = tl.full((), NOTHING, tl.int32)
         for bit in range(0, 32):
-            higher = limit | (one << (31 - bit))
+            higher = limit ^ (one << (31 - bit))
             reached = tl.sum((rank >= higher).to(tl.int32), 0)
             limit = tl.where(reached >= wanted, higher, limit)
-        above, equal = rank > limit, rank == limit
+        above, equal = rank > limit, (rank == limit) & (rank > NOTHING)
         room = wanted - tl.sum(above.to(tl.int32), 0)
         taken = taken | above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
     tl.store(chosen + span * N + n, taken.to(tl.int8), mask=inside)
