@@ -78,7 +78,7 @@ class Naive(Contestant):
         return before
 
     def _mask(self, hidden: Tensor) -> Tensor:
-        length = hidden.shape[1]
+        length = hidden.shape[-2]
         closed = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
         return closed.triu(1)[None, None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -175,6 +176,25 @@ def test_features_encoded_before_apply() -> None:
     text = {k: v for k, v in inputs.items() if k != "pixel_values"}
     with matrix.applied(t.model, "fastv"):
         refused(lambda: t.model(**text, mm_encoder_outputs={"image": features}), "apply")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("before", "after"), [("divprune", "visionzip"), ("tome", "divprune"), ("divprune", "tome")])
+def test_features_encoded_under_another_method(monkeypatch: pytest.MonkeyPatch, before: str, after: str) -> None:
+    """They hold other signals, or merged tokens; taken for ours they would be cut by nothing, or twice."""
+    t = tiny.load("llava")
+    inputs, inner = t.inputs["image"], type(t.model.model)
+    with matrix.applied(t.model, before), torch.no_grad():
+        features = t.model.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+    # As a cache of features does it, and as generate() hands them on in newer releases of transformers.
+    calls = [inputs]
+    if "mm_encoder_outputs" in inspect.signature(inner.forward).parameters:
+        text = {k: v for k, v in inputs.items() if k != "pixel_values"}
+        calls.append({**text, "mm_encoder_outputs": {"image": features}})
+    monkeypatch.setattr(inner, "get_image_features", lambda *args, **kwargs: features)
+    with matrix.applied(t.model, after):
+        for given in calls:
+            refused(lambda given=given: t.model(**given), "another method", "anew")
 
 
 @pytest.mark.quick

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,3 +97,25 @@ def test_the_preview_is_the_attention_of_the_next_layer(family: str) -> None:
         for span in spans:
             columns = torch.tensor(span.columns)
             assert kept & set(span.columns) == best(scores, columns, (span.length + 1) // 2)
+
+
+@pytest.mark.quick
+def test_features_from_a_cache_bring_what_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other code encodes a picture once for many prompts, each prompt is cut as if it were encoded for it."""
+    t = tiny.fresh("llava")
+    inner, inputs, forced = type(t.model.model), t.inputs["image"], oracle.forced_tokens(1, 2)
+    encode, seen = inner.get_image_features, []
+
+    def cached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not seen:
+            seen.append(encode(self, *args, **kwargs))
+        return seen[0]
+
+    monkeypatch.setattr(inner, "get_image_features", cached)
+    with matrix.applied(t.model, "visionzip") as handle:
+        first = oracle.run(t.model, inputs, forced)
+        monkeypatch.setattr(t.model.model.vision_tower, "forward", None)
+        again = oracle.run(t.model, inputs, forced)
+        assert len(handle.cuts[0].kept[0]) < inputs["input_ids"].shape[1]
+    oracle.assert_close(again.prefill, first.prefill, "prefill")
+    oracle.assert_close(again.decode, first.decode, "decode")

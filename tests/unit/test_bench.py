@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaModel
 from typer.testing import CliRunner
 
 from mllm_squeeze.bench import contest, models, profiling, results
@@ -22,11 +20,6 @@ from mllm_squeeze.bench.shapes import SHAPES, Shape, find_shape
 from mllm_squeeze.cli import app
 from mllm_squeeze.engine.marks import PARTS, marked, timed
 from mllm_squeeze.errors import ConfigError, UnknownNameError
-
-pytestmark = pytest.mark.skipif(
-    "mm_encoder_outputs" not in inspect.signature(LlavaModel.forward).parameters,
-    reason="the benchmark feeds encoder outputs, which this transformers cannot take (it says so)",
-)
 
 NAIVE = Path(__file__).parents[2] / "benchmarks" / "naive.py"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from mllm_squeeze.bench.features import take_features
 from mllm_squeeze.bench.shapes import Shape
 from mllm_squeeze.errors import ConfigError
 
@@ -64,11 +64,7 @@ def build(
             model = model_class._from_config(config, dtype=dtype, attn_implementation=attention)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"The attention implementation '{attention}' cannot be used here: {error}") from error
-    if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
-        raise ConfigError(
-            f"The benchmark feeds features that were computed apart, which transformers {transformers.__version__} "
-            "cannot take. Update transformers."
-        )
+    take_features(model)
     return model.to(dtype).eval()
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from mllm_squeeze.engine.encoders import MARK
+from mllm_squeeze.engine.encoders import recorded
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.frames import Frame, Local, prompt_length, wanted_tail
 from mllm_squeeze.engine.plan import Plan
@@ -83,7 +83,7 @@ class CallHooks:
         for modality, output in (inputs.get("mm_encoder_outputs") or {}).items():
             if output is None or not self._enabled():
                 continue
-            found = getattr(output, MARK, None)
+            found = recorded(self.plan, output)
             if found is None:
                 raise UnsupportedInputError(
                     f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "

@@ -6,6 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from torch import nn
@@ -15,12 +16,37 @@ from mllm_squeeze.engine.encoder import EncoderMerge
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.frames import Local
 from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.taps import Listener
-from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
+from mllm_squeeze.reducers.base import Reducer
 
 # Attribute under which a feature method's output carries what was recorded about it.
 MARK = "mllm_squeeze_features"
+_SIGNALS = ("saliency", "encoder_keys")
+
+
+def recorded(plan: Plan, output: Any) -> Features | None:
+    """Return what was recorded about a feature method's output, None where nothing was.
+
+    Raises:
+        UnsupportedInputError: it was encoded under a method that asked the encoder for something else.
+    """
+    found: Features | None = getattr(output, MARK, None)
+    if found is None:
+        return None
+    lacking = [name for name in _SIGNALS if plan.needs(name) and name not in found.signals]
+    if (lacking and found.lengths is not None) or found.merged_by != _merger(plan):
+        raise UnsupportedInputError(
+            f"The {found.modality} features of this call were encoded while another method was applied, which asked "
+            "the encoder for something else. Encode the pictures anew after squeeze.apply."
+        )
+    return found
+
+
+def _merger(plan: Plan) -> Reducer | None:
+    return None if plan.encoder is None else plan.encoder.reducer
 
 
 class EncoderHooks:
@@ -32,7 +58,7 @@ class EncoderHooks:
     def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
-        self._signals = frozenset(name for name in ("saliency", "encoder_keys") if plan.needs(name))
+        self._signals = frozenset(name for name in _SIGNALS if plan.needs(name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self.plan.refuse_copy()
@@ -74,8 +100,11 @@ class EncoderHooks:
                 self._local.encode = None
             if isinstance(output, tuple):
                 return output
-            found = call.features(inputs, output)
-            setattr(output, MARK, found)
+            # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.
+            found = recorded(self.plan, output)
+            if found is None:
+                found = replace(call.features(inputs, output), merged_by=_merger(self.plan))
+                setattr(output, MARK, found)
             if self._local.frame is not None and not self.parts.row.by_runs:
                 self._local.frame.features[modality] = found
             return output

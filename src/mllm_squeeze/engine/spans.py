@@ -11,6 +11,7 @@ from torch import Tensor
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.reducers.base import Reducer
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Features:
     signals: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     # Survivors of a reduction inside the encoder, bool (length,) per item; the cut happens before layer 0.
     survivors: tuple[Tensor, ...] | None = None
+    # The reducer that worked inside the encoder, None where none did.
+    merged_by: Reducer | None = None
 
     def without(self, left: Tensor | None) -> Features:
         """Return the features that a family leaves itself of those it encoded; left: bool (sum of lengths,) or None.
