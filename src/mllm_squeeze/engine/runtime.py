@@ -315,12 +315,12 @@ def _refuse_packed(kwargs: Mapping[str, Any]) -> None:
 
 
 def _refuse_recomputed(parts: ModelParts) -> None:
-    """Older releases of transformers run hooks again when the backward pass recomputes a layer, outside of any call."""
+    """Before 5.23 transformers runs hooks again when the backward pass recomputes a layer, outside of any call."""
     layer = parts.layers[0]
     inside = type(layer).__call__ is not nn.Module.__call__
     if inside and torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
         raise UnsupportedInputError(
             f"transformers {transformers.__version__} recomputes layers together with their hooks, so a squeezed model "
-            "cannot be trained with gradient checkpointing. Call model.gradient_checkpointing_disable(), or install a "
-            "newer transformers."
+            "cannot be trained with gradient checkpointing. Call model.gradient_checkpointing_disable(), or install "
+            "transformers 5.23 or newer."
         )
