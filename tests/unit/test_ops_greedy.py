@@ -38,6 +38,17 @@ def test_farthest_point_never_picks_a_duplicate_twice():
     assert chosen(keep) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("limit", [1 << 27, 40])
+def test_farthest_point_keeps_its_budget_without_numbers(limit, monkeypatch):
+    from mllm_squeeze.ops import greedy
+
+    monkeypatch.setattr(greedy, "_GRAM_LIMIT", limit)
+    x = torch.randn(2, 12, 4)
+    x[0, 3], x[0, 7], x[1] = NAN, INF, NAN
+    keep = ops.farthest_point(x, ragged(12, 9), torch.tensor([5, 9]), 9)
+    assert keep.sum(1).tolist() == [5, 9] and not keep[1, 9:].any()
+
+
 def test_dpp_map_worked_example():
     # Four unit vectors; relevance 0, 1, .5, .25. The best pair by its determinant is {1, 2}.
     angles = torch.tensor([0.0, 20, 90, 100]).deg2rad()

@@ -56,20 +56,22 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
 
         if gram.supports(x, mask):
             return greedy.farthest_point(x, mask, k, steps)
-    x = unit(x)
+    # What is no number counts as far from all, padding included.
+    x = unit(x).nan_to_num_()
     width, block = mask.shape[1], _block(mask)
     blocks = (_distances(x, mask, start, min(width, start + block)) for start in range(0, width, block))
     # With one block all distances are at hand; else each row is computed when it is needed.
     whole = next(blocks) if block == width else None
     nearest = whole.amin(2) if whole is not None else torch.cat([b.amin(2) for b in blocks], 1)
-    # A step is a few small operations, so what can wait until the end waits.
-    closed, picks = ~mask, []
+    nearest = nearest.masked_fill(~mask, -torch.inf)
+    picks: list[Tensor] = []
+    # A step is a few small operations, and what can wait until the end waits. Once -inf, never picked again.
     for step in range(min(steps, width)):
-        pick = nearest.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
-        closed.scatter_(1, pick, True)
+        pick = nearest.argmax(1, keepdim=True)
         picks.append(pick)
-        row = take(whole, pick)[:, 0] if whole is not None else 1 - (x @ take(x, pick).transpose(1, 2))[..., 0]
-        nearest = row if step == 0 else torch.minimum(nearest, row)
+        row = _row(whole, pick) if whole is not None else 1 - (x @ take(x, pick).transpose(1, 2))[..., 0]
+        nearest = torch.minimum(nearest, row) if step else row.masked_fill(~mask, -torch.inf)
+        nearest.scatter_(1, pick, -torch.inf)
     return _first_picks(picks, mask, k)
 
 
@@ -137,7 +139,7 @@ def _cover(alike: Tensor, mask: Tensor, k: Tensor, steps: int, bonus: Tensor) ->
         pick = gain.double().masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
         closed = closed.scatter(1, pick, True)
         picks.append(pick)
-        covered = torch.maximum(covered, take(alike, pick)[:, 0])
+        covered = torch.maximum(covered, _row(alike, pick))
     return _first_picks(picks, mask, k)
 
 
@@ -162,6 +164,13 @@ def least_alike_in_turns(mask: Tensor, likeness: Sequence[Tensor], there: Sequen
     for row, count in zip(alike.unbind(1), quota.unbind(1), strict=True):
         taken = taken | top_k_mask(-row, mask & ~taken, count)
     return taken
+
+
+def _row(whole: Tensor, pick: Tensor) -> Tensor:
+    """Return row pick (S, 1) of each matrix, (S, N) from (S, N, N)."""
+    spans, width = whole.shape[:2]
+    first = torch.arange(0, spans * width, width, device=whole.device)
+    return whole.flatten(0, 1).index_select(0, first + pick[:, 0])
 
 
 def _block(mask: Tensor) -> int:
