@@ -77,10 +77,11 @@ class Session(Survivors):
         visual, real = layout.visual, layout.real
         columns = torch.arange(layout.length)
         behind = layout.prompt & ~visual & (columns > torch.tensor(layout.first_visual)[:, None])
-        count = max(int(behind.sum(1).max()), 1)
-        order = (~behind).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-        self.text_place = order.to(device)
-        self.text_mask = behind.gather(1, order).to(device)
+        count = behind.sum(1)
+        there = torch.arange(max(int(count.max()), 1)) < count[:, None]
+        place = torch.zeros(there.shape, dtype=torch.long).masked_scatter(there, behind.nonzero()[:, 1])
+        self.text_place = place.to(device)
+        self.text_mask = there.to(device)
         self.last_place = torch.tensor(layout.last, device=device)[:, None]
         self.real, self.visual = real.to(device), visual.to(device)
         padded = not bool(real.all())

@@ -93,55 +93,49 @@ def _of_type(types: Tensor | None, modality: str, ids: Tensor) -> Tensor:
 
 
 def _spans_of(placeholder: Tensor, features: Features, grouped: bool) -> list[Span]:
-    places = placeholder.nonzero().tolist()
     if features.lengths is None:
         return _spans_by_runs(placeholder, features.modality)
-    lengths = list(features.lengths)
-    repeats, rest = divmod(len(places), max(sum(lengths), 1))
+    sample, column = placeholder.nonzero(as_tuple=True)
+    lengths = features.lengths
+    repeats, rest = divmod(len(column), max(sum(lengths), 1))
     if not lengths or rest or repeats < 1:
         raise UnsupportedInputError(
-            f"The prompt holds {len(places)} {features.modality} placeholders, the encoder gave {sum(lengths)} tokens. "
+            f"The prompt holds {len(column)} {features.modality} placeholders, the encoder gave {sum(lengths)} tokens. "
             "A prefill in chunks cannot be squeezed: leave prefill_chunk_size unset."
         )
+    items = [item for item in _expanded(placeholder.sum(1).tolist(), lengths, repeats) if lengths[item]]
+    sizes = torch.tensor([lengths[item] for item in items])
+    ends = sizes.cumsum(0)
+    first, last = sample[ends - sizes].tolist(), sample[ends - 1].tolist()
+    runs = _runs(torch.arange(len(items)).repeat_interleave(sizes), column)
     spans = []
-    at = 0
-    for item in _expanded(places, lengths, repeats):
-        if not lengths[item]:
-            # Families that count per sample have an empty item for one without pictures.
-            continue
-        columns = places[at : at + lengths[item]]
-        at += lengths[item]
-        samples = {sample for sample, _ in columns}
-        if len(samples) != 1:
+    for n, item in enumerate(items):
+        if first[n] != last[n]:
             raise UnsupportedInputError(
-                f"{features.modality} item {item} has placeholders in samples {sorted(samples)}; each image or video "
-                "must stand in one prompt."
+                f"{features.modality} item {item} has placeholders in samples {first[n]} to {last[n]}; each image or "
+                "video must stand in one prompt."
             )
-        runs = _runs([column for _, column in columns])
-        spans.append(Span(samples.pop(), features.modality, item, runs, features.tiles[item]))
+        spans.append(Span(first[n], features.modality, item, tuple(runs[n]), features.tiles[item]))
     return _merge_adjacent(spans) if grouped else spans
 
 
 def _spans_by_runs(placeholder: Tensor, modality: str) -> list[Span]:
-    spans: list[Span] = []
-    for sample, row in enumerate(placeholder):
-        columns = row.nonzero().flatten().tolist()
-        spans += [Span(sample, modality, len(spans) + n, (run,)) for n, run in enumerate(_runs(columns))]
-    return spans
+    found = _runs(*placeholder.nonzero(as_tuple=True))
+    pieces = [(sample, run) for sample, runs in found.items() for run in runs]
+    return [Span(sample, modality, n, (run,)) for n, (sample, run) in enumerate(pieces)]
 
 
-def _expanded(places: Sequence[Sequence[int]], lengths: list[int], repeats: int) -> list[int]:
-    """Return the item behind each group of placeholders: beams repeat the items of a sample row after row."""
+def _expanded(per_row: Sequence[int], lengths: Sequence[int], repeats: int) -> list[int]:
+    """Return the item behind each group of placeholders: beams repeat the items of a sample row after row.
+
+    per_row: placeholders of each row of the batch.
+    """
     if repeats == 1:
         return list(range(len(lengths)))
-    per_row: dict[int, int] = {}
-    for sample, _ in places:
-        per_row[sample] = per_row.get(sample, 0) + 1
     order: list[int] = []
     start = 0
-    rows = sorted(per_row)
-    for group in range(0, len(rows), repeats):
-        need, end = per_row[rows[group]], start
+    for need in [count for count in per_row if count][::repeats]:
+        end = start
         while need > 0:
             need -= lengths[end]
             end += 1
@@ -150,14 +144,16 @@ def _expanded(places: Sequence[Sequence[int]], lengths: list[int], repeats: int)
     return order
 
 
-def _runs(columns: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    runs: list[tuple[int, int]] = []
-    for column in columns:
-        if runs and column == runs[-1][0] + runs[-1][1]:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((column, 1))
-    return tuple(runs)
+def _runs(owner: Tensor, column: Tensor) -> dict[int, list[tuple[int, int]]]:
+    """Return the unbroken runs of columns of each owner, (start, length) each; owner, column: int64 (P,), in order."""
+    begins = torch.ones_like(owner, dtype=torch.bool)
+    begins[1:] = (owner[1:] != owner[:-1]) | (column[1:] != column[:-1] + 1)
+    first = begins.nonzero().flatten()
+    lengths = torch.diff(first, append=torch.tensor([len(owner)]))
+    runs: dict[int, list[tuple[int, int]]] = {}
+    for one, start, length in zip(owner[first].tolist(), column[first].tolist(), lengths.tolist(), strict=True):
+        runs.setdefault(one, []).append((start, length))
+    return runs
 
 
 def _merge_adjacent(spans: list[Span]) -> list[Span]:
@@ -219,19 +215,33 @@ class SpanTable:
 
 def first_table(layout: TokenLayout, device: torch.device) -> SpanTable:
     """Return the table of all visual tokens of a prompt; tokens stand at their columns."""
-    width = max(span.length for span in layout.spans)
-    place = torch.zeros(len(layout.spans), width, dtype=torch.long)
-    mask = torch.zeros(len(layout.spans), width, dtype=torch.bool)
-    grid = torch.full((len(layout.spans), width, 4), -1, dtype=torch.long)
-    for row, span in enumerate(layout.spans):
-        place[row, : span.length] = torch.tensor(span.columns)
-        mask[row, : span.length] = True
-        if span.tiles:
-            cells = [
-                (n, *cell) if cell[0] >= 0 else (-1,) * 4 for n, t in enumerate(span.tiles) for cell in t.coordinates()
-            ]
-            grid[row, : span.length] = torch.tensor(cells)
-    origin = torch.arange(width).expand(len(layout.spans), -1)
-    sample = torch.tensor([span.sample for span in layout.spans])
     current = tuple(span.length for span in layout.spans)
+    origin = torch.arange(max(current)).expand(len(current), -1)
+    mask = origin < torch.tensor(current)[:, None]
+    place = torch.zeros_like(origin)
+    place[mask] = _columns([run for span in layout.spans for run in span.runs])
+    grid = torch.full((*mask.shape, 4), -1)
+    for tiles in {span.tiles for span in layout.spans if span.tiles}:
+        cells = torch.cat([_cells(n, tile) for n, tile in enumerate(tiles)])
+        grid[[span.tiles == tiles for span in layout.spans], : len(cells)] = cells
+    sample = torch.tensor([span.sample for span in layout.spans])
     return SpanTable(sample.to(device), place.to(device), mask.to(device), origin.to(device), grid.to(device), current)
+
+
+def _columns(runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Return int64 (P,), the columns of some runs, one after the other."""
+    start, length = torch.tensor(runs).unbind(1)
+    before = length.cumsum(0) - length
+    return torch.arange(int(length.sum())) + (start - before).repeat_interleave(length)
+
+
+def _cells(number: int, tile: Tile) -> Tensor:
+    """Return int64 (N, 4): tile, frame, row and column of each token of a tile, -1 for separators."""
+    cells = torch.full((tile.length, 4), -1)
+    frames = cells[: tile.length - tile.tail].unflatten(0, (tile.frames, -1))[:, tile.frame_lead :]
+    inside = frames.unflatten(1, (tile.height, -1))[:, :, : tile.width]
+    inside[..., 0] = number
+    inside[..., 1] = torch.arange(tile.frames)[:, None, None]
+    inside[..., 2] = torch.arange(tile.height)[:, None]
+    inside[..., 3] = torch.arange(tile.width)
+    return cells
