@@ -112,3 +112,20 @@ def test_rows_without_padding_that_keep_different_numbers(
             oracle.assert_close(prefill[b : b + 1], alone.prefill, f"row {b} prefill")
             oracle.assert_close(torch.stack(loop, 1)[b : b + 1], alone.decode, f"row {b} decode")
             oracle.assert_close(at_once.logits[b : b + 1], alone.decode, f"row {b} decode at once")
+
+
+@pytest.mark.parametrize("method", ["random", "fastv", "sparsevlm"])
+def test_a_decoder_that_looks_both_ways(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """No mask means that all is seen there; rows that keep different numbers need one that closes padding only."""
+    t = tiny.load("llava")
+    inputs, singles = matrix.even_batch(t)
+    with torch.no_grad():
+        ahead = t.model(**inputs).logits
+        for layer in oracle.text_model(t.model).layers:
+            monkeypatch.setattr(layer.self_attn, "is_causal", False)
+        assert (t.model(**inputs).logits[:, 0] - ahead[:, 0]).abs().max() > 0.01
+        with matrix.applied(t.model, method) as handle:
+            joint = t.model(**inputs).logits
+            assert len({len(kept) for kept in handle.cuts[-1].kept}) == 2
+            for b, single in enumerate(singles):
+                oracle.assert_close(joint[b : b + 1], t.model(**single).logits, f"row {b}")

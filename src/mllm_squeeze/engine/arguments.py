@@ -172,8 +172,10 @@ class LayerArguments:
         if not self._parts.has_entries(layer):
             # Layers without entries read which tokens are real, not who may see whom.
             return self._once(("real", id(mask), id(rows)), lambda: shorten_padding(mask, rows))
+        causal = self._parts.is_causal(layer)
         found: Tensor | None = self._once(
-            ("mask", id(mask), id(rows)), lambda: shorten_mask(mask, rows, self._survivors.implementation)
+            ("mask", id(mask), id(rows), causal),
+            lambda: shorten_mask(mask, rows, self._survivors.implementation, causal),
         )
         return found
 

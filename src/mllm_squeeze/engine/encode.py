@@ -47,9 +47,7 @@ class EncodeCall:
             return score_received(query, key, mask, kwargs)
         first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
         weights = torch.full_like(first, heads, dtype=torch.float32)
-        # The encoder sees all tokens: an all-open mask instead of the causal reading of None.
-        open_mask = query.new_ones(query.shape[0], 1, query.shape[2], key.shape[2], dtype=torch.bool)
-        return score_rows(query, key, open_mask if mask is None else mask, kwargs, first, weights)
+        return score_rows(query, key, mask, kwargs, first, weights, causal=False)
 
     @marked("signal")
     def features(self, inputs: Mapping[str, Any], output: Any) -> Features:

@@ -16,7 +16,7 @@ from mllm_squeeze.engine.sequence import is_flash
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.family.structure import ModelParts, find_attention
+from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
 from mllm_squeeze.layout import Tile, TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
 
@@ -178,7 +178,7 @@ def _scatter(kept: Tensor, session: Session) -> Tensor:
 
 
 def _closing(kept: Tensor, layer: nn.Module) -> Any:
-    causal = getattr(find_attention(layer), "is_causal", True)
+    causal = is_causal(find_attention(layer))
 
     def close(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

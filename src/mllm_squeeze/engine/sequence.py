@@ -62,17 +62,18 @@ def gather_rope(tables: Any, index: Tensor, width: int) -> Any:
     return gather_rows(tables, index)
 
 
-def shorten_mask(mask: Any, rows: Rows, implementation: str) -> Tensor | None:
+def shorten_mask(mask: Any, rows: Rows, implementation: str, causal: bool = True) -> Tensor | None:
     """Return the attention mask of a layer that sees only some rows and columns.
 
-    mask: what the text model made for the full sequence: None (plainly causal), bool or float (B or 1, H, T, K), or the
-    2-D key mask (B, K) of flash attention. Returns None where the short sequence is plainly causal, else the same kind.
+    mask: what the text model made for the full sequence: None, bool or float (B or 1, H, T, K), or the 2-D key mask
+    (B, K) of flash attention. causal: whether None means that later tokens are closed, or that none is. Returns None
+    where that says it of the short sequence too, else the same kind.
 
     Raises:
         UnsupportedInputError: a mask of another kind (flex attention).
     """
     if mask is None:
-        return _mask_from_nothing(rows, implementation)
+        return _mask_from_nothing(rows, implementation, causal)
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise UnsupportedInputError(
             f"Attention masks of type {type(mask).__name__} ({implementation}) cannot be shortened. Load the model "
@@ -97,15 +98,17 @@ def is_flash(implementation: str) -> bool:
     return "flash" in implementation
 
 
-def _mask_from_nothing(rows: Rows, implementation: str) -> Tensor | None:
+def _mask_from_nothing(rows: Rows, implementation: str, causal: bool) -> Tensor | None:
     length, filled = rows.queries.shape[1], rows.keys.shape[1] - rows.ahead
     plain = rows.key_valid is None and rows.query_valid is None
     if is_flash(implementation):
         return None if plain else rows.key_valid
-    # SDPA reads no mask as: one query sees all keys; several see the first keys up to their own.
-    if plain and (rows.ahead == 0 if length == 1 else length == filled):
+    # SDPA reads no mask as: one query sees all keys; several see the first keys up to their own, if they are causal.
+    if plain and (rows.ahead == 0 if length == 1 or not causal else length == filled):
         return None
-    allowed = rows.keys[:, None, :] <= rows.queries[:, :, None] + rows.past
+    # Slots for tokens to come are closed to all.
+    latest = rows.queries if causal else torch.full_like(rows.queries, rows.width - 1)
+    allowed = rows.keys[:, None, :] <= latest[:, :, None] + rows.past
     return _close_invalid(allowed[:, None], rows)
 
 

@@ -14,7 +14,7 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.engine.taps import score_rows
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.family.structure import find_attention, find_pre_norm
+from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
 from mllm_squeeze.reducers.base import Need, TextTokens
 
 _ENCODER = ("saliency", "encoder_keys")
@@ -47,7 +47,7 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
                 session.read[planned, "keys"] = fresh.transpose(1, 2).flatten(2)
             else:
                 rows, weights = _rows(session, planned, need)
-                scores = score_rows(query, key, mask, kwargs, rows, weights)
+                scores = score_rows(query, key, mask, kwargs, rows, weights, is_causal(attention))
                 session.read[planned, "attention"] = scores[:, scores.shape[1] - query.shape[2] :]
         return False if others is None else others(query, key, mask, kwargs)
 
@@ -152,7 +152,7 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
 
     @marked("signal")
     def read(query: Tensor, key: Tensor, extra: dict[str, Any]) -> None:
-        out.append(score_rows(query, key, session.present, extra, rows, weights))
+        out.append(score_rows(query, key, session.present, extra, rows, weights, is_causal(attention)))
 
     one = rows if rows.shape[1] == 1 else None
     run_projections(attention, norm(hidden), one, given, session.listeners, read)

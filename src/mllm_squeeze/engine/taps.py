@@ -126,15 +126,17 @@ def score_rows(
     kwargs: dict[str, Any],
     rows: Tensor,
     weights: Tensor,
+    causal: bool = True,
 ) -> Tensor:
     """Return the attention that each key receives from chosen query rows, mean over heads, weighted over rows.
 
     query: (B, H, M, d). key: (B, Hkv, P, d). mask: as the attention function got it. rows: int64 (B, R). weights:
-    float32 (B, R), 0 for padding. Returns float32 (B, P).
+    float32 (B, R), 0 for padding. causal: whether a mask that is None or 2-D leaves later keys closed. Returns float32
+    (B, P).
     """
     _batch, heads, _queries, dim = query.shape
     picked = query.gather(2, rows[:, None, :, None].expand(-1, heads, -1, dim))
-    allowed = _allowed(mask, rows, query.shape[2], key.shape[2])
+    allowed = _allowed(mask, rows, query.shape[2], key.shape[2], causal)
     return ops.attention_from_rows(
         picked, key, weights, allowed, scaling=_scaling(kwargs, dim), softcap=kwargs.get("softcap")
     )
@@ -156,16 +158,17 @@ def _scaling(kwargs: dict[str, Any], dim: int) -> float:
     return float(dim**-0.5 if scaling is None else scaling)
 
 
-def _allowed(mask: Any, rows: Tensor, queries: int, keys: int) -> Tensor | None:
-    """Return bool (B, 1, R, P): which keys each chosen row may see."""
+def _allowed(mask: Any, rows: Tensor, queries: int, keys: int, causal: bool) -> Tensor | None:
+    """Return bool (B, 1, R or 1, P), which keys each chosen row may see; None where all see all."""
     if isinstance(mask, Tensor) and mask.ndim == 4:
         mask = mask[..., :keys].expand(rows.shape[0], -1, -1, -1)
         pick = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
         return _open(mask.gather(2, pick))
-    causal = torch.arange(keys, device=rows.device) <= rows[:, None, :, None] + (keys - queries)
-    if isinstance(mask, Tensor):
-        causal = causal & mask[:, None, None, -keys:].bool()
-    return causal
+    real = mask[:, None, None, -keys:].bool() if isinstance(mask, Tensor) else None
+    if not causal:
+        return real
+    before = torch.arange(keys, device=rows.device) <= rows[:, None, :, None] + (keys - queries)
+    return before if real is None else before & real
 
 
 def _open(mask: Tensor) -> Tensor:

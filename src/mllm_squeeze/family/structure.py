@@ -196,6 +196,14 @@ class ModelParts:
         # Configs look attributes up slowly, and each decode step asks for every layer.
         return list(getattr(self.text_config, "layer_types", None) or [None] * len(self.layers))
 
+    def is_causal(self, layer: int) -> bool:
+        """True where a layer without a mask closes later tokens."""
+        return self._causal[layer]
+
+    @cached_property
+    def _causal(self) -> list[bool]:
+        return [is_causal(find_attention(layer)) for layer in self.layers]
+
     def has_entries(self, layer: int) -> bool:
         """True where a layer keeps token by token, False for linear attention and convolutions."""
         return self._layer_types[layer] not in _RECURRENT
@@ -212,6 +220,11 @@ def find_attention(layer: nn.Module) -> nn.Module | None:
         return None
     # BERT-like blocks wrap the attention that calls the registry in one more module.
     return found if hasattr(found, "config") else _first(found, ("attention", "self", "self_attn")) or found
+
+
+def is_causal(attention: nn.Module | None) -> bool:
+    """Say whether an attention module closes later tokens where it gets no mask."""
+    return bool(getattr(attention, "is_causal", True))
 
 
 def find_pre_norm(layer: nn.Module) -> nn.Module | None:
