@@ -13,6 +13,7 @@ import matrix
 import mllm_squeeze as squeeze
 import oracle
 import tiny
+from mllm_squeeze.engine.arguments import LayerArguments
 
 METHODS = ["random", *matrix.CORE, "visionzip"]
 STEPS = 4
@@ -150,3 +151,33 @@ def test_a_crop_that_is_refused_takes_nothing(family: str) -> None:
         assert [layer.keys.shape[2] for layer in cache.layers] == before
         cache.crop(-1)
         assert [layer.keys.shape[2] for layer in cache.layers] == [length - 1 for length in before]
+
+
+# visionzip renumbers what is left, the other leaves it where it was.
+@pytest.mark.parametrize("method", ["fastv", "visionzip"])
+@pytest.mark.parametrize("kind", ["none", "open", "closed"])
+def test_layers_are_left_alone_in_a_step_that_closes_nothing(
+    monkeypatch: pytest.MonkeyPatch, method: str, kind: str
+) -> None:
+    """As generate() passes it: a mask of ones, which closes as little as none; one that closes a word is heeded."""
+    t = tiny.load("llava")
+    inputs, token = t.inputs["image"], oracle.forced_tokens(1, 1)
+    width = inputs["input_ids"].shape[1]
+    mask = torch.ones(1, width + 1, dtype=torch.long)
+    mask[:, 0] = 0 if kind == "closed" else 1
+    where = oracle.positions(t.model, inputs, 1)[..., width:]
+    shortened: list[int] = []
+    shorten = LayerArguments.shorten
+
+    def counted(self: Any, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        shortened.append(layer)
+        return shorten(self, layer, hidden, kwargs)
+
+    with matrix.applied(t.model, method), torch.no_grad():
+        open_, cache = (t.model(**inputs, use_cache=True).past_key_values for _ in range(2))
+        expected = t.model(input_ids=token, past_key_values=open_).logits
+        monkeypatch.setattr(LayerArguments, "shorten", counted)
+        given = None if kind == "none" else mask
+        got = t.model(input_ids=token, attention_mask=given, position_ids=where, past_key_values=cache).logits
+    assert bool(shortened) == (kind == "closed")
+    assert ((got - expected).abs().max() > 1e-4) == (kind == "closed")

@@ -190,12 +190,14 @@ class Runtime:
         return session
 
     def _is_plain_step(self, states: Tensor, kwargs: dict[str, Any]) -> bool:
-        """True for a decode step in which no layer needs anything of us: one token, no mask, positions alike."""
-        if states.shape[1] > 1 or kwargs.get("attention_mask") is not None or self.plan.decode is not None:
+        """True for a decode step in which no layer needs anything of us: one token, none padded, positions alike."""
+        if states.shape[1] > 1 or self.plan.decode is not None:
             return False
         if self._windowed or self.parts.text_config._attn_implementation == "eager":
             return False
         cache, positions = kwargs["past_key_values"], kwargs.get("position_ids")
+        if not _is_open(kwargs.get("attention_mask"), kv.tokens_seen(cache) + 1):
+            return False
         if kv.serve_even(cache):
             return True
         if not isinstance(positions, Tensor) or positions.ndim != 2:
@@ -304,6 +306,13 @@ class Runtime:
         if isinstance(output, tuple):
             return (session.restore(output[0]), *output[1:])
         return unfold(session.restore(fold(output)), output)
+
+
+def _is_open(mask: Any, tokens: int) -> bool:
+    """True where a text model closes none of so many tokens; read from the device, as the library does itself."""
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == tokens and bool(mask.all())
 
 
 def _refuse_packed(kwargs: Mapping[str, Any]) -> None:
