@@ -7,7 +7,7 @@ from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.planner_keys import check_modality, key_cuts
-from mllm_squeeze.reducers.base import DecodeReducer, Need, Reducer
+from mllm_squeeze.reducers.base import ENCODER_SIGNALS, DecodeReducer, Need, Reducer
 from mllm_squeeze.steps import At
 
 
@@ -115,7 +115,7 @@ def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
     for need in cut.reducer.needs():
         if need.name in ("attention", "keys"):
             _check_attention(recipe, cut, need, parts)
-        elif need.name in ("saliency", "encoder_keys") and _lacks_saliency(parts):
+        elif need.name in ENCODER_SIGNALS and _lacks_saliency(parts):
             raise UnsupportedModelError(
                 f"'{recipe.method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
                 "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."

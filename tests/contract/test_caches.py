@@ -155,7 +155,7 @@ def test_a_crop_that_is_refused_takes_nothing(family: str) -> None:
 
 # visionzip renumbers what is left, the other leaves it where it was.
 @pytest.mark.parametrize("method", ["fastv", "visionzip"])
-@pytest.mark.parametrize("kind", ["none", "open", "closed"])
+@pytest.mark.parametrize("kind", ["none", "open", "closed", "short"])
 def test_layers_are_left_alone_in_a_step_that_closes_nothing(
     monkeypatch: pytest.MonkeyPatch, method: str, kind: str
 ) -> None:
@@ -165,6 +165,8 @@ def test_layers_are_left_alone_in_a_step_that_closes_nothing(
     width = inputs["input_ids"].shape[1]
     mask = torch.ones(1, width + 1, dtype=torch.long)
     mask[:, 0] = 0 if kind == "closed" else 1
+    # What a mask does not reach is closed.
+    mask = mask[:, 1:] if kind == "short" else mask
     where = oracle.positions(t.model, inputs, 1)[..., width:]
     shortened: list[int] = []
     shorten = LayerArguments.shorten
@@ -179,5 +181,5 @@ def test_layers_are_left_alone_in_a_step_that_closes_nothing(
         monkeypatch.setattr(LayerArguments, "shorten", counted)
         given = None if kind == "none" else mask
         got = t.model(input_ids=token, attention_mask=given, position_ids=where, past_key_values=cache).logits
-    assert bool(shortened) == (kind == "closed")
-    assert ((got - expected).abs().max() > 1e-4) == (kind == "closed")
+    assert bool(shortened) == (kind in ("closed", "short"))
+    assert ((got - expected).abs().max() > 1e-4) == (kind in ("closed", "short"))

@@ -20,11 +20,10 @@ from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.taps import Listener
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Reducer
 
 # Attribute under which a feature method's output carries what was recorded about it.
 MARK = "mllm_squeeze_features"
-_SIGNALS = ("saliency", "encoder_keys")
 
 
 def recorded(plan: Plan, output: Any) -> Features | None:
@@ -36,7 +35,7 @@ def recorded(plan: Plan, output: Any) -> Features | None:
     found: Features | None = getattr(output, MARK, None)
     if found is None:
         return None
-    lacking = [name for name in _SIGNALS if plan.needs(name) and name not in found.signals]
+    lacking = [name for name in ENCODER_SIGNALS if plan.needs(name) and name not in found.signals]
     if (lacking and found.lengths is not None) or found.merged_by != _merger(plan):
         raise UnsupportedInputError(
             f"The {found.modality} features of this call were encoded while another method was applied, which asked "
@@ -58,7 +57,7 @@ class EncoderHooks:
     def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
-        self._signals = frozenset(name for name in _SIGNALS if plan.needs(name))
+        self._signals = frozenset(name for name in ENCODER_SIGNALS if plan.needs(name))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self.plan.refuse_copy()

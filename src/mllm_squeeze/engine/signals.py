@@ -15,9 +15,7 @@ from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.engine.taps import score_rows
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
-from mllm_squeeze.reducers.base import Need, TextTokens
-
-_ENCODER = ("saliency", "encoder_keys")
+from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, TextTokens
 
 
 def mean_weights(mask: Tensor) -> Tensor:
@@ -95,7 +93,7 @@ def gather(
         elif need.name == "normed":
             whole["normed"] = _normed(session, hidden)
     found = {name: value.to(hidden.device)[sample, place] for name, value in whole.items()}
-    for name in _ENCODER:
+    for name in ENCODER_SIGNALS:
         if name in names:
             found[name] = _encoder_signal(session, name, origin, rows)
     text = None

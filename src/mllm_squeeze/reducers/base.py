@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Place = Literal["encoder", "projector", "layer", "cache"]
 
 
+# Names of the signals that the vision encoder gives.
+ENCODER_SIGNALS = ("saliency", "encoder_keys")
+
+
 @dataclass(frozen=True)
 class Need:
     """One signal that a reducer asks the engine for; it arrives as `VisualTokens.signals[name]`.
