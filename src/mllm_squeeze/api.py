@@ -23,6 +23,7 @@ from mllm_squeeze.planner import make_plan, why_not
 from mllm_squeeze.recording import record
 from mllm_squeeze.registry import family_plugins, method_names
 from mllm_squeeze.report import Report
+from mllm_squeeze.upstream.modules import unwrap
 
 # By the inner model, so that a PEFT wrapper and the model inside it share one handle. The hooks on the model keep the
 # handle alive; a strong reference here would keep the model alive as well.
@@ -155,7 +156,8 @@ def remove(model: nn.Module) -> None:
     Raises:
         NotAppliedError: none is applied.
     """
-    found = _handle_of(_find(model).model)
+    # What was applied can be taken off, whatever was done to the model or its config since.
+    found = _handle_of(unwrap(model)) or _handle_of(_find(model).model)
     if found is None:
         raise NotAppliedError(
             f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."
