@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.config import Recipe, load_recipe
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
@@ -23,6 +24,7 @@ from mllm_squeeze.planner import make_plan, why_not
 from mllm_squeeze.recording import record
 from mllm_squeeze.registry import family_plugins, method_names
 from mllm_squeeze.report import Report
+from mllm_squeeze.upstream.modules import unwrap
 
 # By the inner model, so that a PEFT wrapper and the model inside it share one handle. The hooks on the model keep the
 # handle alive; a strong reference here would keep the model alive as well.
@@ -133,6 +135,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
             f"'{present.method}' is applied to this model. Call squeeze.remove(model) first, or write one recipe "
             "with both steps."
         )
+    require_release(parts)
     handle = Handle(model, recipe, parts)
     _handles[parts.model] = weakref.ref(handle)
     return handle
@@ -155,7 +158,8 @@ def remove(model: nn.Module) -> None:
     Raises:
         NotAppliedError: none is applied.
     """
-    found = _handle_of(_find(model).model)
+    # What was applied can be taken off, whatever was done to the model or its config since.
+    found = _handle_of(unwrap(model)) or _handle_of(_find(model).model)
     if found is None:
         raise NotAppliedError(
             f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."
