@@ -264,11 +264,7 @@ class Runtime:
         return new.replace(hidden=unfold(hidden, call.hidden), others=others)
 
     def _cut(self, session: Session, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
-        cuts = session.plan.at(number)
-        merged = number == 0 and session.plan.encoder is not None
-        if (cuts or merged) and call.cache is not None:
-            kv.require_cuttable(call.cache)
-            refuse_static(session, call.cache)
+        cuts, stage = session.plan.at(number), session.stage
         if number == 0:
             for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
@@ -276,6 +272,10 @@ class Runtime:
                 hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
         for cut in cuts:
             hidden = cutting.run_cut(session, cut, hidden, call)
+        # A cut that removes nothing asks nothing of the cache.
+        if session.stage > stage and call.cache is not None:
+            kv.require_cuttable(call.cache)
+            refuse_static(session, call.cache)
         session.read.clear()
         return hidden
 
