@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine.arguments import LayerArguments
@@ -87,9 +88,9 @@ class Session(Survivors):
         padded = not bool(real.all())
         # Bool (B, M) where tokens are real now, None where all are.
         self.present = self.real if padded else None
-        last_visual = (visual.long() * columns).amax(1)
-        ends_real = bool(real[:, -1].all())
-        self.tail = int((layout.length - 1 - last_visual).min()) if ends_real else 0
+        # A hole in the mask leaves with the first cut, as a visual token may; padding in front of all others does not.
+        stays = ~visual & (real | (real.cumsum(1) == 0))
+        self.tail = int(stays.flip(1).long().cumprod(1).sum(1).min())
 
     # Cutting
 
@@ -143,13 +144,12 @@ class Session(Survivors):
 
     def _keep_tokens(self, batch: int, length: int, chosen: Tensor, device: torch.device) -> Tensor:
         """Return bool (B, M): real text and the chosen visual tokens."""
-        keep = self._was_there(batch, length, device).clone()
+        keep = self._was_there(batch, length, device)
         table = self.table
-        # Padding slots of a span write what its first token writes, to the same place.
-        place = torch.where(table.mask, table.place, table.place[:, :1])
-        value = torch.where(table.mask, chosen, chosen[:, :1])
-        keep[table.sample[:, None], place] = value
-        return keep
+        # Padding slots of a span write to a column of their own.
+        keep = functional.pad(keep, (0, 1))
+        keep[table.sample[:, None], table.place.where(table.mask, length)] = chosen & table.mask
+        return keep[:, :length]
 
     def _restored(self, hidden: Tensor) -> Tensor:
         """Return the full-length states (B, T, D): survivors as they are now, the others as they were when cut."""

@@ -80,6 +80,8 @@ def find_layout(
             placeholder &= _of_type(types, modality, ids)
         spans += _spans_of(placeholder, found, modality in grouped)
     spans.sort(key=lambda span: (span.sample, span.start))
+    if not bool(real.all()):
+        spans = [seen for span in spans if (seen := _without_holes(span, real[span.sample])) is not None]
     return TokenLayout(ids.shape[0], ids.shape[1], tuple(spans), real, drafts)
 
 
@@ -142,6 +144,18 @@ def _expanded(per_row: Sequence[int], lengths: Sequence[int], repeats: int) -> l
         order += list(range(start, end)) * repeats
         start = end
     return order
+
+
+def _without_holes(span: Span, real: Tensor) -> Span | None:
+    """Return what is there of a span, None where nothing is; real: bool (T,), False where the mask hides a token."""
+    if all(bool(real[start : start + length].all()) for start, length in span.runs):
+        return span
+    columns = torch.tensor(span.columns)
+    origin = real[columns].nonzero().flatten()
+    if not len(origin):
+        return None
+    (runs,) = _runs(torch.zeros_like(origin), columns[origin]).values()
+    return replace(span, runs=tuple(runs), tiles=(), origin=tuple(origin.tolist()))
 
 
 def _runs(owner: Tensor, column: Tensor) -> dict[int, list[tuple[int, int]]]:
@@ -220,6 +234,11 @@ def first_table(layout: TokenLayout, device: torch.device) -> SpanTable:
     mask = origin < torch.tensor(current)[:, None]
     place = torch.zeros_like(origin)
     place[mask] = _columns([run for span in layout.spans for run in span.runs])
+    if any(span.origin is not None for span in layout.spans):
+        origin = origin.clone()
+        for row, span in enumerate(layout.spans):
+            if span.origin is not None:
+                origin[row, : span.length] = torch.tensor(span.origin)
     grid = torch.full((*mask.shape, 4), -1)
     for tiles in {span.tiles for span in layout.spans if span.tiles}:
         cells = torch.cat([_cells(n, tile) for n, tile in enumerate(tiles)])
