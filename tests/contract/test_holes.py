@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import matrix
-import mllm_squeeze as squeeze
 import oracle
 import tiny
 from mllm_squeeze import ops
@@ -65,9 +64,7 @@ def prove(t: tiny.TinyModel, method: str, inputs: tiny.Inputs, **changes: object
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", [*matrix.CORE, "visionzip", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cut_with_holes_equals_masking(
-    family: str, method: str, side: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cut_with_holes_equals_masking(family: str, method: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     t = tiny.load(family)
     batch = t.batch(side=side).inputs
     fix_positions(t, batch, monkeypatch)

@@ -20,7 +20,7 @@ from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
-from mllm_squeeze.reducers.base import Reduction
+from mllm_squeeze.reducers.base import Need, Reduction
 
 
 class Session(Survivors):
@@ -51,7 +51,7 @@ class Session(Survivors):
         self.held: dict[int, int] = {}
         # What taps of this pass should read, by attention module, and what they read, by cut.
         self.listeners: dict[nn.Module, Any] = {}
-        self.read: dict[tuple[PlannedCut, str], Tensor] = {}
+        self.read: dict[tuple[PlannedCut, Need], Tensor] = {}
         self.row_weights: dict[int, Tensor] = {}
         # Features that the text model would have added in front of inner layers, None in most families.
         self.inner: InnerFeatures | None = None
@@ -84,13 +84,22 @@ class Session(Survivors):
         self.text_place = place.to(device)
         self.text_mask = there.to(device)
         self.last_place = torch.tensor(layout.last, device=device)[:, None]
-        self.real, self.visual = real.to(device), visual.to(device)
+        self.real, self.visual = real.to(device), self._pieces(visual.to(device))
         padded = not bool(real.all())
         # Bool (B, M) where tokens are real now, None where all are.
         self.present = self.real if padded else None
         # A hole in the mask leaves with the first cut, as a visual token may; padding in front of all others does not.
         stays = ~visual & (real | (real.cumsum(1) == 0))
         self.tail = int(stays.flip(1).long().cumprod(1).sum(1).min())
+
+    def _pieces(self, visual: Tensor) -> Tensor:
+        """Return bool (B, T): visual (B, T) without separators, where the grid tells them."""
+        table = self.table
+        known = torch.tensor([bool(span.tiles) for span in self._layout.spans], device=visual.device)[:, None]
+        separators = functional.pad(torch.zeros_like(visual), (0, 1))
+        apart = table.mask & known & (table.grid[..., 0] < 0)
+        separators[table.sample[:, None], table.place.where(apart, visual.shape[1])] = True
+        return visual & ~separators[:, :-1]
 
     # Cutting
 

@@ -13,6 +13,9 @@ from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.reducers.base import Reducer
 
+# What a token carries that stands for no token of the encoder: it stays, or goes.
+SEPARATOR, PRUNED = -1, -2
+
 
 @dataclass(frozen=True)
 class Features:
@@ -25,8 +28,9 @@ class Features:
     lengths: tuple[int, ...] | None
     tiles: tuple[tuple[Tile, ...], ...] = ()
     signals: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    # Survivors of a reduction inside the encoder, bool (length,) per item; the cut happens before layer 0.
-    survivors: tuple[Tensor, ...] | None = None
+    # Of a reduction inside the encoder, int64 (length,) per item: the encoder's token that each one carries, SEPARATOR
+    # or PRUNED; the cut of those that carry the same happens before layer 0.
+    groups: tuple[Tensor, ...] | None = None
     # The reducer that worked inside the encoder, None where none did.
     merged_by: Reducer | None = None
 
@@ -43,7 +47,7 @@ class Features:
             lengths=tuple(int(row.sum()) for row in rows),
             tiles=tuple(tiles if bool(row.all()) else () for tiles, row in zip(self.tiles, rows, strict=True)),
             signals={name: _taken(values, rows) for name, values in self.signals.items()},
-            survivors=None if self.survivors is None else _taken(self.survivors, rows),
+            groups=None if self.groups is None else _taken(self.groups, rows),
         )
 
 
@@ -198,7 +202,8 @@ class SpanTable:
     """The visual tokens of all spans, padded to the longest, as they stand in the sequence now.
 
     sample: int64 (S,). place: int64 (S, N), column in the sequence of now. mask: bool (S, N). origin: int64 (S, N),
-    place in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host.
+    place in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host. size: float32
+    (S, N), how many tokens each one stands for by now; None while nothing was merged, or nobody asks.
     """
 
     sample: Tensor
@@ -207,6 +212,20 @@ class SpanTable:
     origin: Tensor
     grid: Tensor
     current: tuple[int, ...]
+    size: Tensor | None = None
+
+    def rows(self, rows: Sequence[int]) -> SpanTable:
+        """Return the table of some spans."""
+        pick = torch.tensor(rows, device=self.sample.device)
+        return SpanTable(
+            self.sample[pick],
+            self.place[pick],
+            self.mask[pick],
+            self.origin[pick],
+            self.grid[pick],
+            tuple(self.current[n] for n in rows),
+            None if self.size is None else self.size[pick],
+        )
 
     def take(self, chosen: Tensor, current: tuple[int, ...], place: Tensor) -> SpanTable:
         """Keep the chosen tokens (bool (S, N)) in order; `place` are the columns they have now."""
@@ -220,6 +239,7 @@ class SpanTable:
             self.origin.gather(1, order),
             self.grid.gather(1, order[..., None].expand(-1, -1, 4)),
             current,
+            None if self.size is None else self.size.gather(1, order),
         )
 
     def order(self, chosen: Tensor, width: int) -> Tensor:
