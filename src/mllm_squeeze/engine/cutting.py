@@ -260,7 +260,7 @@ def _add_sizes(session: Session, found: _Candidates, assign: Tensor) -> None:
 
 
 def _warn_left(session: Session, planned: PlannedCut, found: _Candidates, counts: tuple[int, ...]) -> None:
-    """Warn where a rule leaves clearly more than asked: over a tenth, and over a token in each frame or tile."""
+    """Warn where a rule leaves clearly more than asked: a tenth more, and more than each frame rounds up by."""
     assert session.layout is not None
     if planned.decides:
         return
@@ -268,7 +268,7 @@ def _warn_left(session: Session, planned: PlannedCut, found: _Candidates, counts
         others = 0 if planned.reducer.separators == "drop" else session.table.current[row] - current
         left = counts[row] - others
         pieces = sum(tile.frames for tile in session.layout.spans[row].tiles)
-        if left > asked + max(pieces, 1, asked // 10):
+        if left > asked + max((pieces + 1) // 2, 1, asked // 10):
             _warn(
                 f"'{planned.name}' was asked to leave {asked} of the {current} tokens of a span, and left {left}: its "
                 "rule cannot remove more of such an input. Give it more frames or tokens, or use another method."
