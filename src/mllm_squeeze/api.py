@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from mllm_squeeze.checking.release import require_release
+from mllm_squeeze.checking.trial import try_cut
 from mllm_squeeze.config import Recipe, load_recipe
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Cut
-from mllm_squeeze.engine.trial import try_cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE

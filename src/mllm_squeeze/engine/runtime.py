@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -31,7 +32,8 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
-from mllm_squeeze.upstream.calls import POSITIONS, LayerCall, TextCall
+from mllm_squeeze.upstream.calls import LayerCall, TextCall
+from mllm_squeeze.upstream.names import POSITIONS
 
 
 class Runtime:
@@ -220,6 +222,15 @@ class Runtime:
             ) from error
         selfcheck.require_alike(self.parts, proof)
         self._verified = True
+
+    @contextmanager
+    def probing(self, session: Session | None) -> Iterator[None]:
+        """Run the text model alone with a session made by hand inside the block; with None it runs dense."""
+        self._local.probe = (session,)
+        try:
+            yield
+        finally:
+            self._local.probe = None
 
     def prove(
         self, layer: int, layout: TokenLayout, features: Mapping[str, Features], call: TextCall

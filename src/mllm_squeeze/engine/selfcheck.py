@@ -139,7 +139,7 @@ def _masked_run(parts: ModelParts, session: Session, layer: int, kwargs: dict[st
     assert session.index is not None
     kept = kept.scatter(1, session.index, True) if session.valid is None else _scatter(kept, session)
     hooks = [
-        parts.layers[number].register_forward_pre_hook(_closing(kept, parts.layers[number]), with_kwargs=True)
+        parts.layers[number].register_forward_pre_hook(closing(kept, parts.layers[number]), with_kwargs=True)
         for number in range(layer, len(parts.layers))
     ]
     try:
@@ -177,7 +177,8 @@ def _scatter(kept: Tensor, session: Session) -> Tensor:
     return kept
 
 
-def _closing(kept: Tensor, layer: nn.Module) -> Any:
+def closing(kept: Tensor, layer: nn.Module) -> Any:
+    """Return the pre-hook of a decoder layer that closes all tokens but the kept ones; kept: bool (B, T)."""
     causal = is_causal(find_attention(layer))
 
     def close(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -41,6 +41,8 @@ __all__ = [
     "is_static",
     "layer_at",
     "layers_of",
+    "new_growing",
+    "new_static",
     "refuse_layer",
     "require_cache",
     "require_cuttable_kinds",
@@ -64,6 +66,16 @@ CROPS_TO_LENGTH = tuple(int(part) for part in VERSION.split(".")[:2]) < (5, 18)
 
 
 # Caches
+
+
+def new_growing(config: Any) -> Any:
+    """Return an empty cache that grows; config: of the text model."""
+    return DynamicCache(config=config)
+
+
+def new_static(config: Any, length: int) -> Any:
+    """Return an empty cache of fixed size, for so many tokens; config: of the text model."""
+    return StaticCache(config=config, max_cache_len=length)
 
 
 def require_cache(cache: Any) -> None:

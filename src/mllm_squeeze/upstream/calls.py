@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.upstream.names import CACHE_NAMES, EMBEDDINGS, HIDDEN, IDS, MASK, POSITIONS, ROPE, USE_CACHE
 from mllm_squeeze.upstream.signatures import forward_parameters, places
 
-# 5.24 renamed the second to the first; inner modules get whichever their caller chose.
-CACHE_NAMES = ("cache", "past_key_values")
-HIDDEN, MASK, POSITIONS, ROPE = "hidden_states", "attention_mask", "position_ids", "position_embeddings"
-EMBEDDINGS, IDS, USE_CACHE = "inputs_embeds", "input_ids", "use_cache"
 _PACKED = "cu_seq_lens_q"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

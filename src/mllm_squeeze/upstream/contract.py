@@ -16,16 +16,7 @@ from torch import nn
 
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
 from mllm_squeeze.upstream.broken import Broken
-from mllm_squeeze.upstream.calls import (
-    CACHE_NAMES,
-    EMBEDDINGS,
-    HIDDEN,
-    IDS,
-    MASK,
-    POSITIONS,
-    ROPE,
-    USE_CACHE,
-)
+from mllm_squeeze.upstream.names import CACHE_NAMES, EMBEDDINGS, HIDDEN, IDS, MASK, POSITIONS, ROPE, USE_CACHE
 from mllm_squeeze.upstream.signatures import forward_parameters
 from mllm_squeeze.upstream.versions import how_to_go_on, only_warns
 

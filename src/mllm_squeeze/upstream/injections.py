@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK, POSITIONS
 from mllm_squeeze.upstream.signatures import forward_parameters
 
 CROSS_STATES = "cross_attention_states"
@@ -84,3 +85,25 @@ def split_inner_features(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Mappin
         return kwargs, None, None
     visual = mask[..., 0] if mask.ndim == 3 else mask
     return {**kwargs, INNER_FEATURES: None, INNER_MASK: None}, features, visual
+
+
+PER_LAYER = "per_layer_inputs"
+# Arguments with one entry per token, by the axis of the tokens.
+_COLUMNS = {EMBEDDINGS: 1, IDS: 1, POSITIONS: -1, DEEPSTACK_ARGUMENTS[0]: 1, INNER_MASK: 1, PER_LAYER: 1}
+# What belongs to the visual tokens of a prompt, and to no later pass.
+_VISUAL = (*DEEPSTACK_ARGUMENTS, INNER_MASK, INNER_FEATURES)
+
+
+def columns(given: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return the arguments of a text model for some of its tokens, those before them seen by the cache.
+
+    given: for all tokens, a mask (B, T) among them. start: above 0 for a step behind all visual tokens.
+    """
+    taken = {}
+    for name, value in given.items():
+        if name == MASK:
+            taken[name] = value[:, :stop]
+        elif start == 0 or name not in _VISUAL:
+            axis = _COLUMNS.get(name)
+            taken[name] = value if axis is None else value.narrow(axis, start, stop - start)
+    return taken

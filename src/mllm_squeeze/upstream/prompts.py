@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_squeeze.upstream.calls import EMBEDDINGS, IDS, MASK, named
+from mllm_squeeze.upstream.calls import named
+from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK
 
 # Arguments that bring a modality into a prompt.
 _PIXELS = {

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.checking.prompt import layer_to_cut, trial_prompt
 from mllm_squeeze.engine import selfcheck
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.errors import SqueezeError
-from mllm_squeeze.family.handlers.deepstack import has_deepstack
-from mllm_squeeze.family.handlers.inner_features import has_inner_features
-from mllm_squeeze.family.standin import VOCABULARY, stand_in
+from mllm_squeeze.family.standin import stand_in
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.layout import Span, Tile, TokenLayout
-from mllm_squeeze.upstream.calls import EMBEDDINGS, POSITIONS, USE_CACHE, TextCall
+from mllm_squeeze.upstream.calls import TextCall
+from mllm_squeeze.upstream.names import USE_CACHE
 from mllm_squeeze.upstream.outputs import hidden_of
 
-# The prompt: text, a picture of SIDE x SIDE tokens, text.
-_BEFORE, _SIDE, _AFTER = 4, 4, 8
-_LENGTH = _BEFORE + _SIDE**2 + _AFTER
 # Masking must change this many times more than the cut and the mask differ, or their equality says nothing.
 _MATTERS = 3
 
@@ -69,7 +65,7 @@ def try_cut(parts: ModelParts) -> Trial:
     if parts.cross_attention:
         reason = "pictures are no part of the text model's sequence; the text attends to them in cross-attention layers"
         return Trial("not comparable", None, reason=reason)
-    layer = _layer(parts)
+    layer = layer_to_cut(parts)
     blind = selfcheck.layers_without_attention(parts, layer)
     if blind:
         reason = (
@@ -89,11 +85,6 @@ def _is_empty(decoder: nn.Module) -> bool:
     return all(weight.is_meta for weight in decoder.parameters())
 
 
-def _layer(parts: ModelParts) -> int:
-    """Return the layer to cut at: 1, so that one layer sees all, unless the model is too short for that."""
-    return min(1, len(parts.layers) - 1, *parts.kv_sources.values())
-
-
 def _tried_small(parts: ModelParts) -> Trial:
     """Try the narrowest stand-in that runs; some classes tie their width to other numbers."""
     reasons = []
@@ -101,7 +92,7 @@ def _tried_small(parts: ModelParts) -> Trial:
         try:
             small = stand_in(parts.decoder, narrow)
             found = _parts_of(parts, small.decoder)
-            _last_hidden(found, _prompt(found))
+            _last_hidden(found, trial_prompt(found).given)
         # The code of any model runs here, and may raise anything; what it says is what there is to say.
         except Exception as error:
             reasons.append(f"{how}, {_first_line(error)}")
@@ -117,16 +108,16 @@ def _parts_of(parts: ModelParts, decoder: nn.Module) -> ModelParts:
 
 
 def _tried(parts: ModelParts, on: str) -> Trial:
-    layer = _layer(parts)
+    layer = layer_to_cut(parts)
     try:
-        given = _prompt(parts)
-        dense = _last_hidden(parts, given)
+        prompt = trial_prompt(parts)
+        dense = _last_hidden(parts, prompt.given)
     except Exception as error:
         return Trial("not run", on, layer, reason=f"the text model alone does not run: {_first_line(error)}")
     runtime = Runtime(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda session: None)
     try:
         runtime.attach()
-        proof = runtime.prove(layer, _layout(), {}, TextCall.read(parts.decoder, (), given))
+        proof = runtime.prove(layer, prompt.layout(), {}, TextCall.read(parts.decoder, (), prompt.given))
     except SqueezeError as error:
         return Trial("not run", on, layer, reason=str(error))
     except Exception as error:
@@ -149,55 +140,7 @@ def _judged(proof: selfcheck.Proof, effect: float, layer: int, on: str) -> Trial
     return Trial("passed", on, layer, error, effect)
 
 
-# The prompt
-
-
-def _layout() -> TokenLayout:
-    span = Span(0, "image", 0, ((_BEFORE, _SIDE**2),), (Tile(1, _SIDE, _SIDE),))
-    return TokenLayout(1, _LENGTH, (span,), torch.ones(1, _LENGTH, dtype=torch.bool))
-
-
-def _prompt(parts: ModelParts) -> dict[str, Any]:
-    """Return arguments of the text model: embeddings of random words, and what else its picture brings with it."""
-    decoder: Any = parts.decoder
-    generator = torch.Generator().manual_seed(0)
-    device = next(decoder.embed_tokens.parameters()).device
-    config = parts.text_config
-    # Gemma 3n has a second table, for fewer words; some releases of transformers look up the others in it as well.
-    second = getattr(config, "vocab_size_per_layer_input", None) or VOCABULARY
-    words = min(int(config.vocab_size), int(second), VOCABULARY)
-    ids = torch.randint(words, (1, _LENGTH), generator=generator).to(device)
-    visual = _layout().visual.to(device)
-    with torch.no_grad():
-        states = decoder.embed_tokens(ids)
-    given: dict[str, Any] = {EMBEDDINGS: states}
-    features = [states[0, -(_SIDE**2) :].flip(0), states[0, : _SIDE**2].flip(0)]
-    if parts.mrope:
-        given[POSITIONS] = _grid_positions().to(device)
-    if has_deepstack(decoder):
-        given.update(visual_pos_masks=visual, deepstack_visual_embeds=features)
-    if has_inner_features(decoder):
-        # The first behind the cut, where the engine has to shorten it.
-        inner = min(_layer(parts) + 1, len(parts.layers) - 1)
-        given.update(vision_mask=visual[..., None], deepstack_features={0: features[0], inner: features[1]})
-    own = getattr(parts.text_config, "hidden_size_per_layer_input", None)
-    if own and "per_layer_inputs" in inspect.signature(decoder.forward).parameters:
-        look_up = decoder.get_per_layer_inputs
-        # Gemma 4 takes the embeddings as well; some releases of transformers insist on them.
-        more = (states,) if EMBEDDINGS in inspect.signature(look_up).parameters else ()
-        with torch.no_grad():
-            given["per_layer_inputs"] = look_up(ids, *more)
-    return given
-
-
-def _grid_positions() -> Tensor:
-    """Return positions (3, 1, T) on three axes, as M-RoPE gives them to a picture."""
-    cells = torch.tensor(Tile(1, _SIDE, _SIDE).coordinates()).T + _BEFORE
-    before, after = torch.arange(_BEFORE).expand(3, -1), torch.arange(_AFTER).expand(3, -1) + _BEFORE + _SIDE
-    return torch.cat([before, cells, after], dim=1)[:, None]
-
-
-def _last_hidden(parts: ModelParts, given: dict[str, Any]) -> Tensor:
+def _last_hidden(parts: ModelParts, given: Mapping[str, Any]) -> Tensor:
     with torch.no_grad():
         return hidden_of(parts.decoder(**given, **{USE_CACHE: False}))
 
