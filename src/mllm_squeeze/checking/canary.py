@@ -16,6 +16,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from mllm_squeeze.checking.prompt import BEFORE, LENGTH, SIDE, TrialPrompt, layer_to_cut, trial_prompt
+from mllm_squeeze.checking.small import first_line, small_parts
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine import selfcheck
 from mllm_squeeze.engine.plan import Plan, PlannedCut
@@ -69,6 +70,38 @@ def cases_of(parts: ModelParts) -> list[Case]:
     return found
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the canary of a class of text models said.
+
+    broken: what is not exact, in words. why_not: why it did not run, "" where it did.
+    """
+
+    broken: tuple[str, ...] = ()
+    why_not: str = ""
+
+    @property
+    def ran(self) -> bool:
+        """True where a stand-in ran."""
+        return not self.why_not
+
+
+_verdicts: dict[Any, Verdict] = {}
+
+
+def decoding_of(parts: ModelParts) -> Verdict:
+    """Return whether cuts of a small text model of a model's class decode exactly; tried once per process."""
+    config = parts.text_config
+    kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
+    key = (type(parts.decoder), type(config), kinds, parts.mrope, bool(parts.kv_sources))
+    if key not in _verdicts:
+        small = small_parts(parts)
+        _verdicts[key] = (
+            Verdict(why_not=small.why_not) if small.parts is None else Verdict(tuple(broken_ways(small.parts)))
+        )
+    return _verdicts[key]
+
+
 def broken_ways(parts: ModelParts) -> list[str]:
     """Return what goes wrong where cuts of a small text model are decoded, in words; nothing where all is exact.
 
@@ -90,7 +123,7 @@ def _guarded(check: Any) -> str | None:
     try:
         found: str | None = check()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return first_line(error)
     return found
 
 

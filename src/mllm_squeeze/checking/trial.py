@@ -10,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.checking.canary import decoding_of, in_words
 from mllm_squeeze.checking.prompt import layer_to_cut, trial_prompt
+from mllm_squeeze.checking.small import first_line, small_parts
 from mllm_squeeze.engine import selfcheck
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.errors import SqueezeError
-from mllm_squeeze.family.standin import stand_in
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.calls import TextCall
 from mllm_squeeze.upstream.names import USE_CACHE
@@ -33,6 +34,8 @@ class Trial:
 
     layer: where it cut. error: how much the cut differs from masking the same tokens, relative to the largest state.
     effect: by how much masking changes anything. on: what ran, None where nothing did. reason: why it is not "passed".
+    decoding: what a small text model of the class said of decode steps, caches and padded batches: "exact", "failed",
+    or why they were not tried.
     """
 
     result: Result
@@ -41,6 +44,7 @@ class Trial:
     error: float | None = None
     effect: float | None = None
     reason: str | None = None
+    decoding: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, and all of it in words as `text`."""
@@ -52,7 +56,7 @@ class Trial:
             return f"{self.result}: {self.reason}{help_}"
         return (
             f"{self.result}: a cut at layer {self.layer} equals masking, error {self.error:.0e} (masking changes "
-            f"{self.effect:.0e})"
+            f"{self.effect:.0e}); decoding: {self.decoding}"
         )
 
 
@@ -65,6 +69,15 @@ def try_cut(parts: ModelParts) -> Trial:
     if parts.cross_attention:
         reason = "pictures are no part of the text model's sequence; the text attends to them in cross-attention layers"
         return Trial("not comparable", None, reason=reason)
+    verdict = decoding_of(parts)
+    found = _compared(parts)
+    if verdict.broken:
+        reason = f"cuts of a small text model are not exact: {in_words(verdict.broken)}"
+        return replace(found, result="failed", reason=reason, decoding="failed")
+    return replace(found, decoding="exact" if verdict.ran else f"not tried: {verdict.why_not}")
+
+
+def _compared(parts: ModelParts) -> Trial:
     layer = layer_to_cut(parts)
     blind = selfcheck.layers_without_attention(parts, layer)
     if blind:
@@ -78,33 +91,14 @@ def try_cut(parts: ModelParts) -> Trial:
             return Trial("not run", None, reason="the model is in training mode; call model.eval() first")
         dtype = str(next(parts.decoder.parameters()).dtype).removeprefix("torch.")
         return _tried(parts, f"the model itself, {dtype}")
-    return _tried_small(parts)
+    small = small_parts(parts)
+    if small.parts is None:
+        return Trial("not run", None, reason=small.why_not)
+    return _tried(small.parts, ", ".join(("its text model alone, random weights, float32", *small.shrunk)))
 
 
 def _is_empty(decoder: nn.Module) -> bool:
     return all(weight.is_meta for weight in decoder.parameters())
-
-
-def _tried_small(parts: ModelParts) -> Trial:
-    """Try the narrowest stand-in that runs; some classes tie their width to other numbers."""
-    reasons = []
-    for narrow, how in ((True, "narrow"), (False, "at full width")):
-        try:
-            small = stand_in(parts.decoder, narrow)
-            found = _parts_of(parts, small.decoder)
-            _last_hidden(found, trial_prompt(found).given)
-        # The code of any model runs here, and may raise anything; what it says is what there is to say.
-        except Exception as error:
-            reasons.append(f"{how}, {_first_line(error)}")
-            continue
-        return _tried(found, ", ".join(("its text model alone, random weights, float32", *small.shrunk)))
-    return Trial("not run", None, reason=f"no small text model of this config runs ({'; '.join(reasons)})")
-
-
-def _parts_of(parts: ModelParts, decoder: nn.Module) -> ModelParts:
-    layers: Any = decoder.layers
-    nothing: dict[str, Any] = {"tower": None, "blocks": None, "projector": None}
-    return replace(parts, model=decoder, base=decoder, decoder=decoder, layers=layers, **nothing)
 
 
 def _tried(parts: ModelParts, on: str) -> Trial:
@@ -113,7 +107,7 @@ def _tried(parts: ModelParts, on: str) -> Trial:
         prompt = trial_prompt(parts)
         dense = _last_hidden(parts, prompt.given)
     except Exception as error:
-        return Trial("not run", on, layer, reason=f"the text model alone does not run: {_first_line(error)}")
+        return Trial("not run", on, layer, reason=f"the text model alone does not run: {first_line(error)}")
     runtime = Runtime(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda session: None)
     try:
         runtime.attach()
@@ -121,7 +115,7 @@ def _tried(parts: ModelParts, on: str) -> Trial:
     except SqueezeError as error:
         return Trial("not run", on, layer, reason=str(error))
     except Exception as error:
-        return Trial("failed", on, layer, reason=f"a cut at layer {layer} raises: {_first_line(error)}")
+        return Trial("failed", on, layer, reason=f"a cut at layer {layer} raises: {first_line(error)}")
     finally:
         runtime.detach()
     return _judged(proof, selfcheck.distance(proof.of(dense), proof.masked), layer, on)
@@ -143,10 +137,3 @@ def _judged(proof: selfcheck.Proof, effect: float, layer: int, on: str) -> Trial
 def _last_hidden(parts: ModelParts, given: Mapping[str, Any]) -> Tensor:
     with torch.no_grad():
         return hidden_of(parts.decoder(**given, **{USE_CACHE: False}))
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, SqueezeError):
-        return str(error)
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
