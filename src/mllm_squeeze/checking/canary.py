@@ -168,8 +168,7 @@ class _Run:
     def prefill(self) -> None:
         """Run the tokens in front of those that are decoded."""
         self.session.prepare(torch.device("cpu"))
-        with self.runtime.probing(self.session):
-            self.states.append(self._pass(0, _PREFILL))
+        self.states.append(self.runtime.run_with(self.session, lambda: self._pass(0, _PREFILL)))
 
     def step(self, column: int) -> None:
         """Decode one token."""
@@ -245,8 +244,7 @@ def _reference(parts: ModelParts, run: _Run, layer: int, case: Case) -> Tensor:
         with _running(parts, plan) as runtime:
             session = Session(plan, parts, run.prompt.layout(), {}, LENGTH, 0)
             session.prepare(torch.device("cpu"))
-            with runtime.probing(session):
-                return _dense(parts, run.prompt)
+            return runtime.run_with(session, lambda: _dense(parts, run.prompt))
     kept = run.kept()
     hooks = []
     for number in range(layer, len(parts.layers)):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_squeeze.engine.frames import Entry
 from mllm_squeeze.engine.keys import KeptKeys, all_keys
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream import caches
@@ -26,8 +27,8 @@ class CutKeysLayer(DynamicLayer):
     _layer_type = None
     kept: KeptKeys | None = None
     upcoming: KeptKeys | None = None
-    # The pass that may read: what it refers to lives as long as the call does, however that ends.
-    reader: weakref.ref[Any] | None = None
+    # The pass that may read, while it runs.
+    reader: weakref.ref[Entry[Any]] | None = None
     _inside = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,7 +42,7 @@ class CutKeysLayer(DynamicLayer):
         Raises:
             UnsupportedInputError: they were cut, and the model that reads on is not squeezed.
         """
-        if self.kept is not None and not self._inside and (self.reader is None or self.reader() is None):
+        if self.kept is not None and not self._inside and not self._is_open:
             raise UnsupportedInputError(
                 "The keys of the pictures in this cache were cut by a method that is no longer applied to the model. "
                 "Apply the same method again, or prefill again without the cache."
@@ -51,6 +52,11 @@ class CutKeysLayer(DynamicLayer):
     @keys.setter
     def keys(self, value: Any) -> None:
         self.__dict__["keys"] = value
+
+    @property
+    def _is_open(self) -> bool:
+        entry = None if self.reader is None else self.reader()
+        return entry is not None and entry.lives
 
     @contextmanager
     def _handled(self) -> Iterator[None]:
@@ -117,7 +123,7 @@ class CutKeysLayer(DynamicLayer):
             self.kept = self.kept.rows(index)
 
 
-def open_keys(cache: Any, reader: Any) -> KeptKeys | None:
+def open_keys(cache: Any, reader: Entry[Any]) -> KeptKeys | None:
     """Open the keys of a cache for the call that `reader` belongs to; returns what is left, None if none were cut."""
     kept = None
     for layer in caches.layers_of(cache):
@@ -151,7 +157,7 @@ def held_keys(cache: Any, layer: int, batch: int, device: torch.device) -> KeptK
     return all_keys(batch, length, device) if length else None
 
 
-def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Any]) -> None:
+def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Entry[Any]]) -> None:
     """Say which keys a cross-attention layer will hold once the coming ones are written.
 
     Raises:

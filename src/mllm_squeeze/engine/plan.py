@@ -58,15 +58,16 @@ class Plan:
     keys: tuple[PlannedCut, ...] = ()
 
     def refuse_copy(self) -> NoReturn:
-        """Say why a squeezed model cannot be copied.
+        """Say why a squeezed model can be neither copied nor pickled.
 
         Raises:
             UnsupportedModelError: always; a copy would share the hooks of the original.
         """
         steps = [*self.cuts, *self.keys, *(step for step in (self.encoder, self.decode) if step is not None)]
         raise UnsupportedModelError(
-            f"'{steps[0].name}' is applied to this model, and a deep copy would share its hooks. Call "
-            "squeeze.remove(model) first, copy, and apply the method to both."
+            f"'{steps[0].name}' is applied to this model, and a copy or a pickle of it would carry its hooks. Call "
+            "squeeze.remove(model) first, copy or save, and apply the method again. save_pretrained and state_dict "
+            "work as they are."
         )
 
     def at(self, layer: int) -> Sequence[PlannedCut]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Need, Reduction
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """The row (B, 1) that an attention module shall project, of a sequence of some length."""
+
+    row: Tensor
+    length: int
 
 
 class Session(Survivors):
@@ -51,6 +60,8 @@ class Session(Survivors):
         self.held: dict[int, int] = {}
         # What taps of this pass should read, by attention module, and what they read, by cut.
         self.listeners: dict[nn.Module, Any] = {}
+        # Attention modules that shall project one row only, while they are asked for a preview.
+        self.one_row: dict[nn.Module, OneRow] = {}
         self.read: dict[tuple[PlannedCut, Need], Tensor] = {}
         self.row_weights: dict[int, Tensor] = {}
         # Features that the text model would have added in front of inner layers, None in most families.

@@ -164,5 +164,5 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
         out.append(score_rows(query, key, session.present, extra, rows, weights, is_causal(attention)))
 
     one = rows if rows.shape[1] == 1 else None
-    run_projections(attention, norm(hidden), one, given, session.listeners, read)
+    run_projections(attention, norm(hidden), one, given, session, read)
     return out[0]
