@@ -41,6 +41,7 @@ __all__ = [
     "is_static",
     "layer_at",
     "layers_of",
+    "put_layer",
     "refuse_layer",
     "require_cache",
     "require_cuttable_kinds",
@@ -112,6 +113,12 @@ def ensure_layer(cache: Any, number: int) -> Any:
             )
         layers.append(cache.layer_class_to_replicate())
     return layers[number]
+
+
+def put_layer(cache: Any, number: int, layer: Any) -> Any:
+    """Put another KV layer where one is already, and return it."""
+    layers_of(cache)[number] = layer
+    return layer
 
 
 def tokens_seen(cache: Any) -> int:
