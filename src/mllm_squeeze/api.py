@@ -86,11 +86,12 @@ class Handle:
             return Report(record(self.recipe, last))
         if self._saw_text_only:
             raise NotAppliedError(
-                "Nothing to report: the last prompt held no visual tokens, so nothing was cut. Run the model on a prompt "
+                "Nothing to report: the last prompt held no visual tokens, so nothing was cut. Run the model on one "
                 "with an image or video."
             )
         raise NotAppliedError(
-            "Nothing to report: no prompt with an image or video went through the model since apply. Run the model once."
+            "Nothing to report: no prompt with an image or video went through the model since apply. Run the model "
+            "once."
         )
 
     def remove(self) -> None:

@@ -66,8 +66,8 @@ class Entry(Generic[T]):
 class Calls(Generic[T]):
     """What belongs to the calls of one module, or of one function of ours, that run now, the innermost last.
 
-    torch runs no hook behind a call that ends with Ctrl-C, and Ctrl-C may come in front of any line of ours, so an entry
-    counts as long as the frame of its call is on the stack.
+    torch runs no hook behind a call that ends with Ctrl-C, and Ctrl-C may come in front of any line of ours, so an
+    entry counts as long as the frame of its call is on the stack.
     """
 
     def __init__(self) -> None:

@@ -57,8 +57,8 @@ class Plan:
         steps = [*self.cuts, *self.keys, *(step for step in (self.encoder, self.decode) if step is not None)]
         raise UnsupportedModelError(
             f"'{steps[0].name}' is applied to this model, and a copy or a pickle of it would carry its hooks. Call "
-            "squeeze.remove(model) first, copy or save, and apply the method again. save_pretrained and state_dict work "
-            "as they are."
+            "squeeze.remove(model) first, copy or save, and apply the method again. save_pretrained and state_dict "
+            "work as they are."
         )
 
     def at(self, layer: int) -> Sequence[PlannedCut]:

@@ -22,8 +22,8 @@ from mllm_squeeze.engine.query_keys import QueryHooks
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.static_step import is_static_step, is_traced_step, refuse_static, serve_step, untraced
-from mllm_squeeze.engine.switch import Switch
 from mllm_squeeze.engine.streams import fold, unfold
+from mllm_squeeze.engine.switch import Switch
 from mllm_squeeze.engine.taps import Listener
 from mllm_squeeze.errors import SqueezeError, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack

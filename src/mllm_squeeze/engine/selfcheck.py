@@ -136,9 +136,7 @@ def _refuse_blind_layers(parts: ModelParts, layer: int) -> None:
         )
 
 
-def _masked_run(
-    parts: ModelParts, fittings: Fittings, session: Session, layer: int, kwargs: dict[str, Any]
-) -> Tensor:
+def _masked_run(parts: ModelParts, fittings: Fittings, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
     """Return the text model's output with the tokens that the session dropped masked, from one layer on."""
     kept = torch.zeros_like(session.real)
     assert session.index is not None
