@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from mllm_squeeze.checking.release import require_release
+from mllm_squeeze.checking.trial import try_cut
 from mllm_squeeze.config import Recipe, load_recipe
 from mllm_squeeze.engine.running import require_idle
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Cut
-from mllm_squeeze.engine.trial import try_cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
@@ -24,6 +25,7 @@ from mllm_squeeze.planner import make_plan, why_not
 from mllm_squeeze.recording import Prefill, prefill_of, record
 from mllm_squeeze.registry import family_plugins, method_names
 from mllm_squeeze.report import Report
+from mllm_squeeze.upstream.modules import unwrap
 
 # By the inner model, so that a PEFT wrapper and the model inside it share one handle. The hooks on the model keep the
 # handle alive; a strong reference here would keep the model alive as well.
@@ -160,6 +162,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
             "with both steps."
         )
     require_idle(_called(parts))
+    require_release(parts)
     handle = Handle(model, recipe, parts)
     _handles[parts.model] = weakref.ref(handle)
     return handle
@@ -182,7 +185,8 @@ def remove(model: nn.Module) -> None:
     Raises:
         NotAppliedError: none is applied. InUseError: another thread is inside a call of the model.
     """
-    found = _handle_of(_find(model).model)
+    # What was applied can be taken off, whatever was done to the model or its config since.
+    found = _handle_of(unwrap(model)) or _handle_of(_find(model).model)
     if found is None:
         raise NotAppliedError(
             f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from mllm_squeeze.config import Recipe
 from mllm_squeeze.dims import ModelDims
@@ -14,6 +13,7 @@ from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.report import KeyRecord, PrefillRecord, SpanRecord, StageRecord
+from mllm_squeeze.upstream.configs import text_sizes
 
 
 @dataclass(frozen=True)
@@ -116,27 +116,5 @@ def _stages(recipe: Recipe, prefill: Prefill) -> tuple[StageRecord, ...]:
 
 def model_dims(parts: ModelParts) -> ModelDims | None:
     """Return the sizes of the language model, None where its config does not name them."""
-    config: Any = parts.text_config
-    heads = getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
-    inner = _intermediate(config)
-    if heads is None or hidden is None or inner is None:
-        return None
-    return ModelDims(
-        layers=len(parts.layers),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        intermediate=inner,
-        vocab=config.vocab_size,
-    )
-
-
-def _intermediate(config: Any) -> int | None:
-    experts = getattr(config, "num_experts_per_tok", None)
-    width = getattr(config, "moe_intermediate_size", None)
-    if isinstance(experts, int) and isinstance(width, int):
-        return experts * width + (getattr(config, "shared_expert_intermediate_size", None) or 0)
-    found = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
-    return found if isinstance(found, int) else None
+    sizes = text_sizes(parts.text_config)
+    return None if sizes is None else ModelDims(layers=len(parts.layers), **asdict(sizes))

@@ -97,7 +97,6 @@ class CrossAttentionHooks(HookOwner):
         return now.kept, short
 
     def _reduce(self, now: _Pass, call: TextCall, cross: CrossCall) -> tuple[KeptKeys | None, CrossCall]:
-        key_cache.require_growing(call.cache, self._layers)
         frame = self._local.frame
         prompted = PromptCall({}) if frame is None else frame.call
         tiles = self.parts.config.vision_config.max_num_tiles
@@ -121,7 +120,10 @@ class CrossAttentionHooks(HookOwner):
             0 if held is None else held.index.shape[1],
         )
         now.session = session
-        return kept, cross if kept is None else cross.replace(states=states)
+        if kept is None:
+            return None, cross
+        key_cache.require_growing(call.cache, self._layers)
+        return kept, cross.replace(states=states)
 
     def _fitted(self, call: TextCall, cross: CrossCall, kept: KeptKeys) -> CrossCall:
         """Return the call with a mask over the keys that are left."""

@@ -12,6 +12,7 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.taps import score_rows
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.upstream import caches
 
 
 def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_values: Any) -> None:
@@ -32,7 +33,7 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
     visual = entries.visual
 
     def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        layer = past_key_values.layers[holder]
+        layer: Any = caches.layer_at(past_key_values, holder)
         rows = query.new_full((query.shape[0], 1), query.shape[2] - 1, dtype=torch.long)
         scores = score_rows(query, key, mask, kwargs, rows, torch.ones_like(rows, dtype=torch.float32))
         row = scores[:, : visual.shape[1]]

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from mllm_squeeze.engine.frames import Entry
 from mllm_squeeze.engine.keys import KeptKeys, all_keys
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.upstream import caches
+from mllm_squeeze.upstream.caches import DynamicLayer
 
 
 class CutKeysLayer(DynamicLayer):
@@ -29,6 +30,10 @@ class CutKeysLayer(DynamicLayer):
     # The pass that may read, while it runs.
     reader: weakref.ref[Entry[Any]] | None = None
     _inside = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: who may read now is no part of it."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("reader", "_inside")}
 
     @property
     def keys(self) -> Any:
@@ -121,7 +126,7 @@ class CutKeysLayer(DynamicLayer):
 def open_keys(cache: Any, reader: Entry[Any]) -> KeptKeys | None:
     """Open the keys of a cache for the call that `reader` belongs to; returns what is left, None if none were cut."""
     kept = None
-    for layer in getattr(cache, "layers", ()):
+    for layer in caches.layers_of(cache):
         if isinstance(layer, CutKeysLayer) and layer.kept is not None:
             layer.reader = weakref.ref(reader)
             kept = layer.kept
@@ -134,16 +139,9 @@ def require_growing(cache: Any, layers: Sequence[int]) -> None:
     Raises:
         UnsupportedInputError: a static, quantised or unknown cache.
     """
-    if cache is None:
-        return
-    if not isinstance(cache, Cache):
-        raise UnsupportedInputError(
-            f"past_key_values is a {type(cache).__name__}; a squeezed model needs a transformers DynamicCache. Pass "
-            "past_key_values=DynamicCache(config=model.config), or none at all."
-        )
     for number in layers:
-        found = cache.layers[number] if number < len(cache.layers) else None
-        if found is not None and type(found) not in (DynamicLayer, CutKeysLayer):
+        found = caches.layer_at(cache, number)
+        if found is not None and not (isinstance(found, CutKeysLayer) or caches.is_growing(found)):
             raise UnsupportedInputError(
                 f"The cache holds the pictures in a {type(found).__name__}, which keeps room for all their keys. Use "
                 "cache_implementation='dynamic' (the default of generate) instead of a static or quantised one."
@@ -152,7 +150,7 @@ def require_growing(cache: Any, layers: Sequence[int]) -> None:
 
 def held_keys(cache: Any, layer: int, batch: int, device: torch.device) -> KeptKeys | None:
     """Return the keys that earlier turns left in a cross-attention layer, None where there are none."""
-    found = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
+    found = caches.layer_at(cache, layer)
     if isinstance(found, CutKeysLayer) and found.kept is not None:
         return found.kept
     length = 0 if found is None else int(found.get_seq_length())
@@ -160,10 +158,13 @@ def held_keys(cache: Any, layer: int, batch: int, device: torch.device) -> KeptK
 
 
 def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Entry[Any]]) -> None:
-    """Say which keys a cross-attention layer will hold once the coming ones are written."""
-    while len(cache.layers) <= layer:
-        cache.layers.append(cache.layer_class_to_replicate())
-    found = cache.layers[layer]
+    """Say which keys a cross-attention layer will hold once the coming ones are written.
+
+    Raises:
+        UnsupportedInputError: the layer is a static or quantised one, or the cache has none for it.
+    """
+    found = caches.ensure_layer(cache, layer)
+    require_growing(cache, (layer,))
     if not isinstance(found, CutKeysLayer):
         cut = CutKeysLayer.__new__(CutKeysLayer)
         cut.__dict__ = found.__dict__

@@ -27,8 +27,17 @@ class PlannedCut:
     stages: int = 1
     fractions: tuple[float, ...] | None = None
 
+    @property
+    def decides(self) -> bool:
+        """True where nothing says how much is left but the rule itself."""
+        reducer = self.reducer
+        return reducer.decides and reducer.ratio is None and reducer.keep is None and self.fractions is None
+
     def budget(self, length: int) -> int:
-        """Return how many of a span's original tokens may be left after this cut."""
+        """Return how many of a span's original tokens may be left after this cut; all where the rule decides.
+
+        length: the span's tokens before any cut, without those that the attention mask hides.
+        """
         if self.fractions is not None:
             return ops.kept_count(length, keep=float(self.fractions[self.stage]))
         return ops.stage_counts(length, self.stages, self.reducer.ratio, self.reducer.keep)[self.stage]

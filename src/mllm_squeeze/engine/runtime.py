@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +34,8 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
-from mllm_squeeze.upstream.calls import POSITIONS, LayerCall, TextCall
+from mllm_squeeze.upstream.calls import LayerCall, TextCall
+from mllm_squeeze.upstream.names import POSITIONS
 
 
 class Runtime(HookOwner):
@@ -235,6 +238,16 @@ class Runtime(HookOwner):
         selfcheck.require_alike(self.parts, proof)
         self._verified = True
 
+    @contextmanager
+    def probing(self, session: Session | None) -> Iterator[None]:
+        """Run the text model alone with a session made by hand inside the block; with None it runs dense."""
+        # Ours sleeps while the block runs, in the frame that entered it.
+        probe = self._local.probes.enter((session,), sys._getframe(2))
+        try:
+            yield
+        finally:
+            self._local.probes.leave(probe)
+
     def prove(
         self, layer: int, layout: TokenLayout, features: Mapping[str, Features], call: TextCall
     ) -> selfcheck.Proof:
@@ -278,11 +291,7 @@ class Runtime(HookOwner):
         return new.replace(hidden=unfold(hidden, call.hidden), others=others)
 
     def _cut(self, session: Session, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
-        cuts = session.plan.at(number)
-        merged = number == 0 and session.plan.encoder is not None
-        if (cuts or merged) and call.cache is not None:
-            kv.require_cuttable(call.cache)
-            refuse_static(session, call.cache)
+        cuts, stage = session.plan.at(number), session.stage
         if number == 0:
             for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
@@ -290,6 +299,10 @@ class Runtime(HookOwner):
                 hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
         for cut in cuts:
             hidden = cutting.run_cut(session, cut, hidden, call)
+        # A cut that removes nothing asks nothing of the cache.
+        if session.stage > stage and call.cache is not None:
+            kv.require_cuttable(call.cache)
+            refuse_static(session, call.cache)
         session.read.clear()
         return hidden
 

@@ -143,7 +143,7 @@ def _masked_run(parts: ModelParts, fittings: Fittings, session: Session, layer: 
     kept = kept.scatter(1, session.index, True) if session.valid is None else _scatter(kept, session)
     try:
         for number in range(layer, len(parts.layers)):
-            fittings.before(parts.layers[number], _closing(kept, parts.layers[number]))
+            fittings.before(parts.layers[number], closing(kept, parts.layers[number]))
         with _masks_allowed(parts.text_config):
             return hidden_of(parts.decoder(**kwargs))
     finally:
@@ -177,7 +177,8 @@ def _scatter(kept: Tensor, session: Session) -> Tensor:
     return kept
 
 
-def _closing(kept: Tensor, layer: nn.Module) -> Any:
+def closing(kept: Tensor, layer: nn.Module) -> Any:
+    """Return the pre-hook of a decoder layer that closes all tokens but the kept ones; kept: bool (B, T)."""
     causal = is_causal(find_attention(layer))
 
     def close(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
