@@ -195,7 +195,7 @@ def _require_known(parts: ModelParts) -> None:
     # What a family has that nobody has tried is found out on its first call.
     encoded = () if row.by_runs or not row.verified else tuple(m for m in row.modalities if m != "audio")
     named = row.modalities if row.verified and not row.id_paths and not row.shared_id else ()
-    broken = check_structure(parts.model, parts.kinds, encoded=encoded, named=named, tried=row.verified)
+    broken = check_structure(parts, encoded=encoded, named=named, tried=row.verified)
     contract.require(broken)
 
 
