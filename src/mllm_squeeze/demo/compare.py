@@ -39,8 +39,8 @@ RATIOS = (0.5, 0.75)
 FULL_RATIOS = (0.5, 0.75, 0.9)
 NOTE = (
     "tokens: visual tokens of a picture at the end, /layer: mean over the decoder layers; first %: the first word of "
-    "the answer is right, ± standard error, and its difference to dense; whole %: that word right and nothing behind it; "
-    "GFLOPs: language model, one prompt"
+    "the answer is right, ± standard error, and its difference to dense; whole %: that word right and nothing behind "
+    "it; GFLOPs: language model, one prompt"
 )
 TIMED = "; ms: median prefill of a batch, encoder included"
 ACROSS = 6

@@ -102,7 +102,7 @@ class Study:
 
 
 @torch.no_grad()
-def study(model: Any, processor: Any, questions: int = 200, command: str = "mllm_squeeze.demo.stopping") -> Study:
+def study(model: Any, processor: Any, questions: int = 100, command: str = "mllm_squeeze.demo.stopping") -> Study:
     """Try the explanations one by one: the library, positions, the number of tokens, rows, layers, which tokens."""
     cases = [case(processor, item) for item in held_out(questions)]
     every = [torch.arange(len(one.visual)) for one in cases]
@@ -111,7 +111,8 @@ def study(model: Any, processor: Any, questions: int = 200, command: str = "mllm
     rows += [squeezed(model, cases, other)[0] for other in OTHERS]
     size = len(kept[0])
     for count in MADE_UP:
-        rows.append(masked(f"{size} drawn, {count} background", model, cases, drawn(cases, size, count)))
+        what = f"{size} drawn by chance, at least {count} of them background"
+        rows.append(masked(what, model, cases, drawn(cases, size, count)))
     looks = {name: looked(model, cases, keep) for name, keep in (("dense", every), (f"after {METHOD}", kept))}
     facts = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}}
     return Study(rows, looks, len(cases), {**facts, "mllm_squeeze": squeeze.__version__}, command)
@@ -199,7 +200,7 @@ def looked(model: Any, cases: list[Case], kept: list[Tensor]) -> float:
 
 
 def drawn(cases: list[Case], size: int, background: int, seed: int = 0) -> list[Tensor]:
-    """`size` visual tokens drawn for each case, `background` of them from the background and the rest from things."""
+    """`size` visual tokens drawn for each case: `background` from the background, or more where things run out."""
     rng = np.random.default_rng(seed)
     out = []
     for one in cases:
@@ -274,7 +275,7 @@ def _row(what: str, model: Any, cases: list[Case], kept: list[Tensor], logits: l
 def main(arguments: Sequence[str] | None = None) -> Study:
     """Read the command line, run the study, print it and save it as stopping.json and stopping.md."""
     parser = argparse.ArgumentParser(prog="python -m mllm_squeeze.demo.stopping", description=__doc__)
-    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
