@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import cache_role
 import matrix
 import oracle
 import tiny
@@ -164,7 +165,7 @@ def test_a_static_cache_outlives_its_method(family: str) -> None:
     cache = static(t, width + STEPS)
     with matrix.applied(t.model, "divprune"):
         oracle.run(t.model, inputs, forced[:, :1], cache=cache)
-    refused(lambda: t.model(input_ids=forced[:, :1], past_key_values=cache), "no longer applied")
+    refused(lambda: t.model(input_ids=forced[:, :1], **cache_role.given(cache)), "no longer applied")
     cache.reset()
     again = oracle.run(t.model, inputs, forced, cache=cache)
     oracle.assert_close(again.decode, dense.decode, "reset")
@@ -176,11 +177,11 @@ def test_an_offloaded_static_cache() -> None:
     cache = static(t, 128)
     cache.offloading = True
     with matrix.applied(t.model, "divprune"):
-        refused(lambda: t.model(**t.inputs["image"], past_key_values=cache), "offloaded")
+        refused(lambda: t.model(**t.inputs["image"], **cache_role.given(cache)), "offloaded")
 
 
 def test_a_method_that_goes_on_while_decoding() -> None:
     t = tiny.load("qwen2_5_vl")
     inputs = t.inputs["video"]
     with matrix.applied(t.model, "dycoke"):
-        refused(lambda: t.model(**inputs, past_key_values=static(t, 256)), "dycoke", "dynamic")
+        refused(lambda: t.model(**inputs, **cache_role.given(static(t, 256))), "dycoke", "dynamic")
