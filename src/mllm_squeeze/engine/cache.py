@@ -57,6 +57,11 @@ def tokens_seen(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def layer_at(cache: Any, number: int) -> Any:
+    """Return the KV layer of a decoder layer, None where there is none yet."""
+    return cache.layers[number] if cache is not None and number < len(cache.layers) else None
+
+
 def kept_entries(cache: Any, layer: int) -> KeptEntries | None:
     """Return what a KV layer holds, None where it holds all tokens seen."""
     if cache is None or layer >= len(cache.layers):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import nn
 
 from mllm_squeeze.engine.encoders import recorded
 from mllm_squeeze.engine.fittings import Fittings
-from mllm_squeeze.engine.frames import Frame, Local, prompt_length, wanted_tail
+from mllm_squeeze.engine.frames import Frame, Local, Whole
 from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.static_step import is_traced_step
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall, flat, wanted_tail
 
 
 class CallHooks:
@@ -45,13 +46,12 @@ class CallHooks:
         # Assisted decoding feeds prompt and guesses in one pass; only generate() knows where the prompt ends.
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-            given = {**given.pop("kwargs", {}), **given.pop("generate_kwargs", {}), **given}
+            call = GenerateCall(flat(original, args, kwargs))
             if self._enabled():
-                _refuse_chunks(self.parts.model, given)
-            before, self._local.prompt = self._local.prompt, prompt_length(given)
+                _refuse_chunks(self.parts.model, call)
+            before, self._local.prompt = self._local.prompt, call.prompt_length
             if self.parts.row.own_generate:
-                self._local.frames.enter(Frame(given))
+                self._local.frames.enter(Frame(PromptCall(call.given)))
             try:
                 return original(*args, **kwargs)
             finally:
@@ -66,24 +66,24 @@ class CallHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if is_traced_step(kwargs):
             return None
-        return args, self._local.tails.enter(wanted_tail(module, kwargs), kwargs)
+        call = PromptCall.read(module, args, kwargs)
+        encoded = {m: recorded(self.plan, output) for m, output in call.encoded.items()} if self._enabled() else {}
+        known = {modality: found for modality, found in encoded.items() if found is not None}
+        return args, self._local.wholes.enter(Whole(wanted_tail(module, kwargs), known), kwargs)
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_traced_step(kwargs):
-            self._local.tails.leave()
+            self._local.wholes.leave()
 
     def _enter_base(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if is_traced_step(kwargs):
             return None
-        inputs = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs if args else kwargs
-        frame = Frame(inputs)
+        frame = Frame(PromptCall.read(module, args, kwargs))
         live = self._local.frames.enter(frame, kwargs)
-        for modality, output in (inputs.get("mm_encoder_outputs") or {}).items():
-            if output is None or not self._enabled():
-                continue
-            found = recorded(self.plan, output)
+        for modality, output in frame.call.encoded.items() if self._enabled() else ():
+            found = recorded(self.plan, output) or self._brought(modality)
             if found is None:
                 raise UnsupportedInputError(
                     f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "
@@ -93,15 +93,18 @@ class CallHooks:
                 frame.features[modality] = found
         return args, live
 
+    def _brought(self, modality: str) -> Features | None:
+        """Return what the call of the whole model knew of its features: accelerate rebuilds them on their way here."""
+        whole = self._local.wholes.top
+        return None if whole is None else whole.encoded.get(modality)
+
     def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_traced_step(kwargs):
             self._local.frames.leave()
 
 
-def _refuse_chunks(model: Any, given: Mapping[str, Any]) -> None:
-    """given: arguments of generate()."""
-    config = given.get("generation_config") or getattr(model, "generation_config", None)
-    if given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+def _refuse_chunks(model: nn.Module, call: GenerateCall) -> None:
+    if call.in_chunks(model):
         raise UnsupportedInputError(
             "A prompt that is prefilled in chunks cannot be squeezed: no pass holds all of a picture. Leave "
             "prefill_chunk_size unset."

@@ -18,6 +18,7 @@ from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.engine.trace import StageTrace, now
 from mllm_squeeze.errors import SqueezeWarning
 from mllm_squeeze.reducers.base import Need, Reduction, VisualTokens
+from mllm_squeeze.upstream.calls import LayerCall
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,16 @@ class _Candidates:
         return self.table.place.gather(1, self.order)
 
 
-def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, call: LayerCall | None = None) -> Tensor:
     """Run one cut at the input of a layer; returns the hidden states (B, M', D) of what is left.
 
-    kwargs: of the layer, for signals that preview it. Warns where there was nothing to cut.
+    call: of the layer, for signals that preview it. Warns where there was nothing to cut.
     """
     found = _candidates(session, planned)
     if found is None:
         return hidden
     start = now(hidden.device)
-    tokens = _tokens(session, planned, found, hidden, kwargs)
+    tokens = _tokens(session, planned, found, hidden, call)
     reduction = _reduce(planned, tokens)
     hidden = session.merge(hidden, reduction, found.table, found.place, found.mask)
     chosen = _chosen(session, planned, found, reduction.keep)
@@ -85,7 +86,7 @@ def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
     found = _candidates(session, planned)
     if found is None:
         return
-    picked = planned.reducer.choose_rows(_tokens(session, planned, found, hidden, {}, read=False))
+    picked = planned.reducer.choose_rows(_tokens(session, planned, found, hidden, None, read=False))
     votes = torch.zeros_like(session.text_mask, dtype=torch.float32)
     votes = votes.index_add(0, found.table.sample, picked.float())
     session.row_weights[planned.step] = signals.mean_weights((votes > 0) & session.text_mask)
@@ -171,7 +172,7 @@ def _tokens(
     planned: PlannedCut,
     found: _Candidates,
     hidden: Tensor,
-    kwargs: dict[str, Any],
+    call: LayerCall | None,
     read: bool = True,
 ) -> VisualTokens:
     assert session.layout is not None
@@ -180,7 +181,7 @@ def _tokens(
     place = found.place
     needs: tuple[Need, ...] = planned.reducer.needs() if read else ()
     origin = found.table.origin.gather(1, found.order)
-    gathered, text = signals.gather(session, planned, needs, hidden, kwargs, found.table, place, origin, found.rows)
+    gathered, text = signals.gather(session, planned, needs, hidden, call, found.table, place, origin, found.rows)
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
         features=hidden[sample, place],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,8 @@ from mllm_squeeze.engine.taps import Listener
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Reducer
+from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
+from mllm_squeeze.upstream.prompts import flat, vision_inputs
 
 # Attribute under which a feature method's output carries what was recorded about it.
 MARK = "mllm_squeeze_features"
@@ -87,10 +88,7 @@ class EncoderHooks:
             # Some families encode videos through their image method: the outer call is the one that counts.
             if not self._enabled() or self._local.encode is not None:
                 return original(*args, **kwargs)
-            inputs = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-            inputs = {**inputs.pop("kwargs", {}), **inputs}
-            if modality == "video":
-                inputs.setdefault("pixel_values_videos", inputs.get("pixel_values"))
+            inputs = vision_inputs(modality, flat(original, args, kwargs))
             call = EncodeCall(self.parts, modality, self._signals, self._merge_for(modality))
             self._local.encode = call
             try:
@@ -150,14 +148,10 @@ class EncoderHooks:
         merge = None if self._local.encode is None else self._local.encode.merge
         if merge is None:
             return None
-        hidden = merge.merge(number, args[0] if args else kwargs["hidden_states"])
-        new = dict(kwargs)
-        bias = merge.bias
-        rest = args[1:]
-        if bias is not None:
-            bias = bias.to(hidden.dtype)
-            rest, new = ((bias, *args[2:]), new) if len(args) > 1 else (rest, {**new, "attention_mask": bias})
-        return ((hidden, *rest), new) if args else (args, {**new, "hidden_states": hidden})
+        call = LayerCall.read(args, kwargs)
+        hidden, bias = merge.merge(number, call.hidden), merge.bias
+        call = call.replace(hidden=hidden)
+        return (call if bias is None else with_block_mask(call, bias.to(hidden.dtype))).out()
 
     def _after_projector(self, module: nn.Module, args: Any, output: Any) -> Any:
         merge = None if self._local.encode is None else self._local.encode.merge

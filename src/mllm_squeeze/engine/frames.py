@@ -15,26 +15,33 @@ from torch import Tensor
 from mllm_squeeze.engine.encode import EncodeCall
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
-from mllm_squeeze.errors import SqueezeWarning
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.upstream.calls import TextCall
+from mllm_squeeze.upstream.prompts import MODALITIES, PromptCall
 
 T = TypeVar("T")
-
-# Arguments that bring a modality into a prompt.
-_INPUTS = {
-    "image": ("pixel_values", "image_pixel_values"),
-    "video": ("pixel_values_videos",),
-    "audio": ("input_features", "audio_input_features", "input_values"),
-}
 
 
 @dataclass
 class Frame:
-    """One call of the inner model: its inputs, and the features that its encoders gave."""
+    """One call of the inner model, and the features that its encoders gave for it."""
 
-    inputs: Mapping[str, Any]
+    call: PromptCall
     features: dict[str, Features] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One call of the whole model.
+
+    wanted: trailing tokens that its logits are wanted of, None for all. encoded: what was recorded about the features
+    that it brings, by modality; whatever rebuilds them on their way to the inner model loses that.
+    """
+
+    wanted: int | None
+    encoded: Mapping[str, Features]
 
 
 class _Live(dict[str, Any]):
@@ -82,8 +89,7 @@ class Local(threading.local):
     def __init__(self) -> None:
         self.frames: Calls[Frame] = Calls()
         self.sessions: Calls[Session | None] = Calls()
-        # Of calls of the whole model: how many trailing tokens their logits are wanted of, None for all.
-        self.tails: Calls[int | None] = Calls()
+        self.wholes: Calls[Whole] = Calls()
         self.encode: EncodeCall | None = None
         # The session of a self-check that runs now: the text model is called inside its own pre-hook.
         self.probe: tuple[Session | None] | None = None
@@ -96,70 +102,61 @@ class Local(threading.local):
         return self.frames.top
 
     @property
+    def wanted(self) -> int | None:
+        """Trailing tokens that the innermost call of the whole model is about, None for all."""
+        return None if self.wholes.top is None else self.wholes.top.wanted
+
+    @property
     def session(self) -> Session | None:
         """The session of the innermost decoder pass."""
         return self.sessions.top
 
 
-def wanted_tail(model: Any, inputs: Mapping[str, Any]) -> int | None:
-    """Return how many trailing tokens a call of the whole model is about, None where it is about all of them."""
-    keep = inputs.get("logits_to_keep")
-    states = inputs.get("output_hidden_states")
-    states = getattr(model.config, "output_hidden_states", False) if states is None else states
-    if type(keep) is not int or keep < 1 or states or inputs.get("labels") is not None:
-        return None
-    return keep
-
-
 def features_of(frame: Frame, ids: Mapping[str, int]) -> dict[str, Features]:
     """Return what was encoded for this pass; what is encoded without a feature method is told by its inputs."""
-    found = {m: f.without(frame.inputs.get(f"{m}_compression_mask")) for m, f in frame.features.items()}
-    encoded = frame.inputs.get("mm_encoder_outputs") or {}
-    for modality, names in _INPUTS.items():
-        given = any(frame.inputs.get(name) is not None for name in names) or encoded.get(modality) is not None
-        if modality in ids and modality not in found and given:
+    found = {modality: features.without(frame.call.left(modality)) for modality, features in frame.features.items()}
+    for modality in MODALITIES:
+        if modality in ids and modality not in found and frame.call.brings(modality):
             found[modality] = Features(modality, None)
     return found
 
 
 def layout_of(
-    frame: Frame, features: Mapping[str, Features], parts: ModelParts, states: Tensor, past: int, prompt: int | None
+    frame: Frame, features: Mapping[str, Features], parts: ModelParts, call: TextCall, past: int, prompt: int | None
 ) -> TokenLayout:
     """Return the layout of a pass.
 
-    states: (B, T) or (B, T, D), what the text model is given. past: tokens seen before. prompt: length of the prompt
-    that generate() was called with, None outside of it; what lies behind it are guesses of assisted decoding.
+    call: of the text model. past: tokens seen before. prompt: length of the prompt that generate() was called with,
+    None outside of it; what lies behind it are guesses of assisted decoding.
     """
-    width = states.shape[1]
-    ids = frame.inputs.get("input_ids")
-    if ids is None:
-        ids = _ids_from_embeddings(parts, frame.inputs["inputs_embeds"])
-    real = real_tokens(frame.inputs.get("attention_mask"), past, width)
+    width = call.width
+    ids = _ids(parts, frame.call)
+    real = real_tokens(frame.call.mask, past, width)
     ids = ids[:, -width:]
     # A generate() of its own expands its rows for beams behind our back.
-    ids = ids.repeat_interleave(states.shape[0] // ids.shape[0], dim=0)
+    ids = ids.repeat_interleave(call.batch // ids.shape[0], dim=0)
     real = None if real is None else real.repeat_interleave(ids.shape[0] // real.shape[0], dim=0)
     drafts = 0 if prompt is None else max(past + width - prompt, 0)
-    types = frame.inputs.get("mm_token_type_ids")
-    return find_layout(ids, real, features, parts.ids, parts.row.grouped, types, drafts)
+    return find_layout(ids, real, features, parts.ids, parts.row.grouped, frame.call.token_types, drafts)
 
 
 def words_behind_pictures(
-    parts: ModelParts, given: Mapping[str, Any], inputs: Mapping[str, Any], prompt: int | None
+    parts: ModelParts, call: TextCall, prompted: PromptCall, prompt: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the embeddings (B, T, D) of a prompt, and bool (B, T), its words behind the first picture.
 
-    given: arguments of the text model. inputs: of the inner model. prompt: as for `layout_of`.
+    call: of the text model. prompted: of the inner model. prompt: as for `layout_of`.
     """
-    embeddings, ids = given.get("inputs_embeds"), inputs.get("input_ids", given.get("input_ids"))
+    embeddings = call.embeddings
     if embeddings is None:
         table: Any = parts.decoder
-        embeddings = table.embed_tokens(given["input_ids"])
+        embeddings = table.embed_tokens(call.ids)
+    ids = call.ids if prompted.ids is None else prompted.ids
     if ids is None:
         ids = _ids_from_embeddings(parts, embeddings)
     width = embeddings.shape[1]
     picture = ids[:, -width:] == parts.ids["image"]
-    mask = inputs.get("attention_mask")
+    mask = prompted.mask
     real = mask[:, -width:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(picture)
     if prompt is not None:
         real = real & (torch.arange(width, device=real.device) < prompt)
@@ -179,12 +176,9 @@ def warn_no_image() -> None:
 def real_tokens(mask: Any, past: int, width: int) -> Tensor | None:
     """Return bool (B, T), False for padding; None where no token is said to be padding.
 
-    mask: what the inner model got: 2-D (B, tokens seen), 4-D (B, 1, T, K), or a dict of such by the kind of layer, as
-    generate() makes them for caches that can be compiled. In a 4-D mask a real token sees itself.
+    mask: what the inner model got: 2-D (B, tokens seen), or 4-D (B, 1, T, K), as generate() makes them for caches that
+    can be compiled. In a 4-D mask a real token sees itself.
     """
-    if isinstance(mask, Mapping):
-        widest = max((m for m in mask.values() if isinstance(m, Tensor)), key=lambda m: m.shape[-1], default=None)
-        mask = mask.get("full_attention", widest)
     if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 2:
@@ -196,6 +190,17 @@ def real_tokens(mask: Any, past: int, width: int) -> Tensor | None:
     return mask[:, :, past : past + width].diagonal(dim1=1, dim2=2).bool()
 
 
+def _ids(parts: ModelParts, call: PromptCall) -> Tensor:
+    if call.ids is not None:
+        return call.ids
+    if call.embeddings is None:
+        raise UnsupportedInputError(
+            f"The prompt has neither ids nor embeddings that could be found; it came with "
+            f"{', '.join(call.inputs) or 'nothing'}."
+        )
+    return _ids_from_embeddings(parts, call.embeddings)
+
+
 def _ids_from_embeddings(parts: ModelParts, embeddings: Tensor) -> Tensor:
     """Return ids that tell placeholders from text, by their embedding, as the library itself does."""
     table: Any = parts.base
@@ -204,9 +209,3 @@ def _ids_from_embeddings(parts: ModelParts, embeddings: Tensor) -> Tensor:
         vector = table.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
         ids = torch.where((embeddings == vector).all(-1), token, ids)
     return ids
-
-
-def prompt_length(given: Mapping[str, Any]) -> int | None:
-    """Return the length of the prompt among the arguments of generate(), None where there is none."""
-    candidates = [given.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
-    return next((int(given.shape[1]) for given in candidates if isinstance(given, Tensor) and given.ndim >= 2), None)

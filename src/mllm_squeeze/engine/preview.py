@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.upstream.calls import LayerCall, attention_arguments
+
 # Projections whose output is needed for one row only, or not at all.
 _NARROW = ("q_proj", "v_proj")
 
@@ -24,15 +26,15 @@ def run_projections(
     attention: nn.Module,
     normed: Tensor,
     row: Tensor | None,
-    given: dict[str, Any],
+    call: LayerCall,
     listeners: dict[nn.Module, Any],
     read: Reader,
 ) -> None:
     """Call an attention module up to its attention function and read queries and keys there.
 
     attention: a tapped module. normed: (B, M, D). row: int64 (B, 1), the one row whose query is read, so that queries
-    are projected for it alone; None projects all. given: the module's other arguments. read: gets query, key and the
-    arguments of the attention function.
+    are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. read: gets
+    query, key and the arguments of the attention function.
     """
 
     def listener(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
@@ -47,7 +49,7 @@ def run_projections(
         with torch.no_grad(), ExitStack() as stack:
             if row is not None and not _offloaded(attention):
                 stack.enter_context(_one_row(attention, row))
-            attention(normed, **{**given, "past_key_values": None, "attention_mask": None})
+            attention(normed, **attention_arguments(call))
     except _Enough:
         pass
     finally:

@@ -16,6 +16,7 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Attended
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.upstream.attended import QueryCall
 
 
 class QueryHooks:
@@ -41,16 +42,16 @@ class QueryHooks:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if states is None or not self._enabled():
+        call = QueryCall.read(kwargs)
+        if call.states is None or not self._enabled():
             return None
-        layout = _layout(states, mask)
-        session, short, kept = reduce_keys(self.parts, self.plan, layout, states)
-        session.attended = Attended((), 0, states.shape[1], short.shape[1])
+        layout = _layout(call.states, call.mask)
+        session, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
+        session.attended = Attended((), 0, call.states.shape[1], short.shape[1])
         self._publish(session)
         if kept is None:
             return None
-        return args, {**kwargs, "encoder_hidden_states": short, "encoder_attention_mask": _mask(mask, kept)}
+        return args, {**kwargs, **QueryCall(short, _mask(call.mask, kept)).arguments()}
 
 
 def _layout(states: Tensor, mask: Tensor | None) -> TokenLayout:

@@ -19,6 +19,8 @@ from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
 from mllm_squeeze.layout import Tile, TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.upstream.calls import Arguments, LayerCall, TextCall
+from mllm_squeeze.upstream.outputs import hidden_of
 
 # Relative error that rounding alone explains, by the bytes of one number.
 _TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
@@ -74,25 +76,23 @@ def prove(
     layer: int,
     layout: TokenLayout,
     features: Mapping[str, Features],
-    kwargs: Mapping[str, Any],
+    call: TextCall,
 ) -> Proof:
     """Run the text model with every other visual token cut at a layer, and with the same tokens masked.
 
-    local: that of the hooks that are on the model from this layer on. kwargs: arguments of the text model.
+    local: that of the hooks that are on the model from this layer on.
 
     Raises:
         UnsupportedModelError: a layer mixes tokens without attention, so masking them has no meaning.
     """
     _refuse_blind_layers(parts, layer)
-    states = kwargs.get("inputs_embeds")
-    states = kwargs["input_ids"] if states is None else states
     session = Session(Plan((probe_cut(layer),), repack=False), parts, layout, features, layout.length, 0)
-    session.prepare(states.device)
-    plain = {**kwargs, "past_key_values": None, "use_cache": False}
+    session.prepare(call.states.device)
+    plain = call.without_cache()
     try:
         with torch.no_grad():
             local.probe = (session,)
-            short = last_hidden(parts.decoder(**plain))
+            short = hidden_of(parts.decoder(**plain))
             local.probe = (None,)
             masked = _masked_run(parts, session, layer, plain)
     finally:
@@ -144,7 +144,7 @@ def _masked_run(parts: ModelParts, session: Session, layer: int, kwargs: dict[st
     ]
     try:
         with _masks_allowed(parts.text_config):
-            return last_hidden(parts.decoder(**kwargs))
+            return hidden_of(parts.decoder(**kwargs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -180,25 +180,17 @@ def _scatter(kept: Tensor, session: Session) -> Tensor:
 def _closing(kept: Tensor, layer: nn.Module) -> Any:
     causal = is_causal(find_attention(layer))
 
-    def close(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def close(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        call = LayerCall.read(args, kwargs)
+        hidden, mask = call.hidden, call.mask
         # Some layers pass several streams of states in front of the batch.
         length = hidden.shape[-2]
-        mask = kwargs.get("attention_mask")
         itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device)[None, None]
             mask = mask.tril() if causal else mask
         open_ = kept.to(hidden.device)[:, None, None, :] | itself
         closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return args, {**kwargs, "attention_mask": mask.masked_fill(~open_, closed)}
+        return call.replace(mask=mask.masked_fill(~open_, closed)).out()
 
     return close
-
-
-def last_hidden(output: Any) -> Tensor:
-    """Return the states (B, T, D) that a text model gave."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    return found

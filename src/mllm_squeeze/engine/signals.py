@@ -16,6 +16,7 @@ from mllm_squeeze.engine.taps import score_rows
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
 from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, TextTokens
+from mllm_squeeze.upstream.calls import LayerCall
 
 
 def mean_weights(mask: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def gather(
     planned: PlannedCut,
     needs: tuple[Need, ...],
     hidden: Tensor,
-    kwargs: dict[str, Any],
+    call: LayerCall | None,
     table: SpanTable,
     place: Tensor,
     origin: Tensor,
@@ -87,7 +88,7 @@ def gather(
     whole: dict[str, Tensor] = {}
     for need in needs:
         if need.name == "attention" and need.source == "next":
-            whole["attention"] = _preview(session, planned, need, hidden, kwargs)
+            whole["attention"] = _preview(session, planned, need, hidden, call)
         elif _from_layer_before(need):
             whole[need.name] = session.read.pop((planned, need.name))
         elif need.name == "normed":
@@ -135,7 +136,7 @@ def _encoder_signal(session: Session, name: str, origin: Tensor, rows: list[int]
     return padded.gather(1, origin[..., None].expand(-1, -1, padded.shape[-1]))
 
 
-def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
     """Return the attention that the layer behind the cut would give: its norm and projections, one chosen row."""
     layer = session.parts.layers[planned.layer]
     attention, norm = find_attention(layer), find_pre_norm(layer)
@@ -144,7 +145,8 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
             f"The projections of {type(layer).__name__} cannot be previewed; use the attention of the layer before: "
             "source: current in the recipe."
         )
-    given = session.arguments.given(planned.layer, hidden, kwargs)
+    assert call is not None
+    given = session.arguments.given(planned.layer, hidden, call)
     rows, weights = _rows(session, planned, need)
     out: list[Tensor] = []
 

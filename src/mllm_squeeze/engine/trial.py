@@ -19,6 +19,8 @@ from mllm_squeeze.family.handlers.inner_features import has_inner_features
 from mllm_squeeze.family.standin import VOCABULARY, stand_in
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.upstream.calls import EMBEDDINGS, POSITIONS, USE_CACHE, TextCall
+from mllm_squeeze.upstream.outputs import hidden_of
 
 # The prompt: text, a picture of SIDE x SIDE tokens, text.
 _BEFORE, _SIDE, _AFTER = 4, 4, 8
@@ -124,7 +126,7 @@ def _tried(parts: ModelParts, on: str) -> Trial:
     runtime = Runtime(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda session: None)
     try:
         runtime.attach()
-        proof = runtime.prove(layer, _layout(), {}, given)
+        proof = runtime.prove(layer, _layout(), {}, TextCall.read(parts.decoder, (), given))
     except SqueezeError as error:
         return Trial("not run", on, layer, reason=str(error))
     except Exception as error:
@@ -168,10 +170,10 @@ def _prompt(parts: ModelParts) -> dict[str, Any]:
     visual = _layout().visual.to(device)
     with torch.no_grad():
         states = decoder.embed_tokens(ids)
-    given: dict[str, Any] = {"inputs_embeds": states}
+    given: dict[str, Any] = {EMBEDDINGS: states}
     features = [states[0, -(_SIDE**2) :].flip(0), states[0, : _SIDE**2].flip(0)]
     if parts.mrope:
-        given["position_ids"] = _grid_positions().to(device)
+        given[POSITIONS] = _grid_positions().to(device)
     if has_deepstack(decoder):
         given.update(visual_pos_masks=visual, deepstack_visual_embeds=features)
     if has_inner_features(decoder):
@@ -182,7 +184,7 @@ def _prompt(parts: ModelParts) -> dict[str, Any]:
     if own and "per_layer_inputs" in inspect.signature(decoder.forward).parameters:
         look_up = decoder.get_per_layer_inputs
         # Gemma 4 takes the embeddings as well; some releases of transformers insist on them.
-        more = (states,) if "inputs_embeds" in inspect.signature(look_up).parameters else ()
+        more = (states,) if EMBEDDINGS in inspect.signature(look_up).parameters else ()
         with torch.no_grad():
             given["per_layer_inputs"] = look_up(ids, *more)
     return given
@@ -197,7 +199,7 @@ def _grid_positions() -> Tensor:
 
 def _last_hidden(parts: ModelParts, given: dict[str, Any]) -> Tensor:
     with torch.no_grad():
-        return selfcheck.last_hidden(parts.decoder(**given, use_cache=False))
+        return hidden_of(parts.decoder(**given, **{USE_CACHE: False}))
 
 
 def _first_line(error: Exception) -> str:

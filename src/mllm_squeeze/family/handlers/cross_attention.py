@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.upstream.attended import CrossCall, takes_states
+from mllm_squeeze.upstream.prompts import PromptCall
 
 
 def has_cross_attention(decoder: nn.Module) -> bool:
     """True where the text model attends to pictures that are no part of its sequence."""
-    return "cross_attention_states" in inspect.signature(decoder.forward).parameters
+    return takes_states(decoder)
 
 
 def cross_layers(layers: nn.ModuleList) -> tuple[int, ...]:
@@ -52,19 +52,19 @@ class Pictures:
         return TokenLayout(batch, self.states.shape[1], tuple(spans), real, keys=True)
 
 
-def find_pictures(
-    states: Tensor, batch: int, tiles: int, mask: Tensor | None, rows: Tensor | None, inputs: Mapping[str, Any]
-) -> Pictures:
+def find_pictures(cross: CrossCall, batch: int, tiles: int, prompted: PromptCall) -> Pictures:
     """Return the pictures of a pass; the tiles that are shown are read from the device.
 
-    states: (B * pictures * tiles, P, D). mask: (B, 1, T, K) added to the attention, or None; its last columns are these
-    pictures. rows: (B, 1, T, 1), 0 where a word sees no picture, or None. inputs: of the inner model. What is shown is
-    said by the aspect ratios; the mask is asked where there are none, as it speaks of the words of this pass only.
+    cross: states (B * pictures * tiles, P, D); the last columns of its mask are these pictures. prompted: of the inner
+    model. What is shown is said by the aspect ratios; the mask is asked where there are none, as it speaks of the words
+    of this pass only.
     """
+    states, mask, rows = cross.states, cross.mask, cross.rows
+    assert states is not None
     patches = states.shape[1]
     pictures = states.shape[0] // (batch * tiles)
     shown = torch.ones(batch, pictures, tiles, dtype=torch.bool)
-    ratios, ids = inputs.get("aspect_ratio_mask"), inputs.get("aspect_ratio_ids")
+    ratios, ids = prompted.shown_tiles
     if isinstance(ratios, Tensor):
         shown = ratios.cpu().view_as(shown).bool()
     elif mask is not None:
