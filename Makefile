@@ -9,6 +9,8 @@ JOBS   ?= 2
 UV     ?= $(shell command -v uv || echo $(VENV)/bin/uv)
 # torch and torchvision must match each other, so the pairs are named; the package itself takes any torch from 2.6 on.
 TORCH  ?= torch==2.13.0 torchvision==0.28.0
+# The newest transformers do without Python 3.10; there it gets the newest of the tested ones that does not.
+OLDER_HF ?= transformers==5.17.0 ; python_full_version < '3.11'
 
 OLDEST       ?= build/venv-oldest
 OLDEST_TORCH ?= torch==2.11.0 torchvision==0.26.0
@@ -54,9 +56,9 @@ newest:
 # commit what passes. CUDA's packages and triton stay out: each torch names its own exactly, and only some systems have them.
 constraints: $(VENV)/.ready
 	mkdir -p build
-	printf '%s\n' $(TORCH) > build/torch.txt
+	printf '%s\n' $(TORCH) "$(OLDER_HF)" > build/tested.txt
 	$(UV) pip compile --quiet --universal --python-version 3.10 --no-python-downloads --system-certs --no-header \
-		--no-annotate --constraints build/torch.txt --extra dev --output-file build/resolved.txt --upgrade pyproject.toml
+		--no-annotate --constraints build/tested.txt --extra dev --output-file build/resolved.txt --upgrade pyproject.toml
 	{ echo '# The tested set of packages. Made by `make constraints`, used by `make demo` and `make test`.'; \
 	  grep -vE '^(nvidia-|cuda-|triton==)' build/resolved.txt; } > constraints.txt
 
