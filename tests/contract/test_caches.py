@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+import cache_role
 import matrix
 import mllm_squeeze as squeeze
 import oracle
@@ -45,8 +46,8 @@ def decode(t: tiny.TinyModel, cache: Any, forced: Tensor, where: Tensor, mask: T
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
         at = where[..., n : n + 1]
         token = forced[:, n : n + 1]
-        out = t.model(input_ids=token, attention_mask=mask, position_ids=at, past_key_values=cache)
-        cache = out.past_key_values
+        out = t.model(input_ids=token, attention_mask=mask, position_ids=at, **cache_role.given(cache))
+        cache = cache_role.of_output(out)
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)
 
@@ -92,7 +93,7 @@ def test_several_tokens_at_once_on_a_padded_batch(family: str, method: str, side
         cache = oracle.run(t.model, inputs, forced[:, :0]).cache
         mask = torch.cat([mask, mask.new_ones(3, STEPS)], -1)
         at = where[..., width:]
-        out = t.model(input_ids=forced, attention_mask=mask, position_ids=at, past_key_values=cache)
+        out = t.model(input_ids=forced, attention_mask=mask, position_ids=at, **cache_role.given(cache))
     oracle.assert_close(out.logits, expected.decode, "at once")
 
 
@@ -112,12 +113,12 @@ def test_a_system_prompt_that_was_cached_before(family: str, method: str, implem
         with matrix.applied(t.model, method) as handle, torch.no_grad():
             with pytest.warns(UserWarning, match="no image"):
                 out = t.model(input_ids=inputs["input_ids"][:, :early], position_ids=where[..., :early], use_cache=True)
-            out = t.model(**rest, position_ids=where[..., early:width], past_key_values=out.past_key_values)
+            out = t.model(**rest, position_ids=where[..., early:width], **cache_role.behind(out))
             repack = matrix.repacks(handle)
             cuts = [oracle.Drop(c.layer, [torch.cat([torch.arange(early), c.kept[0] + early])]) for c in handle.cuts]
             prefill = out.logits
             mask = torch.ones(1, width, dtype=torch.long)
-            got = decode(t, out.past_key_values, forced, where[..., width:], mask)
+            got = decode(t, cache_role.of_output(out), forced, where[..., width:], mask)
         assert cuts
         expected = oracle.masked_logits(t.model, inputs, cuts, forced, repack=repack)
     oracle.assert_close(prefill[:, -1], expected.prefill[:, -1], "prefill")
@@ -147,7 +148,7 @@ def test_a_crop_that_is_refused_takes_nothing(family: str) -> None:
     """The layers in front of the cut could be cropped; they are not, where those behind it cannot."""
     t = tiny.load(family)
     with matrix.applied(t.model, "fastv"), torch.no_grad():
-        cache = t.model(**t.inputs["image"], use_cache=True).past_key_values
+        cache = cache_role.of_output(t.model(**t.inputs["image"], use_cache=True))
         before = [layer.keys.shape[2] for layer in cache.layers]
         assert len(set(before)) > 1
         with pytest.raises(squeeze.SqueezeError, match="cannot be undone"):
@@ -180,11 +181,11 @@ def test_layers_are_left_alone_in_a_step_that_closes_nothing(
         return shorten(self, layer, hidden, kwargs)
 
     with matrix.applied(t.model, method), torch.no_grad():
-        open_, cache = (t.model(**inputs, use_cache=True).past_key_values for _ in range(2))
-        expected = t.model(input_ids=token, past_key_values=open_).logits
+        open_, cache = (cache_role.of_output(t.model(**inputs, use_cache=True)) for _ in range(2))
+        expected = t.model(input_ids=token, **cache_role.given(open_)).logits
         monkeypatch.setattr(LayerArguments, "shorten", counted)
         given = None if kind == "none" else mask
-        got = t.model(input_ids=token, attention_mask=given, position_ids=where, past_key_values=cache).logits
+        got = t.model(input_ids=token, attention_mask=given, position_ids=where, **cache_role.given(cache)).logits
     assert bool(shortened) == (kind in ("closed", "short"))
     assert ((got - expected).abs().max() > 1e-4) == (kind in ("closed", "short"))
 
@@ -249,4 +250,4 @@ def test_what_is_no_cache_is_refused() -> None:
     t = tiny.load("llava")
     keys = torch.zeros(1, 2, 3, 8)
     with matrix.applied(t.model, "fastv"), pytest.raises(squeeze.errors.UnsupportedInputError, match="DynamicCache"):
-        t.model.model.language_model(input_ids=torch.full((1, 4), 50), past_key_values=((keys, keys),) * 4)
+        t.model.model.language_model(input_ids=torch.full((1, 4), 50), **cache_role.given(((keys, keys),) * 4))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cache_role
 import matrix
 import mllm_squeeze as squeeze
 import oracle
@@ -171,7 +172,7 @@ def test_a_hole_ends_what_can_be_cropped() -> None:
     inputs = {k: v.clone() for k, v in t.inputs["image"].items()}
     inputs["attention_mask"][0, -3] = 0
     with matrix.applied(t.model, "divprune"), torch.no_grad():
-        cache = t.model(**inputs, use_cache=True).past_key_values
+        cache = cache_role.of_output(t.model(**inputs, use_cache=True))
         seen = cache.get_seq_length()
         with pytest.raises(UnsupportedInputError, match="last uncut stretch holds 2"):
             cache.crop(-3)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import cache_role
 import matrix
 import oracle
 import tiny
@@ -166,7 +167,7 @@ def test_a_static_cache_outlives_its_method(family: str) -> None:
     cache = static(t, width + STEPS)
     with matrix.applied(t.model, "divprune"):
         oracle.run(t.model, inputs, forced[:, :1], cache=cache)
-    refused(lambda: t.model(input_ids=forced[:, :1], past_key_values=cache), "no longer applied")
+    refused(lambda: t.model(input_ids=forced[:, :1], **cache_role.given(cache)), "no longer applied")
     cache.reset()
     again = oracle.run(t.model, inputs, forced, cache=cache)
     oracle.assert_close(again.decode, dense.decode, "reset")
@@ -196,7 +197,7 @@ def test_an_offloaded_static_cache(method: str) -> None:
         got = oracle.run(t.model, inputs, forced, cache=cache())
     assert torch.equal(got.prefill, expected.prefill) and torch.equal(got.decode, expected.decode)
     with matrix.applied(t.model, method):
-        refused(lambda: t.model(**inputs, past_key_values=cache()), "offloaded")
+        refused(lambda: t.model(**inputs, **cache_role.given(cache())), "offloaded")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -223,7 +224,8 @@ def test_cropping_a_static_cache(family: str, method: str, implementation: str) 
         mask, got = torch.ones(1, width, dtype=torch.long), []
         for n in range(STEPS):
             mask = torch.cat([mask, mask.new_ones(1, 1)], -1)
-            given = {"attention_mask": mask, "position_ids": where[..., n : n + 1], "past_key_values": cache}
+            given = {"attention_mask": mask, "position_ids": where[..., n : n + 1]}
+            given |= cache_role.given(cache)
             with torch.no_grad():
                 got.append(t.model(input_ids=forced[:, n : n + 1], **given).logits[:, -1])
     assert torch.equal(torch.stack(got, 1), expected)
@@ -233,4 +235,4 @@ def test_a_method_that_goes_on_while_decoding() -> None:
     t = tiny.load("qwen2_5_vl")
     inputs = t.inputs["video"]
     with matrix.applied(t.model, "dycoke"):
-        refused(lambda: t.model(**inputs, past_key_values=static(t, 256)), "dycoke", "dynamic")
+        refused(lambda: t.model(**inputs, **cache_role.given(static(t, 256))), "dycoke", "dynamic")
