@@ -16,6 +16,7 @@ from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.road import to_llm_tokens
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.outputs import projected
 
 
 class EncodeCall:
@@ -83,9 +84,7 @@ class EncodeCall:
 
 def item_lengths(output: Any) -> list[int] | None:
     """Return the tokens of each item of a feature method's output, None where the output does not tell."""
-    features = getattr(output, "pooler_output", None)
-    if isinstance(features, Tensor) and features.ndim == 3:
+    features = projected(output)
+    if isinstance(features, Tensor):
         return [features.shape[1]] * features.shape[0]
-    if isinstance(features, (list, tuple)) and all(isinstance(item, Tensor) for item in features):
-        return [item.numel() // item.shape[-1] for item in features]
-    return None
+    return None if features is None else [item.numel() // item.shape[-1] for item in features]

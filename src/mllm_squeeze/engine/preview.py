@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.session import OneRow, Session
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, attention_arguments
-
-# Projections whose output is needed for one row only, or not at all.
-_NARROW = ("q_proj", "v_proj")
+from mllm_squeeze.upstream.projections import is_offloaded, rowwise_projections
 
 Reader = Callable[[Tensor, Tensor, dict[str, Any]], None]
 
@@ -31,7 +29,7 @@ def run_projections(
     are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. session:
     the pass that runs. read: gets query, key and the arguments of the attention function.
     """
-    offloaded = _offloaded(attention)
+    offloaded = is_offloaded(attention)
 
     def listener(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
         read(query, key, kwargs)
@@ -51,10 +49,6 @@ def run_projections(
     finally:
         session.one_row.pop(attention, None)
         del session.listeners[attention]
-
-
-def _offloaded(module: nn.Module) -> bool:
-    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Session | None]) -> None:
@@ -80,8 +74,6 @@ def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Sessi
         wanted = one()
         return None if wanted is None else output.expand(-1, wanted.length, -1)
 
-    for name in _NARROW:
-        projection = getattr(attention, name, None)
-        if isinstance(projection, nn.Module):
-            fittings.before(projection, narrow)
-            fittings.after(projection, widen)
+    for projection in rowwise_projections(attention):
+        fittings.before(projection, narrow)
+        fittings.after(projection, widen)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
@@ -35,6 +34,7 @@ from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
 from mllm_squeeze.upstream.calls import LayerCall, TextCall
 from mllm_squeeze.upstream.names import POSITIONS
+from mllm_squeeze.upstream.versions import installed
 
 R = TypeVar("R")
 
@@ -343,7 +343,7 @@ def _refuse_recomputed(parts: ModelParts) -> None:
     inside = type(layer).__call__ is not nn.Module.__call__
     if inside and torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
         raise UnsupportedInputError(
-            f"transformers {transformers.__version__} recomputes layers together with their hooks, so a squeezed model "
+            f"transformers {installed()} recomputes layers together with their hooks, so a squeezed model "
             "cannot be trained with gradient checkpointing. Call model.gradient_checkpointing_disable(), or install "
             "transformers 5.23 or newer."
         )

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from mllm_squeeze.upstream.calls import named
 from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK
 
+VIDEO_PIXELS = "pixel_values_videos"
 # Arguments that bring a modality into a prompt.
 _PIXELS = {
     "image": ("pixel_values", "image_pixel_values"),
-    "video": ("pixel_values_videos",),
+    "video": (VIDEO_PIXELS,),
     "audio": ("input_features", "audio_input_features", "input_values"),
 }
 _ENCODED, _TOKEN_TYPES = "mm_encoder_outputs", "mm_token_type_ids"
@@ -99,7 +100,7 @@ def vision_inputs(modality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs of a feature method; one for videos may take them under the name of pictures."""
     inputs = dict(given)
     if modality == "video":
-        inputs.setdefault("pixel_values_videos", inputs.get("pixel_values"))
+        inputs.setdefault(VIDEO_PIXELS, inputs.get("pixel_values"))
     return inputs
 
 
