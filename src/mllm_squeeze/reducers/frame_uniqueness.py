@@ -50,8 +50,10 @@ class FrameUniqueness(Reducer):
     the fraction of channels, of smallest variance, that is looked at: the code's filter (1 turns it off), not in the
     paper.
 
-    Differs from the authors' code: float32 instead of the model's dtype; batches; separators stay where they were
-    (where they compete they count to the first frame). A video whose frames are not known counts as one frame.
+    Differs from the authors' code: float32 instead of the model's dtype; the mean share is that of a budget in whole
+    tokens (the code scales each frame by the ratio as it is, so that a frame on the edge may round the other way);
+    batches; separators stay where they were (where they compete they count to the first frame). A video whose frames
+    are not known counts as one frame.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
