@@ -56,6 +56,16 @@ def to_llm_tokens(
     return items
 
 
+def require_road(parts: ModelParts) -> None:
+    """Check that what this way needs of transformers is there.
+
+    Raises:
+        UnsupportedModelError: the order in which the encoder walks its tokens cannot be told.
+    """
+    if parts.row.road == "block_merge" and parts.tower is not None:
+        functions.window_function(parts.tower, parts.config.vision_config)
+
+
 def pack_anyres(parts: ModelParts, values: Tensor, inputs: Mapping[str, Any], fill: float) -> list[Tensor]:
     """Pack (tiles, N, C) values as LLaVA-NeXT packs features: overview, then the unpadded grid with row separators."""
     items = torch.split(values, tiles_per_image(parts, inputs), dim=0)
