@@ -13,6 +13,7 @@ from torch import nn
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
 from mllm_squeeze.config import Recipe, load_recipe
+from mllm_squeeze.engine.compiled import forget_compiled
 from mllm_squeeze.engine.running import require_idle
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
@@ -107,6 +108,7 @@ class Handle:
         if runtime is not None:
             require_idle(_called(runtime.parts))
             runtime.detach()
+            forget_compiled(runtime.parts)
         self._removed = True
         if inner is not None:
             _handles.pop(inner, None)
@@ -144,6 +146,8 @@ class Handle:
 def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params: Any) -> Handle:
     """Apply a method to a HuggingFace multimodal model, in place and without a copy of its weights.
 
+    A model that was compiled and has run is compiled anew at its next call, as is other compiled code in the process.
+
     method: the name of a method, the path of a YAML recipe, or a dict. params: what the recipe lets one set, such as
     `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept) and `layer`.
 
@@ -165,6 +169,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
     require_idle(_called(parts))
     require_release(parts)
     handle = Handle(model, recipe, parts)
+    forget_compiled(parts)
     _handles[parts.model] = weakref.ref(handle)
     return handle
 
