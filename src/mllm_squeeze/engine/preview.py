@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.engine.taps import AttentionCall
+
 # Projections whose output is needed for one row only, or not at all.
 _NARROW = ("q_proj", "v_proj")
 
-Reader = Callable[[Tensor, Tensor, dict[str, Any]], None]
+Reader = Callable[[AttentionCall], None]
 
 
 class _Enough(Exception):
@@ -31,12 +33,12 @@ def run_projections(
     """Call an attention module up to its attention function and read queries and keys there.
 
     attention: a tapped module. normed: (B, M, D). row: int64 (B, 1), the one row whose query is read, so that queries
-    are projected for it alone; None projects all. given: the module's other arguments. read: gets query, key and the
-    arguments of the attention function.
+    are projected for it alone; None projects all. given: the module's other arguments. read: gets what the
+    attention function is called with.
     """
 
-    def listener(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        read(query, key, kwargs)
+    def listener(call: AttentionCall) -> bool:
+        read(call)
         if _offloaded(attention):
             # Its hooks must run to the end, or weights stay where they are not meant to be.
             return True
