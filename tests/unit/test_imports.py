@@ -18,11 +18,12 @@ NAME = "mllm_squeeze"
 ALLOWED = {
     "ops": set(),
     "reducers": {"ops", "reducers.base", "errors", "layout"},
-    "family": {"layout", "errors"},
+    "upstream": {"errors"},
+    "family": {"layout", "errors", "upstream"},
     # The parts of a model are found by the families' structural adapter; the engine knows no family by name (`table`).
-    "engine": {"layout", "ops", "reducers.base", "errors", "family"},
+    "engine": {"layout", "ops", "reducers.base", "errors", "family", "upstream"},
 }
-OWN_FOLDER = {"ops", "family", "engine"}
+OWN_FOLDER = {"ops", "upstream", "family", "engine"}
 FORBIDDEN = {"engine": {"family.table"}}
 
 

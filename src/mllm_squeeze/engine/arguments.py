@@ -23,6 +23,7 @@ from mllm_squeeze.engine.sequence import (
 )
 from mllm_squeeze.engine.survivors import Survivors
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.upstream.calls import LayerCall
 
 
 class LayerArguments:
@@ -45,36 +46,36 @@ class LayerArguments:
         self.forget()
 
     @marked("shorten")
-    def shorten(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the keyword arguments of a layer that sees only survivors, and announce them to its KV layer."""
-        past_key_values = kwargs.get("past_key_values")
-        source = self._parts.kv_sources.get(layer)
-        entries = kv.kept_entries(past_key_values, layer if source is None else source)
-        if self._survivors.index is None and entries is None:
-            return kwargs
-        self._refuse_window(layer)
-        mask = kwargs.get("attention_mask")
-        if mask is None and self._is_plain_decode(entries):
-            kv.serve(past_key_values, layer)
-            return self.given(layer, hidden, kwargs) if self._survivors.renumbers(entries) else kwargs
-        new = self.given(layer, hidden, kwargs)
-        rows, entries = self._rows_of(layer, past_key_values, hidden.shape[1])
-        new["attention_mask"] = self._mask(layer, mask, rows)
-        if self._survivors.index is not None and past_key_values is not None and source is None:
-            announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
-            kv.announce(past_key_values, layer, announced)
-        elif past_key_values is not None:
-            kv.serve(past_key_values, layer)
-        return new
+    def shorten(self, layer: int, hidden: Tensor, call: LayerCall) -> LayerCall:
+        """Return the call of a layer that sees only survivors, and announce them to its KV layer.
 
-    def given(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a layer with rotary tables and positions of the survivors; the mask is left."""
-        new = dict(kwargs)
-        entries = kv.kept_entries(kwargs.get("past_key_values"), layer)
+        hidden: (B, M, D) of the survivors; those of the call are left to the caller.
+        """
+        cache = call.cache
+        source = self._parts.kv_sources.get(layer)
+        entries = kv.kept_entries(cache, layer if source is None else source)
         if self._survivors.index is None and entries is None:
-            return new
+            return call
+        self._refuse_window(layer)
+        if call.mask is None and self._is_plain_decode(entries):
+            kv.serve(cache, layer)
+            return self.given(layer, hidden, call) if self._survivors.renumbers(entries) else call
+        new = self.given(layer, hidden, call)
+        rows, entries = self._rows_of(layer, cache, hidden.shape[1])
+        if self._survivors.index is not None and cache is not None and source is None:
+            announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
+            kv.announce(cache, layer, announced)
+        elif cache is not None:
+            kv.serve(cache, layer)
+        return new.replace(mask=self._mask(layer, call.mask, rows))
+
+    def given(self, layer: int, hidden: Tensor, call: LayerCall) -> LayerCall:
+        """Return the call of a layer with rotary tables and positions of the survivors; the mask is left."""
+        entries = kv.kept_entries(call.cache, layer)
+        if self._survivors.index is None and entries is None:
+            return call
         renumbers = self._survivors.renumbers(entries)
-        return self._renumbered(layer, new, hidden, entries) if renumbers else self._gathered(new)
+        return self._renumbered(layer, call, hidden, entries) if renumbers else self._gathered(call)
 
     def per_token(self, given: Any) -> Any:
         """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
@@ -107,17 +108,17 @@ class LayerArguments:
 
     # Queries, keys and masks
 
-    def _rows_of(self, layer: int, past_key_values: Any, width: int) -> tuple[Rows, KeptEntries | None]:
+    def _rows_of(self, layer: int, cache: Any, width: int) -> tuple[Rows, KeptEntries | None]:
         """Return the queries and keys that a layer sees in this pass; width: tokens it runs on."""
         source = self._parts.kv_sources.get(layer)
         holder = layer if source is None else source
-        entries = kv.kept_entries(past_key_values, holder)
-        held = kv.held_entries(past_key_values, holder, self._survivors.past)
+        entries = kv.kept_entries(cache, holder)
+        held = kv.held_entries(cache, holder, self._survivors.past)
         if source is not None:
             return self._borrowed(entries, held, width), entries
         if not self._parts.has_entries(layer):
             held = 0
-        whole = kv.whole_length(past_key_values, holder)
+        whole = kv.whole_length(cache, holder)
         rows: Rows = self._once(("rows", id(entries), held, whole), lambda: self._rows(entries, held, whole))
         return rows, entries
 
@@ -201,39 +202,36 @@ class LayerArguments:
 
     # Positions
 
-    def _gathered(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _gathered(self, call: LayerCall) -> LayerCall:
         """Take the survivors' rows of rotary tables and positions."""
         index, width = self._survivors.index, self._survivors.width
         if index is None:
-            return kwargs
-        tables = kwargs.get("position_embeddings")
-        if tables is not None:
-            kwargs["position_embeddings"] = self._once(("rope", id(tables)), lambda: gather_rope(tables, index, width))
-        positions = kwargs.get("position_ids")
+            return call
+        rope, positions = call.rope, call.positions
+        if rope is not None:
+            rope = self._once(("rope", id(rope)), lambda: gather_rope(call.rope, index, width))
         if isinstance(positions, Tensor) and positions.shape[-1] == width:
             # Flash attention reads gaps between positions as packed sequences, so it must not see them.
-            kwargs["position_ids"] = (
+            positions = (
                 None
                 if is_flash(self._survivors.implementation)
-                else self._once(("positions", id(positions)), lambda: gather_positions(positions, index))
+                else self._once(("positions", id(positions)), lambda: gather_positions(call.positions, index))
             )
-        return kwargs
+        return call.replace(rope=rope, positions=positions)
 
-    def _renumbered(
-        self, layer: int, kwargs: dict[str, Any], hidden: Tensor, entries: KeptEntries | None
-    ) -> dict[str, Any]:
+    def _renumbered(self, layer: int, call: LayerCall, hidden: Tensor, entries: KeptEntries | None) -> LayerCall:
         """Give survivors consecutive positions, and new tokens the ones behind them."""
-        positions = kwargs.get("position_ids")
-        if positions is None:
+        given = call.positions
+        if given is None:
             raise UnsupportedInputError(
                 "The text model passes no position_ids to its layers, so survivors cannot be renumbered. Use "
                 "positions='keep' in the recipe."
             )
-        kwargs["position_ids"], kwargs["position_embeddings"] = self._once(
-            ("repack", id(positions), id(entries), self._parts.rope_kind(layer)),
-            lambda: self._new_positions(layer, positions, hidden, entries),
+        positions, rope = self._once(
+            ("repack", id(given), id(entries), self._parts.rope_kind(layer)),
+            lambda: self._new_positions(layer, given, hidden, entries),
         )
-        return kwargs
+        return call.replace(positions=positions, rope=rope)
 
     def _new_positions(
         self, layer: int, positions: Tensor, hidden: Tensor, entries: KeptEntries | None

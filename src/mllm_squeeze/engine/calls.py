@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+import sys
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from mllm_squeeze.engine.encoders import recorded
-from mllm_squeeze.engine.fittings import Fittings
-from mllm_squeeze.engine.frames import Frame, Local, prompt_length, wanted_tail
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
+from mllm_squeeze.engine.frames import Frame, Local, Whole
 from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.static_step import is_traced_step
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall, flat, wanted_tail
 
 
-class CallHooks:
+class CallHooks(HookOwner):
     """Keeps `local` told of the calls that run in this thread, with their inputs.
 
     enabled: says whether the handle is switched on now.
@@ -27,9 +29,6 @@ class CallHooks:
     def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on."""
@@ -45,45 +44,41 @@ class CallHooks:
         # Assisted decoding feeds prompt and guesses in one pass; only generate() knows where the prompt ends.
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-            given = {**given.pop("kwargs", {}), **given.pop("generate_kwargs", {}), **given}
+            call = GenerateCall(flat(original, args, kwargs))
             if self._enabled():
-                _refuse_chunks(self.parts.model, given)
-            before, self._local.prompt = self._local.prompt, prompt_length(given)
-            if self.parts.row.own_generate:
-                self._local.frames.enter(Frame(given))
+                _refuse_chunks(self.parts.model, call)
+            here = sys._getframe()
+            prompt = self._local.prompts.enter(call.prompt_length, here)
+            frames = self._local.frames
+            frame = frames.enter(Frame(PromptCall(call.given)), here) if self.parts.row.own_generate else None
             try:
                 return original(*args, **kwargs)
             finally:
-                self._local.prompt = before
-                if self.parts.row.own_generate:
-                    self._local.frames.leave()
+                self._local.prompts.leave(prompt)
+                if frame is not None:
+                    frames.leave(frame)
 
         fittings.override(self.parts.model, "generate", generate)
 
-    def _enter_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_traced_step(kwargs):
-            return None
-        return args, self._local.tails.enter(wanted_tail(module, kwargs), kwargs)
+            return
+        call = PromptCall.read(module, args, kwargs)
+        encoded = {m: recorded(self.plan, output) for m, output in call.encoded.items()} if self._enabled() else {}
+        known = {modality: found for modality, found in encoded.items() if found is not None}
+        self._local.wholes.enter(Whole(wanted_tail(module, kwargs), known))
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_traced_step(kwargs):
-            self._local.tails.leave()
+            self._local.wholes.leave()
 
-    def _enter_base(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_traced_step(kwargs):
-            return None
-        inputs = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs if args else kwargs
-        frame = Frame(inputs)
-        live = self._local.frames.enter(frame, kwargs)
-        for modality, output in (inputs.get("mm_encoder_outputs") or {}).items():
-            if output is None or not self._enabled():
-                continue
-            found = recorded(self.plan, output)
+            return
+        frame = Frame(PromptCall.read(module, args, kwargs))
+        self._local.frames.enter(frame)
+        for modality, output in frame.call.encoded.items() if self._enabled() else ():
+            found = recorded(self.plan, output) or self._brought(modality)
             if found is None:
                 raise UnsupportedInputError(
                     f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "
@@ -91,17 +86,19 @@ class CallHooks:
                 )
             if not self.parts.row.by_runs:
                 frame.features[modality] = found
-        return args, live
+
+    def _brought(self, modality: str) -> Features | None:
+        """Return what the call of the whole model knew of its features: accelerate rebuilds them on their way here."""
+        whole = self._local.wholes.top
+        return None if whole is None else whole.encoded.get(modality)
 
     def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_traced_step(kwargs):
             self._local.frames.leave()
 
 
-def _refuse_chunks(model: Any, given: Mapping[str, Any]) -> None:
-    """given: arguments of generate()."""
-    config = given.get("generation_config") or getattr(model, "generation_config", None)
-    if given.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is not None:
+def _refuse_chunks(model: nn.Module, call: GenerateCall) -> None:
+    if call.in_chunks(model):
         raise UnsupportedInputError(
             "A prompt that is prefilled in chunks cannot be squeezed: no pass holds all of a picture. Leave "
             "prefill_chunk_size unset."

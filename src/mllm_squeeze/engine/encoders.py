@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
 from mllm_squeeze.engine.encode import EncodeCall
 from mllm_squeeze.engine.encoder import EncoderMerge
-from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
 from mllm_squeeze.engine.frames import Local
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.spans import Features
@@ -21,6 +21,8 @@ from mllm_squeeze.engine.taps import Listener
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Reducer
+from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
+from mllm_squeeze.upstream.prompts import flat, vision_inputs
 
 # Attribute under which a feature method's output carries what was recorded about it.
 MARK = "mllm_squeeze_features"
@@ -48,7 +50,7 @@ def _merger(plan: Plan) -> Reducer | None:
     return None if plan.encoder is None else plan.encoder.reducer
 
 
-class EncoderHooks:
+class EncoderHooks(HookOwner):
     """Records each call of a family's feature methods.
 
     enabled: says whether the handle is switched on now.
@@ -58,9 +60,6 @@ class EncoderHooks:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
         self._signals = frozenset(name for name in ENCODER_SIGNALS if plan.needs(name))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on.
@@ -87,16 +86,13 @@ class EncoderHooks:
             # Some families encode videos through their image method: the outer call is the one that counts.
             if not self._enabled() or self._local.encode is not None:
                 return original(*args, **kwargs)
-            inputs = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-            inputs = {**inputs.pop("kwargs", {}), **inputs}
-            if modality == "video":
-                inputs.setdefault("pixel_values_videos", inputs.get("pixel_values"))
+            inputs = vision_inputs(modality, flat(original, args, kwargs))
             call = EncodeCall(self.parts, modality, self._signals, self._merge_for(modality))
-            self._local.encode = call
+            entry = self._local.encodings.enter(call, sys._getframe())
             try:
                 output = original(*args, **kwargs)
             finally:
-                self._local.encode = None
+                self._local.encodings.leave(entry)
             if isinstance(output, tuple):
                 return output
             # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.
@@ -150,14 +146,10 @@ class EncoderHooks:
         merge = None if self._local.encode is None else self._local.encode.merge
         if merge is None:
             return None
-        hidden = merge.merge(number, args[0] if args else kwargs["hidden_states"])
-        new = dict(kwargs)
-        bias = merge.bias
-        rest = args[1:]
-        if bias is not None:
-            bias = bias.to(hidden.dtype)
-            rest, new = ((bias, *args[2:]), new) if len(args) > 1 else (rest, {**new, "attention_mask": bias})
-        return ((hidden, *rest), new) if args else (args, {**new, "hidden_states": hidden})
+        call = LayerCall.read(args, kwargs)
+        hidden, bias = merge.merge(number, call.hidden), merge.bias
+        call = call.replace(hidden=hidden)
+        return (call if bias is None else with_block_mask(call, bias.to(hidden.dtype))).out()
 
     def _after_projector(self, module: nn.Module, args: Any, output: Any) -> Any:
         merge = None if self._local.encode is None else self._local.encode.merge

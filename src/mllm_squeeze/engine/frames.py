@@ -4,76 +4,105 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.encode import EncodeCall
+from mllm_squeeze.engine.running import caller, is_running
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
-from mllm_squeeze.errors import SqueezeWarning
+from mllm_squeeze.engine.static_step import untraced
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.upstream.calls import TextCall
+from mllm_squeeze.upstream.prompts import MODALITIES, PromptCall
 
 T = TypeVar("T")
-
-# Arguments that bring a modality into a prompt.
-_INPUTS = {
-    "image": ("pixel_values", "image_pixel_values"),
-    "video": ("pixel_values_videos",),
-    "audio": ("input_features", "audio_input_features", "input_values"),
-}
 
 
 @dataclass
 class Frame:
-    """One call of the inner model: its inputs, and the features that its encoders gave."""
+    """One call of the inner model, and the features that its encoders gave for it."""
 
-    inputs: Mapping[str, Any]
+    call: PromptCall
     features: dict[str, Features] = field(default_factory=dict)
 
 
-class _Live(dict[str, Any]):
-    """Keyword arguments of a call; they live as long as the call does, however it ends."""
+@dataclass(frozen=True)
+class Whole:
+    """One call of the whole model.
+
+    wanted: trailing tokens that its logits are wanted of, None for all. encoded: what was recorded about the features
+    that it brings, by modality; whatever rebuilds them on their way to the inner model loses that.
+    """
+
+    wanted: int | None
+    encoded: Mapping[str, Features]
+
+
+class Entry(Generic[T]):
+    """What belongs to one call."""
+
+    def __init__(self, value: T, frame: FrameType) -> None:
+        self.value = value
+        self._frame = frame
+
+    def runs_in(self, frame: FrameType) -> bool:
+        """True where this is the frame of the call."""
+        return self._frame is frame
+
+    @property
+    def lives(self) -> bool:
+        """True while the call runs in this thread."""
+        return is_running(self._frame)
 
 
 class Calls(Generic[T]):
-    """What belongs to the calls of one module that run now, the innermost last.
+    """What belongs to the calls of one module, or of one function of ours, that run now, the innermost last.
 
-    torch runs no hook behind a call that ends with Ctrl-C, so each entry also knows whether its call still lives.
+    torch runs no hook behind a call that ends with Ctrl-C, and Ctrl-C may come in front of any line of ours, so an
+    entry counts as long as the frame of its call is on the stack.
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[T, weakref.ref[_Live] | None]] = []
+        self._entries: list[Entry[T]] = []
 
-    def enter(self, value: T, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Add what belongs to a call; returns the arguments to go on with. Without any the caller must `leave`."""
-        # Where one module has several parts to play, all entries live as long as its one call.
-        live = kwargs if isinstance(kwargs, _Live) else _Live(kwargs or {})
-        self._entries.append((value, None if kwargs is None else weakref.ref(live)))
-        return live
+    @untraced
+    def enter(self, value: T, frame: FrameType | None = None) -> Entry[T]:
+        """Add what belongs to a call: to the one that runs this hook, or to that of a frame."""
+        self._drop_dead()
+        self._entries.append(Entry(value, caller() if frame is None else frame))
+        return self._entries[-1]
 
-    def replace(self, value: T) -> None:
-        """Change what belongs to the innermost call."""
-        self._entries[-1] = (value, self._entries[-1][1])
-
-    def leave(self) -> T | None:
-        """Take away what belongs to the innermost call."""
-        return self._entries.pop()[0] if self._entries else None
+    @untraced
+    def leave(self, entry: Entry[T] | None = None) -> T | None:
+        """Take away an entry, or that of the call which runs this hook; None where there is none."""
+        self._drop_dead()
+        if not self._entries:
+            return None
+        last = self._entries[-1]
+        mine = last.runs_in(caller()) if entry is None else last is entry
+        return self._entries.pop().value if mine else None
 
     @property
     def top(self) -> T | None:
-        """What belongs to the innermost call that lives, None where none does."""
-        while self._entries:
-            value, live = self._entries[-1]
-            if live is None or live() is not None:
-                return value
+        """What belongs to the innermost call that runs, None where none does."""
+        return self._innermost() if self._entries else None
+
+    @untraced
+    def _innermost(self) -> T | None:
+        self._drop_dead()
+        return self._entries[-1].value if self._entries else None
+
+    def _drop_dead(self) -> None:
+        while self._entries and not self._entries[-1].lives:
             self._entries.pop()
-        return None
 
 
 class Local(threading.local):
@@ -82,13 +111,27 @@ class Local(threading.local):
     def __init__(self) -> None:
         self.frames: Calls[Frame] = Calls()
         self.sessions: Calls[Session | None] = Calls()
-        # Of calls of the whole model: how many trailing tokens their logits are wanted of, None for all.
-        self.tails: Calls[int | None] = Calls()
-        self.encode: EncodeCall | None = None
+        self.wholes: Calls[Whole] = Calls()
+        self.encodings: Calls[EncodeCall] = Calls()
         # The session of a self-check that runs now: the text model is called inside its own pre-hook.
-        self.probe: tuple[Session | None] | None = None
-        # Length of the prompt that generate() was called with, None outside of it.
-        self.prompt: int | None = None
+        self.probes: Calls[tuple[Session | None]] = Calls()
+        # Length of the prompt that generate() was called with.
+        self.prompts: Calls[int | None] = Calls()
+
+    @property
+    def encode(self) -> EncodeCall | None:
+        """The outermost call of a feature method."""
+        return self.encodings.top
+
+    @property
+    def probe(self) -> tuple[Session | None] | None:
+        """The session that a self-check runs the text model with, None outside of one."""
+        return self.probes.top
+
+    @property
+    def prompt(self) -> int | None:
+        """Length of the prompt that generate() was called with, None outside of it."""
+        return self.prompts.top
 
     @property
     def frame(self) -> Frame | None:
@@ -96,70 +139,61 @@ class Local(threading.local):
         return self.frames.top
 
     @property
+    def wanted(self) -> int | None:
+        """Trailing tokens that the innermost call of the whole model is about, None for all."""
+        return None if self.wholes.top is None else self.wholes.top.wanted
+
+    @property
     def session(self) -> Session | None:
         """The session of the innermost decoder pass."""
         return self.sessions.top
 
 
-def wanted_tail(model: Any, inputs: Mapping[str, Any]) -> int | None:
-    """Return how many trailing tokens a call of the whole model is about, None where it is about all of them."""
-    keep = inputs.get("logits_to_keep")
-    states = inputs.get("output_hidden_states")
-    states = getattr(model.config, "output_hidden_states", False) if states is None else states
-    if type(keep) is not int or keep < 1 or states or inputs.get("labels") is not None:
-        return None
-    return keep
-
-
 def features_of(frame: Frame, ids: Mapping[str, int]) -> dict[str, Features]:
     """Return what was encoded for this pass; what is encoded without a feature method is told by its inputs."""
-    found = {m: f.without(frame.inputs.get(f"{m}_compression_mask")) for m, f in frame.features.items()}
-    encoded = frame.inputs.get("mm_encoder_outputs") or {}
-    for modality, names in _INPUTS.items():
-        given = any(frame.inputs.get(name) is not None for name in names) or encoded.get(modality) is not None
-        if modality in ids and modality not in found and given:
+    found = {modality: features.without(frame.call.left(modality)) for modality, features in frame.features.items()}
+    for modality in MODALITIES:
+        if modality in ids and modality not in found and frame.call.brings(modality):
             found[modality] = Features(modality, None)
     return found
 
 
 def layout_of(
-    frame: Frame, features: Mapping[str, Features], parts: ModelParts, states: Tensor, past: int, prompt: int | None
+    frame: Frame, features: Mapping[str, Features], parts: ModelParts, call: TextCall, past: int, prompt: int | None
 ) -> TokenLayout:
     """Return the layout of a pass.
 
-    states: (B, T) or (B, T, D), what the text model is given. past: tokens seen before. prompt: length of the prompt
-    that generate() was called with, None outside of it; what lies behind it are guesses of assisted decoding.
+    call: of the text model. past: tokens seen before. prompt: length of the prompt that generate() was called with,
+    None outside of it; what lies behind it are guesses of assisted decoding.
     """
-    width = states.shape[1]
-    ids = frame.inputs.get("input_ids")
-    if ids is None:
-        ids = _ids_from_embeddings(parts, frame.inputs["inputs_embeds"])
-    real = real_tokens(frame.inputs.get("attention_mask"), past, width)
+    width = call.width
+    ids = _ids(parts, frame.call)
+    real = real_tokens(frame.call.mask, past, width)
     ids = ids[:, -width:]
     # A generate() of its own expands its rows for beams behind our back.
-    ids = ids.repeat_interleave(states.shape[0] // ids.shape[0], dim=0)
+    ids = ids.repeat_interleave(call.batch // ids.shape[0], dim=0)
     real = None if real is None else real.repeat_interleave(ids.shape[0] // real.shape[0], dim=0)
     drafts = 0 if prompt is None else max(past + width - prompt, 0)
-    types = frame.inputs.get("mm_token_type_ids")
-    return find_layout(ids, real, features, parts.ids, parts.row.grouped, types, drafts)
+    return find_layout(ids, real, features, parts.ids, parts.row.grouped, frame.call.token_types, drafts)
 
 
 def words_behind_pictures(
-    parts: ModelParts, given: Mapping[str, Any], inputs: Mapping[str, Any], prompt: int | None
+    parts: ModelParts, call: TextCall, prompted: PromptCall, prompt: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the embeddings (B, T, D) of a prompt, and bool (B, T), its words behind the first picture.
 
-    given: arguments of the text model. inputs: of the inner model. prompt: as for `layout_of`.
+    call: of the text model. prompted: of the inner model. prompt: as for `layout_of`.
     """
-    embeddings, ids = given.get("inputs_embeds"), inputs.get("input_ids", given.get("input_ids"))
+    embeddings = call.embeddings
     if embeddings is None:
         table: Any = parts.decoder
-        embeddings = table.embed_tokens(given["input_ids"])
+        embeddings = table.embed_tokens(call.ids)
+    ids = call.ids if prompted.ids is None else prompted.ids
     if ids is None:
         ids = _ids_from_embeddings(parts, embeddings)
     width = embeddings.shape[1]
     picture = ids[:, -width:] == parts.ids["image"]
-    mask = inputs.get("attention_mask")
+    mask = prompted.mask
     real = mask[:, -width:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(picture)
     if prompt is not None:
         real = real & (torch.arange(width, device=real.device) < prompt)
@@ -179,12 +213,9 @@ def warn_no_image() -> None:
 def real_tokens(mask: Any, past: int, width: int) -> Tensor | None:
     """Return bool (B, T), False for padding; None where no token is said to be padding.
 
-    mask: what the inner model got: 2-D (B, tokens seen), 4-D (B, 1, T, K), or a dict of such by the kind of layer, as
-    generate() makes them for caches that can be compiled. In a 4-D mask a real token sees itself.
+    mask: what the inner model got: 2-D (B, tokens seen), or 4-D (B, 1, T, K), as generate() makes them for caches that
+    can be compiled. In a 4-D mask a real token sees itself.
     """
-    if isinstance(mask, Mapping):
-        widest = max((m for m in mask.values() if isinstance(m, Tensor)), key=lambda m: m.shape[-1], default=None)
-        mask = mask.get("full_attention", widest)
     if not isinstance(mask, Tensor):
         return None
     if mask.ndim == 2:
@@ -196,6 +227,17 @@ def real_tokens(mask: Any, past: int, width: int) -> Tensor | None:
     return mask[:, :, past : past + width].diagonal(dim1=1, dim2=2).bool()
 
 
+def _ids(parts: ModelParts, call: PromptCall) -> Tensor:
+    if call.ids is not None:
+        return call.ids
+    if call.embeddings is None:
+        raise UnsupportedInputError(
+            f"The prompt has neither ids nor embeddings that could be found; it came with "
+            f"{', '.join(call.inputs) or 'nothing'}."
+        )
+    return _ids_from_embeddings(parts, call.embeddings)
+
+
 def _ids_from_embeddings(parts: ModelParts, embeddings: Tensor) -> Tensor:
     """Return ids that tell placeholders from text, by their embedding, as the library itself does."""
     table: Any = parts.base
@@ -204,9 +246,3 @@ def _ids_from_embeddings(parts: ModelParts, embeddings: Tensor) -> Tensor:
         vector = table.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
         ids = torch.where((embeddings == vector).all(-1), token, ids)
     return ids
-
-
-def prompt_length(given: Mapping[str, Any]) -> int | None:
-    """Return the length of the prompt among the arguments of generate(), None where there is none."""
-    candidates = [given.get(name) for name in ("inputs", "input_ids", "inputs_embeds")]
-    return next((int(given.shape[1]) for given in candidates if isinstance(given, Tensor) and given.ndim >= 2), None)

@@ -66,7 +66,7 @@ def reduce_keys(
     session.prepare(states.device)
     session.text = None if text is None else (text[0].to(states.device), text[1].to(states.device))
     for cut in plan.keys:
-        states = cutting.run_cut(session, cut, states, {})
+        states = cutting.run_cut(session, cut, states)
     session.text = None
     session.forget()
     if session.index is None:

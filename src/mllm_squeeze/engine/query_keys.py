@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
 from mllm_squeeze.engine.keys import KeptKeys, reduce_keys
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Attended
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.upstream.attended import QueryCall
 
 
-class QueryHooks:
+class QueryHooks(HookOwner):
     """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them.
 
     enabled: says whether the handle is switched on now.
     """
 
     def __init__(
-        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session], None]
+        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session | None], None]
     ) -> None:
         self.parts, self.plan = parts, plan
         self._enabled, self._publish = enabled, publish
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hook on."""
@@ -41,16 +39,16 @@ class QueryHooks:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if states is None or not self._enabled():
+        call = QueryCall.read(kwargs)
+        if call.states is None or not self._enabled():
             return None
-        layout = _layout(states, mask)
-        session, short, kept = reduce_keys(self.parts, self.plan, layout, states)
-        session.attended = Attended((), 0, states.shape[1], short.shape[1])
+        layout = _layout(call.states, call.mask)
+        session, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
+        session.attended = Attended((), 0, call.states.shape[1], short.shape[1])
         self._publish(session)
         if kept is None:
             return None
-        return args, {**kwargs, "encoder_hidden_states": short, "encoder_attention_mask": _mask(mask, kept)}
+        return args, {**kwargs, **QueryCall(short, _mask(call.mask, kept)).arguments()}
 
 
 def _layout(states: Tensor, mask: Tensor | None) -> TokenLayout:

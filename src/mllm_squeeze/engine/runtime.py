@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
-from mllm_squeeze.engine import cutting, decoding, selfcheck, signals
+from mllm_squeeze.engine import cutting, decoding, preview, selfcheck, signals
 from mllm_squeeze.engine.calls import CallHooks
 from mllm_squeeze.engine.cross_attention import CrossAttentionHooks
 from mllm_squeeze.engine.encoders import EncoderHooks
-from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
 from mllm_squeeze.engine.frames import Local, features_of, layout_of, warn_no_image
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.query_keys import QueryHooks
@@ -23,6 +24,7 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.static_step import is_static_step, is_traced_step, refuse_static, serve_step, untraced
 from mllm_squeeze.engine.streams import fold, unfold
+from mllm_squeeze.engine.switch import Switch
 from mllm_squeeze.engine.taps import Listener
 from mllm_squeeze.errors import SqueezeError, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
@@ -31,14 +33,21 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.upstream.calls import LayerCall, TextCall
+from mllm_squeeze.upstream.names import POSITIONS
+
+R = TypeVar("R")
 
 
-class Runtime:
-    """The hooks of one handle on one model."""
+class Runtime(HookOwner):
+    """The hooks of one handle on one model, which keep it alive as long as they are there.
 
-    def __init__(self, parts: ModelParts, plan: Plan, publish: Callable[[Session], None]) -> None:
+    publish: gets the session of each prefill when it ends, None for a prompt without visual tokens.
+    """
+
+    def __init__(self, parts: ModelParts, plan: Plan, publish: Callable[[Session | None], None]) -> None:
         self.parts, self.plan = parts, plan
-        self.enabled = True
+        self.switch = Switch()
         self._publish = publish
         self._verified = parts.row.verified
         self._local = Local()
@@ -55,8 +64,8 @@ class Runtime:
     def attach(self) -> None:
         """Hook the model; on an error everything is taken off again."""
         try:
-            EncoderHooks(self.parts, self.plan, self._local, lambda: self.enabled).attach(self._fittings)
-            CallHooks(self.parts, self.plan, self._local, lambda: self.enabled).attach(self._fittings)
+            EncoderHooks(self.parts, self.plan, self._local, self.switch.is_on).attach(self._fittings)
+            CallHooks(self.parts, self.plan, self._local, self.switch.is_on).attach(self._fittings)
             if self.plan.keys:
                 self._attach_keys()
             else:
@@ -76,13 +85,10 @@ class Runtime:
     def _attach_keys(self) -> None:
         """Cut what is attended to from outside: by the text, or by the queries of a Q-Former."""
         if self.parts.cross_attention:
-            hooks = CrossAttentionHooks(self.parts, self.plan, self._local, lambda: self.enabled, self._publish)
+            hooks = CrossAttentionHooks(self.parts, self.plan, self._local, self.switch.is_on, self._finish)
             hooks.attach(self._fittings)
         else:
-            QueryHooks(self.parts, self.plan, lambda: self.enabled, self._publish).attach(self._fittings)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
+            QueryHooks(self.parts, self.plan, self.switch.is_on, self._finish).attach(self._fittings)
 
     def detach(self) -> None:
         """Take off all hooks, taps and overrides; the model is as it was."""
@@ -103,11 +109,13 @@ class Runtime:
 
     def _tap_decoder(self) -> None:
         tapped: set[int] = set()
+        previewed: set[int] = set()
         for cut in self.plan.cuts:
             for need in cut.reducer.needs():
                 if need.name not in ("attention", "keys"):
                     continue
                 tapped.add(cut.layer if need.source == "next" else cut.layer - 1)
+                previewed |= {cut.layer} if need.source == "next" else set()
         if self.plan.decode is not None:
             tapped.add(self._decode.layer - 1)
         for number in sorted(tapped):
@@ -118,6 +126,8 @@ class Runtime:
                     "layer."
                 )
             self._fittings.tap(attention, functools.partial(self._decoder_listener, attention))
+            if number in previewed:
+                preview.put_on(self._fittings, attention, self._session)
 
     @property
     def _decode(self) -> DecodeReducer:
@@ -129,9 +139,16 @@ class Runtime:
         session = self._local.session
         return None if session is None or session.index is None else (session.index, session.valid)
 
+    def _session(self) -> Session | None:
+        return self._local.session
+
     def _decoder_listener(self, attention: nn.Module) -> Listener | None:
         session = self._local.session
         return None if session is None else session.listeners.get(attention)
+
+    def _finish(self, session: Session | None) -> None:
+        """Hand on a prefill that ended, None where it had no visual tokens."""
+        self._publish(session)
 
     # The text model
 
@@ -140,81 +157,78 @@ class Runtime:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if is_traced_step(kwargs):
             return None
-        live = self._local.sessions.enter(None, kwargs)
+        call = TextCall.read(module, args, kwargs)
+        live = dict(call.named)
+        entry = self._local.sessions.enter(None)
         probe = self._local.probe
-        session = probe[0] if probe is not None else self._start(module, live)
-        self._local.sessions.replace(session)
+        session = probe[0] if probe is not None else self._start(call, live)
+        entry.value = session
         if session is not None and session.cutting:
-            given, session.inner = take_inner_features(kwargs)
+            given, session.inner = take_inner_features(live)
             live.update(given)
-        return args, live
+        return (), live
 
     @untraced
-    def _start(self, module: nn.Module, kwargs: dict[str, Any]) -> Session | None:
+    def _start(self, call: TextCall, live: dict[str, Any]) -> Session | None:
         """Return the session of a pass, None where its layers need nothing of us.
 
-        kwargs: of the text model; positions of a decode step may change in it.
+        live: arguments of the text model that go on to it; positions of a decode step may change in them.
         """
-        states = kwargs.get("inputs_embeds")
-        states = kwargs.get("input_ids") if states is None else states
-        if states is None:
-            return None
-        past_key_values = kwargs.get("past_key_values")
-        if is_static_step(kwargs):
+        if is_static_step(call.named):
             return None
         frame = self._local.frame
-        past = kv.tokens_seen(past_key_values)
+        past = kv.tokens_seen(call.cache)
         # Where generate() itself is the frame, its later passes are decode steps.
-        decodes = (self.parts.row.own_generate and past) or states.shape[1] == 1
-        features = {} if decodes or frame is None or not self.enabled else features_of(frame, self.parts.ids)
-        if not features and not kv.is_cut(past_key_values):
-            if self.enabled and states.shape[1] > 1 and not past:
+        decodes = (self.parts.row.own_generate and past) or call.width == 1
+        features = {} if decodes or frame is None or not self.switch.is_on() else features_of(frame, self.parts.ids)
+        if not features and not kv.is_cut(call.cache):
+            if self.switch.is_on() and call.width > 1 and not past:
+                self._finish(None)
                 warn_no_image()
             return None
         layout = None
         if features and frame is not None:
-            _refuse_packed(kwargs)
+            _refuse_packed(call)
             _refuse_recomputed(self.parts)
-            layout = layout_of(frame, features, self.parts, states, past, self._local.prompt)
+            layout = layout_of(frame, features, self.parts, call, past, self._local.prompt)
             if not layout.spans:
                 # Some families are given their pictures again in later passes, which hold no placeholder.
                 layout, features = None, {}
-        if layout is None and (not kv.is_cut(past_key_values) or self._is_plain_step(states, kwargs)):
+        if layout is None and (not kv.is_cut(call.cache) or self._is_plain_step(call, live)):
             return None
-        refuse_scaled(self.parts.text_config, past + states.shape[1])
-        session = Session(self.plan, self.parts, layout, features, states.shape[1], past)
+        refuse_scaled(self.parts.text_config, past + call.width)
+        session = Session(self.plan, self.parts, layout, features, call.width, past)
         if layout is not None:
-            session.prepare(states.device)
-            session.wanted = self._local.tails.top
-            self._check(layout, features, kwargs)
+            session.prepare(call.states.device)
+            session.wanted = self._local.wanted
+            self._check(layout, features, call)
         return session
 
-    def _is_plain_step(self, states: Tensor, kwargs: dict[str, Any]) -> bool:
+    def _is_plain_step(self, call: TextCall, live: dict[str, Any]) -> bool:
         """True for a decode step in which no layer needs anything of us: one token, none padded, positions alike."""
-        if states.shape[1] > 1 or self.plan.decode is not None:
+        if call.width > 1 or self.plan.decode is not None:
             return False
         if self._windowed or self.parts.text_config._attn_implementation == "eager":
             return False
-        cache, positions = kwargs["past_key_values"], kwargs.get("position_ids")
-        if not _is_open(kwargs.get("attention_mask"), kv.tokens_seen(cache) + 1):
+        if not _is_open(call.mask, kv.tokens_seen(call.cache) + 1):
             return False
-        if kv.serve_even(cache):
+        if kv.serve_even(call.cache):
             return True
-        if not isinstance(positions, Tensor) or positions.ndim != 2:
+        if not isinstance(call.positions, Tensor) or call.positions.ndim != 2:
             return False
-        shift = kv.serve_shifted(cache)
+        shift = kv.serve_shifted(call.cache)
         if shift is None:
             return False
-        kwargs["position_ids"] = positions - shift.to(positions.device)[:, None]
+        live[POSITIONS] = call.positions - shift.to(call.positions.device)[:, None]
         return True
 
-    def _check(self, layout: TokenLayout, features: Mapping[str, Features], kwargs: dict[str, Any]) -> None:
+    def _check(self, layout: TokenLayout, features: Mapping[str, Features], call: TextCall) -> None:
         """Let a family nobody has tried prove, once, that a cut of it is exact."""
         layer = self.plan.first
         if self._verified or layer is None:
             return
         try:
-            proof = self.prove(layer, layout, features, kwargs)
+            proof = self.prove(layer, layout, features, call)
         except SqueezeError:
             raise
         # The code of a model that nobody has tried may raise anything when it is cut.
@@ -225,11 +239,22 @@ class Runtime:
         selfcheck.require_alike(self.parts, proof)
         self._verified = True
 
+    def run_with(self, session: Session | None, function: Callable[[], R]) -> R:
+        """Call the text model with a session made by hand; with None it runs dense.
+
+        function: calls the text model.
+        """
+        entry = self._local.probes.enter((session,), sys._getframe())
+        try:
+            return function()
+        finally:
+            self._local.probes.leave(entry)
+
     def prove(
-        self, layer: int, layout: TokenLayout, features: Mapping[str, Features], kwargs: Mapping[str, Any]
+        self, layer: int, layout: TokenLayout, features: Mapping[str, Features], call: TextCall
     ) -> selfcheck.Proof:
-        """Compare a cut with masking the same tokens; kwargs: of the text model. See `selfcheck.prove`."""
-        return selfcheck.prove(self.parts, self._local, layer, layout, features, kwargs)
+        """Compare a cut with masking the same tokens. See `selfcheck.prove`."""
+        return selfcheck.prove(self.parts, self._local, self._fittings, layer, layout, features, call)
 
     def _leave_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if is_traced_step(kwargs):
@@ -237,60 +262,49 @@ class Runtime:
         session = self._local.sessions.leave()
         # A self-check is not what the user ran.
         if session is not None and session.cutting and output is not None and self._local.probe is None:
-            self._publish(session)
+            self._finish(session)
 
     # Decoder layers
 
     def _before_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        session = self._local.session
-        if session is None:
-            return self._serve_step(number, args, kwargs)
-        return self._run_before(session, number, module, args, kwargs)
+        session, call = self._local.session, LayerCall.read(args, kwargs)
+        new = serve_step(self.parts, number, call) if session is None else self._run_before(session, number, call)
+        return None if new is None else new.out()
 
     @untraced
-    def _run_before(
-        self, session: Session, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        given = args[0] if args else kwargs["hidden_states"]
-        hidden = fold(given)
+    def _run_before(self, session: Session, number: int, call: LayerCall) -> LayerCall | None:
+        """Cut in front of a layer, and return its call on what is left; None where it is as it came."""
+        hidden = fold(call.hidden)
         if session.cutting:
             if session.inner is not None:
                 hidden = session.inner.add(number, hidden, session.index, session.valid)
-            hidden = self._cut(session, number, hidden, kwargs)
+            hidden = self._cut(session, number, hidden, call)
             self._listen(session, number)
         elif self.plan.decode is not None and number == self._decode.layer - 1 and session.width == 1:
-            decoding.listen(session, find_attention(module), self._decode, kwargs.get("past_key_values"))
-        new = session.arguments.shorten(number, hidden, kwargs)
+            decoding.listen(session, find_attention(self.parts.layers[number]), self._decode, call.cache)
+        new = session.arguments.shorten(number, hidden, call)
         session.lengths[number] = hidden.shape[1]
-        session.held[number] = kv.held_entries(kwargs.get("past_key_values"), number, session.past)
-        if new is kwargs and session.index is None and session.inner is None:
+        session.held[number] = kv.held_entries(call.cache, number, session.past)
+        if new is call and session.index is None and session.inner is None:
             return None
-        hidden = unfold(hidden, given)
-        if args:
-            return (hidden, *(session.arguments.per_token(other) for other in args[1:])), new
-        return args, {**new, "hidden_states": hidden}
+        others = tuple(session.arguments.per_token(other) for other in call.others)
+        return new.replace(hidden=unfold(hidden, call.hidden), others=others)
 
-    def _serve_step(
-        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        new = serve_step(self.parts, number, args[0] if args else kwargs["hidden_states"], kwargs)
-        return None if new is None else (args, new)
-
-    def _cut(self, session: Session, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        cuts = session.plan.at(number)
-        merged = number == 0 and session.plan.encoder is not None
-        if (cuts or merged) and kwargs.get("past_key_values") is not None:
-            kv.require_cuttable(kwargs["past_key_values"])
-            refuse_static(session, kwargs["past_key_values"])
+    def _cut(self, session: Session, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
+        cuts, stage = session.plan.at(number), session.stage
         if number == 0:
             for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
             if session.plan.encoder is not None:
                 hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
         for cut in cuts:
-            hidden = cutting.run_cut(session, cut, hidden, kwargs)
+            hidden = cutting.run_cut(session, cut, hidden, call)
+        # A cut that removes nothing asks nothing of the cache.
+        if session.stage > stage and call.cache is not None:
+            kv.require_cuttable(call.cache)
+            refuse_static(session, call.cache)
         session.read.clear()
         return hidden
 
@@ -315,8 +329,8 @@ def _is_open(mask: Any, tokens: int) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == tokens and bool(mask.all())
 
 
-def _refuse_packed(kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("cu_seq_lens_q") is not None:
+def _refuse_packed(call: TextCall) -> None:
+    if call.packed:
         raise UnsupportedInputError(
             "Packed inputs (several prompts in one row, cu_seq_lens_q) cannot be squeezed. Pass a padded batch with an "
             "attention_mask."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.frames import Local
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence import is_flash
@@ -19,6 +21,8 @@ from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
 from mllm_squeeze.layout import Tile, TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.upstream.calls import Arguments, LayerCall, TextCall
+from mllm_squeeze.upstream.outputs import hidden_of
 
 # Relative error that rounding alone explains, by the bytes of one number.
 _TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
@@ -71,32 +75,31 @@ def probe_cut(layer: int) -> PlannedCut:
 def prove(
     parts: ModelParts,
     local: Local,
+    fittings: Fittings,
     layer: int,
     layout: TokenLayout,
     features: Mapping[str, Features],
-    kwargs: Mapping[str, Any],
+    call: TextCall,
 ) -> Proof:
     """Run the text model with every other visual token cut at a layer, and with the same tokens masked.
 
-    local: that of the hooks that are on the model from this layer on. kwargs: arguments of the text model.
+    local: that of the hooks that are on the model from this layer on. fittings: what collects them.
 
     Raises:
         UnsupportedModelError: a layer mixes tokens without attention, so masking them has no meaning.
     """
     _refuse_blind_layers(parts, layer)
-    states = kwargs.get("inputs_embeds")
-    states = kwargs["input_ids"] if states is None else states
     session = Session(Plan((probe_cut(layer),), repack=False), parts, layout, features, layout.length, 0)
-    session.prepare(states.device)
-    plain = {**kwargs, "past_key_values": None, "use_cache": False}
+    session.prepare(call.states.device)
+    plain = call.without_cache()
+    probe = local.probes.enter((session,), sys._getframe())
     try:
         with torch.no_grad():
-            local.probe = (session,)
-            short = last_hidden(parts.decoder(**plain))
-            local.probe = (None,)
-            masked = _masked_run(parts, session, layer, plain)
+            short = hidden_of(parts.decoder(**plain))
+            probe.value = (None,)
+            masked = _masked_run(parts, fittings.nested(), session, layer, plain)
     finally:
-        local.probe = None
+        local.probes.leave(probe)
     tolerance = _TOLERANCE.get(short.element_size(), 5e-2)
     return Proof(_survivors(session, short), _survivors(session, masked), session, tolerance)
 
@@ -133,21 +136,18 @@ def _refuse_blind_layers(parts: ModelParts, layer: int) -> None:
         )
 
 
-def _masked_run(parts: ModelParts, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
+def _masked_run(parts: ModelParts, fittings: Fittings, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
     """Return the text model's output with the tokens that the session dropped masked, from one layer on."""
     kept = torch.zeros_like(session.real)
     assert session.index is not None
     kept = kept.scatter(1, session.index, True) if session.valid is None else _scatter(kept, session)
-    hooks = [
-        parts.layers[number].register_forward_pre_hook(_closing(kept, parts.layers[number]), with_kwargs=True)
-        for number in range(layer, len(parts.layers))
-    ]
     try:
+        for number in range(layer, len(parts.layers)):
+            fittings.before(parts.layers[number], closing(kept, parts.layers[number]))
         with _masks_allowed(parts.text_config):
-            return last_hidden(parts.decoder(**kwargs))
+            return hidden_of(parts.decoder(**kwargs))
     finally:
-        for hook in hooks:
-            hook.remove()
+        fittings.remove()
 
 
 @contextmanager
@@ -177,28 +177,21 @@ def _scatter(kept: Tensor, session: Session) -> Tensor:
     return kept
 
 
-def _closing(kept: Tensor, layer: nn.Module) -> Any:
+def closing(kept: Tensor, layer: nn.Module) -> Any:
+    """Return the pre-hook of a decoder layer that closes all tokens but the kept ones; kept: bool (B, T)."""
     causal = is_causal(find_attention(layer))
 
-    def close(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def close(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        call = LayerCall.read(args, kwargs)
+        hidden, mask = call.hidden, call.mask
         # Some layers pass several streams of states in front of the batch.
         length = hidden.shape[-2]
-        mask = kwargs.get("attention_mask")
         itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
         if mask is None:
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device)[None, None]
             mask = mask.tril() if causal else mask
         open_ = kept.to(hidden.device)[:, None, None, :] | itself
         closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return args, {**kwargs, "attention_mask": mask.masked_fill(~open_, closed)}
+        return call.replace(mask=mask.masked_fill(~open_, closed)).out()
 
     return close
-
-
-def last_hidden(output: Any) -> Tensor:
-    """Return the states (B, T, D) that a text model gave."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    return found

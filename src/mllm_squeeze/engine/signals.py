@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,8 @@ from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.engine.taps import AttentionCall, score_rows
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, TextTokens
+from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, Signals, TextTokens
+from mllm_squeeze.upstream.calls import LayerCall
 
 
 def mean_weights(mask: Tensor) -> Tensor:
@@ -43,11 +42,11 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
         for need in needs:
             if need.name == "keys":
                 fresh = filled.key[:, :, keys - queries :]
-                session.read[planned, "keys"] = fresh.transpose(1, 2).flatten(2)
+                session.read[planned, need] = fresh.transpose(1, 2).flatten(2)
             else:
                 rows, weights = _rows(session, planned, need)
                 scores = score_rows(filled, rows, weights, is_causal(attention))
-                session.read[planned, "attention"] = scores[:, keys - queries :]
+                session.read[planned, need] = scores[:, keys - queries :]
         return False if others is None else others(call)
 
     # Another step may cut at the same layer.
@@ -73,42 +72,51 @@ def gather(
     planned: PlannedCut,
     needs: tuple[Need, ...],
     hidden: Tensor,
-    kwargs: dict[str, Any],
+    call: LayerCall | None,
     table: SpanTable,
     place: Tensor,
     origin: Tensor,
+    size: Tensor,
     rows: list[int],
-) -> tuple[dict[str, Tensor], TextTokens | None]:
+) -> tuple[Signals, TextTokens | None]:
     """Return the signals of the candidates, and the text of each span's sample.
 
-    place, origin: int64 (S, N), where the candidates stand now and stood in their spans. rows: their spans.
+    place, origin: int64 (S, N), where the candidates stand now and stood in their spans. size: float32 (S, N), tokens
+    that each stands for. rows: their spans.
     """
     sample = table.sample[:, None]
-    names = {need.name for need in needs}
+    found: dict[Need, Tensor] = {}
+    # Of keys and normed states the text gets its rows too.
     whole: dict[str, Tensor] = {}
-    for need in needs:
-        if need.name == "attention" and need.source == "next":
-            whole["attention"] = _preview(session, planned, need, hidden, kwargs)
-        elif _from_layer_before(need):
-            whole[need.name] = session.read.pop((planned, need.name))
-        elif need.name == "normed":
-            whole["normed"] = _normed(session, hidden)
-    found = {name: value.to(hidden.device)[sample, place] for name, value in whole.items()}
-    for name in ENCODER_SIGNALS:
-        if name in names:
-            found[name] = _encoder_signal(session, name, origin, rows)
+    for need in dict.fromkeys(needs):
+        if need.name in ENCODER_SIGNALS:
+            found[need] = _encoder_signal(session, need.name, origin, rows)
+        elif need.name == "size":
+            found[need] = size
+        else:
+            whole[need.name] = _of_all_tokens(session, planned, need, hidden, call).to(hidden.device)
+            found[need] = whole[need.name][sample, place]
     text = None
     if session.text is not None:
         text = TextTokens(session.text[0][table.sample], session.text[1][table.sample])
-    elif planned.reducer.reads_text or {"keys", "normed"} & names:
+    elif planned.reducer.reads_text or {"keys", "normed"} & set(whole):
         columns = session.text_place[table.sample]
         text = TextTokens(
             features=hidden[sample, columns],
             mask=session.text_mask[table.sample],
-            keys=whole["keys"].to(hidden.device)[sample, columns] if "keys" in whole else None,
+            keys=whole["keys"][sample, columns] if "keys" in whole else None,
             normed=whole["normed"][sample, columns] if "normed" in whole else None,
         )
-    return found, text
+    return Signals(found), text
+
+
+def _of_all_tokens(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
+    """Return a signal of the whole sequence: (B, M), or (B, M, D)."""
+    if need.name == "attention" and need.source == "next":
+        return _preview(session, planned, need, hidden, call)
+    if need.name == "normed":
+        return _normed(session, hidden)
+    return session.read.pop((planned, need))
 
 
 def _normed(session: Session, hidden: Tensor) -> Tensor:
@@ -136,7 +144,7 @@ def _encoder_signal(session: Session, name: str, origin: Tensor, rows: list[int]
     return padded.gather(1, origin[..., None].expand(-1, -1, padded.shape[-1]))
 
 
-def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
     """Return the attention that the layer behind the cut would give: its norm and projections, one chosen row."""
     layer = session.parts.layers[planned.layer]
     attention, norm = find_attention(layer), find_pre_norm(layer)
@@ -145,7 +153,8 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
             f"The projections of {type(layer).__name__} cannot be previewed; use the attention of the layer before: "
             "source: current in the recipe."
         )
-    given = session.arguments.given(planned.layer, hidden, kwargs)
+    assert call is not None
+    given = session.arguments.given(planned.layer, hidden, call)
     rows, weights = _rows(session, planned, need)
     out: list[Tensor] = []
 
@@ -154,5 +163,5 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
         out.append(score_rows(call.replace(mask=session.present), rows, weights, is_causal(attention)))
 
     one = rows if rows.shape[1] == 1 else None
-    run_projections(attention, norm(hidden), one, given, session.listeners, read)
+    run_projections(attention, norm(hidden), one, given, session, read)
     return out[0]

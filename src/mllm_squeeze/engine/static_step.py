@@ -14,6 +14,7 @@ from mllm_squeeze.engine.sequence import is_flash
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.calls import LayerCall, cache_of, is_one_token
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,10 +26,8 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def is_static_step(kwargs: Mapping[str, Any]) -> bool:
-    """True where a model is given one token per row and a cache of fixed size."""
-    states = kwargs.get("inputs_embeds")
-    states = kwargs.get("input_ids") if states is None else states
-    return states is not None and states.shape[1] == 1 and kv.is_static(kwargs.get("past_key_values"))
+    """True where a model is given one token per row and a cache of fixed size; kwargs: of the text model."""
+    return is_one_token(kwargs) and kv.is_static(cache_of(kwargs))
 
 
 def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
@@ -56,23 +55,20 @@ def refuse_static(session: Session, cache: Any) -> None:
         )
 
 
-def serve_step(parts: ModelParts, number: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of one layer in a decode step, None where its cache layer was not cut.
+def serve_step(parts: ModelParts, number: int, call: LayerCall) -> LayerCall | None:
+    """Return the call of one layer in a decode step, None where its cache layer was not cut.
 
-    hidden: (B, 1, D). Raises:
+    call: with hidden states (B, 1, D). Raises:
         UnsupportedInputError: the mask is not 4-D.
     """
-    cache = kwargs.get("past_key_values")
-    layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    layer = kv.layer_at(call.cache, number)
     if not isinstance(layer, StaticCutLayer) or layer.entries is None:
         return None
-    new = dict(kwargs)
-    new["attention_mask"] = _mask(layer, kwargs.get("attention_mask"))
+    new = call.replace(mask=_mask(layer, call.mask))
     if layer.entries.repack:
         # The same place in every layer in front of the cut and behind it, but for the tokens that are gone.
-        positions = kwargs["position_ids"] - layer.entries.shift[:, None]
-        new["position_ids"] = positions
-        new["position_embeddings"] = parts.rotate(number, hidden, positions)
+        positions = call.positions - layer.entries.shift[:, None]
+        new = new.replace(positions=positions, rope=parts.rotate(number, call.hidden, positions))
     layer.served = True
     return new
 

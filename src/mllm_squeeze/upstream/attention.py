@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 from transformers import masking_utils, modeling_utils
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.upstream.attention_call import AttentionCall
 from mllm_squeeze.upstream.broken import Broken
+from mllm_squeeze.upstream.contract import require
 
 # Without "sdpa", "flash" or "flex" in it: transformers reads those words in a name as support claims.
 TAP = "mllm_squeeze_tap"
@@ -97,13 +97,12 @@ class Tap:
                 f"{type(module).__name__} does not choose its attention through a config, so its scores cannot be "
                 "read. Use a method that needs no attention (divprune, uniform)."
             )
-        broken = check_attention(config, module)
-        if broken:
+        if not _reads_registry(type(module)):
             raise UnsupportedModelError(
-                f"The attention of {type(module).__name__} cannot be read with transformers "
-                f"{transformers.__version__}. {'; '.join(map(str, broken))}. Use a method that needs no attention "
-                "(divprune, uniform), or a release of transformers that mllm_squeeze was tested with."
+                f"The attention of {type(module).__name__} cannot be read: {_computes_by_itself(type(module))}. Use a "
+                "method that needs no attention (divprune, uniform)."
             )
+        require(check_attention(config, module))
         self.module = module
         self.original = config
         self._listener = listener
@@ -162,17 +161,16 @@ def check_attention(config: Any, module: nn.Module) -> list[Broken]:
     """
     cls = type(module)
     if not _reads_registry(cls):
-        return [
-            Broken(
-                f"{cls.__name__}.forward",
-                f"to choose its attention by config._attn_implementation and {_REGISTRY}",
-                "neither name in it",
-            )
-        ]
+        return [_computes_by_itself(cls)]
     out = [*_registry_faults(_registry_of(cls)), *_mask_faults(), *_config_faults(config)]
     if not out and implementation(config) == "eager":
         out += _eager_faults(cls)
     return out
+
+
+def _computes_by_itself(cls: type) -> Broken:
+    expected = f"to choose its attention by config._attn_implementation and {_REGISTRY}"
+    return Broken(f"{cls.__name__}.forward", expected, "no such names in it")
 
 
 def _registry_faults(registry: Any) -> list[Broken]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.upstream.versions import how_to_go_on
 
 _TENSORS = ("query", "key", "value", "attention_mask")
 
@@ -81,7 +82,7 @@ class AttentionCall:
             raise UnsupportedModelError(
                 f"{type(module).__name__} calls its attention with {len(args)} positional arguments and "
                 f"{sorted(kwargs)}; expected {', '.join(_TENSORS)}. Its attention cannot be read: use a method that "
-                "reads none (divprune, uniform), or a release of transformers that mllm_squeeze was tested with."
+                f"reads none (divprune, uniform). {how_to_go_on()}"
             )
         query, key, value, mask = given
         return cls(
@@ -133,6 +134,5 @@ class AttentionCall:
     def _refusal(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{type(self.module).__name__} {what}. Use a method that reads no attention (divprune, uniform). If you "
-            "passed this argument to the model yourself, leave it out; if not, use a release of transformers that "
-            "mllm_squeeze was tested with."
+            f"passed this argument to the model yourself, leave it out. {how_to_go_on()}"
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.upstream.versions import how_to_go_on
 
 # "keys": 2-D, which keys are real. "square": 4-D, keys by queries. "by kind": one mask for each kind of layer, as
 # generate() makes them for caches of fixed size. "block": flex attention's own class.
@@ -111,5 +112,5 @@ def _unknown(what: str) -> UnsupportedInputError:
     return UnsupportedInputError(
         f"Got {what} as an attention mask. Known are None, a 2-D mask of real tokens, a 4-D mask of bools or of "
         "numbers that are added to the logits, a dict of these by the kind of layer, and a BlockMask. If you made it "
-        "yourself, pass a 2-D mask; if transformers did, use a release that mllm_squeeze was tested with."
+        f"yourself, pass a 2-D mask. {how_to_go_on()}"
     )

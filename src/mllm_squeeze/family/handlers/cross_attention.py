@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.upstream import injections
+from mllm_squeeze.upstream.attended import CrossCall
+from mllm_squeeze.upstream.prompts import PromptCall
 
 
 def has_cross_attention(decoder: nn.Module) -> bool:
     """True where the text model attends to pictures that are no part of its sequence."""
-    return "cross_attention_states" in inspect.signature(decoder.forward).parameters
+    return injections.takes_cross_states(decoder)
 
 
 def cross_layers(layers: nn.ModuleList) -> tuple[int, ...]:
     """Return the numbers of the decoder layers that attend to pictures."""
-    return tuple(number for number, layer in enumerate(layers) if hasattr(layer, "cross_attn"))
+    return injections.cross_layers(layers)
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,26 @@ class Pictures:
         return TokenLayout(batch, self.states.shape[1], tuple(spans), real, keys=True)
 
 
-def find_pictures(
-    states: Tensor, batch: int, tiles: int, mask: Tensor | None, rows: Tensor | None, inputs: Mapping[str, Any]
-) -> Pictures:
+def find_pictures(cross: CrossCall, batch: int, tiles: int, prompted: PromptCall) -> Pictures:
     """Return the pictures of a pass; the tiles that are shown are read from the device.
 
-    states: (B * pictures * tiles, P, D). mask: (B, 1, T, K) added to the attention, or None; its last columns are these
-    pictures. rows: (B, 1, T, 1), 0 where a word sees no picture, or None. inputs: of the inner model. What is shown is
-    said by the aspect ratios; the mask is asked where there are none, as it speaks of the words of this pass only.
+    cross: states (B * pictures * tiles, P, D); the last columns of its mask are these pictures. prompted: of the inner
+    model. What is shown is said by the aspect ratios; the mask is asked where there are none, as it speaks of the words
+    of this pass only.
     """
+    states, mask, rows = cross.states, cross.mask, cross.rows
+    assert states is not None
     patches = states.shape[1]
     pictures = states.shape[0] // (batch * tiles)
     shown = torch.ones(batch, pictures, tiles, dtype=torch.bool)
-    ratios, ids = inputs.get("aspect_ratio_mask"), inputs.get("aspect_ratio_ids")
-    if isinstance(ratios, Tensor):
+    ratios, ids = injections.shown_tiles(prompted.inputs)
+    if ratios is not None:
         shown = ratios.cpu().view_as(shown).bool()
     elif mask is not None:
         seen = mask[..., mask.shape[-1] - pictures * tiles * patches :: patches] == 0
         seen = seen if rows is None else seen & (rows != 0)
         shown = seen.any(2).cpu().view_as(shown)
-    if isinstance(ids, Tensor):
+    if ids is not None:
         shown = shown & (ids.cpu() != 0).view(batch, pictures, 1)
     return Pictures(states.reshape(batch, -1, states.shape[-1]), shown)
 

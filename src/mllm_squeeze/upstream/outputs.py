@@ -1,0 +1,40 @@
+"""What modules give back, read by role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.upstream.names import CACHE_NAMES
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the states (B, T, D) that a text model gave."""
+    found = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+    if not isinstance(found, Tensor):
+        raise UnsupportedModelError(
+            f"The text model gave a {type(output).__name__} without hidden states: expected a tuple, or "
+            "'last_hidden_state'."
+        )
+    return found
+
+
+def cache_of_output(output: Any) -> Any:
+    """Return the cache that a model handed out, None without one."""
+    # Old names are properties that warn, so fields are asked for.
+    for name in CACHE_NAMES:
+        if name in output:
+            return output[name]
+    return None
+
+
+def projected(output: Any) -> Tensor | list[Tensor] | None:
+    """Return the features that a feature method gave: (items, N, D), a list with (N, D) each, or None."""
+    found = getattr(output, "pooler_output", None)
+    if isinstance(found, Tensor):
+        return found if found.ndim == 3 else None
+    if isinstance(found, (list, tuple)) and all(isinstance(item, Tensor) for item in found):
+        return list(found)
+    return None
