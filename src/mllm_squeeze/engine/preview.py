@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.session import OneRow, Session
+from mllm_squeeze.engine.taps import AttentionCall
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, attention_arguments
 from mllm_squeeze.upstream.projections import is_offloaded, rowwise_projections
 
-Reader = Callable[[Tensor, Tensor, dict[str, Any]], None]
+Reader = Callable[[AttentionCall], None]
 
 
 class _Enough(Exception):
@@ -27,12 +28,12 @@ def run_projections(
 
     attention: a tapped module. normed: (B, M, D). row: int64 (B, 1), the one row whose query is read, so that queries
     are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. session:
-    the pass that runs. read: gets query, key and the arguments of the attention function.
+    the pass that runs. read: gets what the attention function is called with.
     """
     offloaded = is_offloaded(attention)
 
-    def listener(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        read(query, key, kwargs)
+    def listener(read_at: AttentionCall) -> bool:
+        read(read_at)
         if offloaded:
             # Its hooks must run to the end, or weights stay where they are not meant to be.
             return True
