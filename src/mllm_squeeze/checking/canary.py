@@ -26,6 +26,7 @@ from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.upstream.attention import using
 from mllm_squeeze.upstream.caches import new_growing, new_static
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, with_cache
 from mllm_squeeze.upstream.names import USE_CACHE
@@ -358,16 +359,6 @@ def _rows(parts: ModelParts) -> str | None:
             states.append(run.states[-1])
     error = selfcheck.distance(states[1], states[0][swap])
     return None if error <= _TOLERANCE else f"swapped rows differ by {error:.1e}"
-
-
-@contextmanager
-def using(config: Any, name: str) -> Iterator[None]:
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = name
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.upstream.attention import implementation
 from mllm_squeeze.upstream.calls import LayerCall, TextCall
 from mllm_squeeze.upstream.names import POSITIONS
 from mllm_squeeze.upstream.versions import installed
@@ -208,7 +209,7 @@ class Runtime(HookOwner):
         """True for a decode step in which no layer needs anything of us: one token, none padded, positions alike."""
         if call.width > 1 or self.plan.decode is not None:
             return False
-        if self._windowed or self.parts.text_config._attn_implementation == "eager":
+        if self._windowed or implementation(self.parts.text_config) == "eager":
             return False
         if not _is_open(call.mask, kv.tokens_seen(call.cache) + 1):
             return False

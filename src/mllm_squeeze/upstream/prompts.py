@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_squeeze.upstream.calls import named
+from mllm_squeeze.upstream.masks import widest
 from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK
 
 VIDEO_PIXELS = "pixel_values_videos"
@@ -22,8 +23,6 @@ _PIXELS = {
 _ENCODED, _TOKEN_TYPES = "mm_encoder_outputs", "mm_token_type_ids"
 # Names under which a forward collects what it has no name for.
 _CATCH_ALL = ("kwargs", "generate_kwargs")
-# A mask by the kind of layer has one for the layers that see all.
-_SEES_ALL = "full_attention"
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,7 @@ class PromptCall:
     def mask(self) -> Any:
         """The attention mask; where there is one by kind of layer, that of the layers that see all."""
         mask = self.inputs.get(MASK)
-        if not isinstance(mask, Mapping):
-            return mask
-        widest = max((m for m in mask.values() if isinstance(m, Tensor)), key=lambda m: m.shape[-1], default=None)
-        return mask.get(_SEES_ALL, widest)
+        return widest(mask) if isinstance(mask, Mapping) else mask
 
     @property
     def token_types(self) -> Tensor | None:
