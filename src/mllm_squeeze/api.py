@@ -10,19 +10,22 @@ from typing import Any
 
 from torch import nn
 
+from mllm_squeeze.checking.release import require_release
+from mllm_squeeze.checking.trial import try_cut
 from mllm_squeeze.config import Recipe, load_recipe
+from mllm_squeeze.engine.running import require_idle
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Cut
-from mllm_squeeze.engine.trial import try_cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.planner import make_plan, why_not
-from mllm_squeeze.recording import record
+from mllm_squeeze.recording import Prefill, prefill_of, record
 from mllm_squeeze.registry import family_plugins, method_names
 from mllm_squeeze.report import Report
+from mllm_squeeze.upstream.modules import unwrap
 
 # By the inner model, so that a PEFT wrapper and the model inside it share one handle. The hooks on the model keep the
 # handle alive; a strong reference here would keep the model alive as well.
@@ -30,7 +33,7 @@ _handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.We
 
 
 class Handle:
-    """A method that is applied to a model.
+    """A method that is applied to a model; holding it does not keep the model alive.
 
     method: its name. recipe: its steps and parameters. model: the model as it was given to `apply`.
     """
@@ -39,9 +42,12 @@ class Handle:
         self.recipe = recipe
         self._model = weakref.ref(model)
         self._inner = weakref.ref(parts.model)
-        self._last: Session | None = None
-        self._runtime: Runtime | None = Runtime(parts, make_plan(recipe, parts), self._publish)
-        self._runtime.attach()
+        self._last: Prefill | None = None
+        self._saw_text_only = False
+        self._removed = False
+        runtime = Runtime(parts, make_plan(recipe, parts), self._publish)
+        self._runtime = weakref.ref(runtime)
+        runtime.attach()
 
     @property
     def method(self) -> str:
@@ -55,62 +61,83 @@ class Handle:
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """Cuts of the last prefill, in the order in which they happened; empty before the first one.
+        """Cuts of the last prompt, in the order in which they happened; empty where it had no visual tokens.
 
         Where `layout.keys` is true, they kept columns of the keys that are attended to, not of the prompt.
         """
-        return () if self._last is None else tuple(self._last.cuts)
+        last = self._last
+        return () if last is None else last.cuts
 
     @property
     def layout(self) -> TokenLayout | None:
-        """Where the spans of the last prefill were, None before the first one."""
-        return None if self._last is None else self._last.layout
+        """Where the spans of the last prompt were, None where it had no visual tokens."""
+        last = self._last
+        return None if last is None else last.layout
 
     def report(self) -> Report:
-        """Return what the last prefill did: tokens, lengths, FLOPs and the rule's own time.
+        """Return what the prefill of the last prompt did: tokens, lengths, FLOPs and the rule's own time.
+
+        Decode steps and later turns without a picture, on the same cache, belong to that prompt. It works after
+        `remove` as well.
 
         Raises:
-            NotAppliedError: there was no prefill with visual tokens yet.
+            NotAppliedError: there was no prompt yet, or the last one had no visual tokens.
         """
-        if self._last is None:
+        last = self._last
+        if last is not None:
+            return Report(record(self.recipe, last))
+        if self._saw_text_only:
             raise NotAppliedError(
-                "Nothing to report: no prompt with an image or video went through the model since apply. Run the model "
-                "once."
+                "Nothing to report: the last prompt held no visual tokens, so nothing was cut. Run the model on a "
+                "prompt with an image or video."
             )
-        return Report(record(self.recipe, self._last))
+        raise NotAppliedError(
+            "Nothing to report: no prompt with an image or video went through the model since apply. Run the model "
+            "once."
+        )
 
     def remove(self) -> None:
         """Take the method off; the model is as it was.
 
         Raises:
-            NotAppliedError: it was taken off before.
+            NotAppliedError: it was taken off before. InUseError: another thread is inside a call of the model.
         """
-        if self._runtime is None:
-            raise NotAppliedError(f"'{self.method}' was already removed from this model.")
-        self._runtime.detach()
-        self._runtime = None
-        inner = self._inner()
+        self._require_applied()
+        runtime, inner = self._runtime(), self._inner()
+        if runtime is not None:
+            require_idle(_called(runtime.parts))
+            runtime.detach()
+        self._removed = True
         if inner is not None:
             _handles.pop(inner, None)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the dense model inside the block, to compare in one process."""
-        runtime = self._runtime
-        if runtime is None:
-            raise NotAppliedError(f"'{self.method}' was already removed from this model.")
-        before, runtime.enabled = runtime.enabled, False
-        try:
-            yield
-        finally:
-            runtime.enabled = before
+        """Run the dense model inside the block, to compare in one process; blocks nest.
 
-    def _publish(self, session: Session) -> None:
-        session.forget()
-        self._last = session
+        This holds for the thread, or the task of an event loop, that is inside the block. Other threads stay squeezed,
+        also those that are started in it, unless they run in a copy of its context (`contextvars.copy_context().run`).
+
+        Raises:
+            NotAppliedError: the method was taken off before.
+        """
+        self._require_applied()
+        runtime = self._runtime()
+        with contextlib.nullcontext() if runtime is None else runtime.switch.off():
+            yield
+
+    def _require_applied(self) -> None:
+        if self._removed:
+            raise NotAppliedError(f"'{self.method}' was already removed from this model.")
+
+    def _publish(self, session: Session | None) -> None:
+        self._last = None if session is None else prefill_of(session)
+        self._saw_text_only = session is None
+        if session is not None:
+            session.forget()
 
     def __repr__(self) -> str:
-        state = "removed" if self._runtime is None else "applied"
+        state = "removed" if self._removed else "applied"
         return f"Handle({self.method!r}, {self.recipe.params}, {state})"
 
 
@@ -124,6 +151,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
         AlreadyAppliedError: a method is applied to the model.
         ConfigError, UnknownNameError: the recipe or a parameter is not valid.
         UnsupportedModelError: the model, or a part that the method needs, is not there.
+        InUseError: another thread is inside a call of the model.
     """
     recipe = load_recipe(method, **params)
     parts = _find(model)
@@ -133,6 +161,8 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
             f"'{present.method}' is applied to this model. Call squeeze.remove(model) first, or write one recipe "
             "with both steps."
         )
+    require_idle(_called(parts))
+    require_release(parts)
     handle = Handle(model, recipe, parts)
     _handles[parts.model] = weakref.ref(handle)
     return handle
@@ -145,7 +175,7 @@ def applied(model: nn.Module, method: str | Path | Mapping[str, Any], /, **param
     try:
         yield handle
     finally:
-        if handle._runtime is not None:
+        if not handle._removed:
             handle.remove()
 
 
@@ -153,9 +183,10 @@ def remove(model: nn.Module) -> None:
     """Take the method off a model.
 
     Raises:
-        NotAppliedError: none is applied.
+        NotAppliedError: none is applied. InUseError: another thread is inside a call of the model.
     """
-    found = _handle_of(_find(model).model)
+    # What was applied can be taken off, whatever was done to the model or its config since.
+    found = _handle_of(unwrap(model)) or _handle_of(_find(model).model)
     if found is None:
         raise NotAppliedError(
             f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."
@@ -165,6 +196,10 @@ def remove(model: nn.Module) -> None:
 
 def _find(model: nn.Module) -> ModelParts:
     return find_parts(model, {**TABLE, **family_plugins()})
+
+
+def _called(parts: ModelParts) -> tuple[nn.Module, ...]:
+    return parts.model, parts.base, parts.decoder
 
 
 def _handle_of(inner: nn.Module) -> Handle | None:
@@ -186,6 +221,7 @@ def check(model: nn.Module, *, run: bool = False) -> dict[str, Any]:
 
     Raises:
         UnsupportedModelError: the model cannot be squeezed at all. AlreadyAppliedError: run, with a method applied.
+        InUseError: run, while another thread is inside a call of the model.
     """
     parts = _find(model)
     found = _found(parts)
@@ -195,6 +231,7 @@ def check(model: nn.Module, *, run: bool = False) -> dict[str, Any]:
             raise AlreadyAppliedError(
                 f"'{present.method}' is applied to this model. Call squeeze.remove(model) before a self-check."
             )
+        require_idle(_called(parts))
         found["self_check"] = try_cut(parts).as_dict()
     return found
 

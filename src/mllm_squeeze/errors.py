@@ -38,6 +38,10 @@ class NotAppliedError(SqueezeError, RuntimeError):
     """There is nothing to remove from the model."""
 
 
+class InUseError(SqueezeError, RuntimeError):
+    """The model runs in another thread, so nothing can be put on it or taken off now."""
+
+
 class SqueezeWarning(UserWarning):
     """Something that the user asked for had no effect, or less than asked."""
 

@@ -55,7 +55,9 @@ class Span:
     `runs` are the (start, length) pieces of the prompt that hold its tokens, in columns of the padded prompt; text may
     stand between them (timestamps between frames). `item` is the number of the image or video in its modality, in the
     order in which the model got the features (the first of `items`, where each tile of a picture is an item of its
-    own); `tiles` describe the grid, or are empty where it is not known.
+    own); `tiles` describe the grid, or are empty where it is not known. Tokens that the attention mask hides are no
+    part of a span: they are neither counted nor kept. Where there are such holes, `tiles` are empty, since the span is
+    no rectangle any more, and `origin` holds the place of each token among all that the encoder gave for the span.
     """
 
     sample: int
@@ -64,6 +66,7 @@ class Span:
     runs: tuple[tuple[int, int], ...]
     tiles: tuple[Tile, ...] = ()
     items: int = 1
+    origin: tuple[int, ...] | None = None
 
     @property
     def start(self) -> int:
@@ -72,7 +75,7 @@ class Span:
 
     @property
     def length(self) -> int:
-        """Number of visual tokens."""
+        """Number of visual tokens; a budget is a part of these."""
         return sum(length for _, length in self.runs)
 
     @cached_property
@@ -93,9 +96,10 @@ class TokenLayout:
     """Spans, text and padding of one batch of prompts.
 
     batch, length: shape of the padded prompt. spans: in the order (sample, first column). real: bool (batch, length) on
-    the CPU, False where a token is padding. drafts: trailing tokens that are guesses of assisted decoding, not prompt.
-    keys: True where visual tokens are no part of the prompt but keys that it attends to (Mllama), or that the queries
-    of a Q-Former attend to; columns are then those of the keys, and a sample is a row of them.
+    the CPU, False where a token is padding or a hole in the attention mask. drafts: trailing tokens that are guesses of
+    assisted decoding, not prompt. keys: True where visual tokens are no part of the prompt but keys that it attends to
+    (Mllama), or that the queries of a Q-Former attend to; columns are then those of the keys, and a sample is a row of
+    them.
     """
 
     batch: int

@@ -10,6 +10,9 @@ from mllm_squeeze.planner_keys import check_modality, key_cuts
 from mllm_squeeze.reducers.base import ENCODER_SIGNALS, DecodeReducer, Need, Reducer
 from mllm_squeeze.steps import At
 
+# What a reducer can read inside the vision encoder.
+_INSIDE = ("keys", "size")
+
 
 def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
     """Return the cuts of a recipe on a model.
@@ -30,6 +33,7 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
         if step.at.place == "encoder":
             blocks = _encoder_blocks(recipe, step.at, parts)
             encoder = PlannedCut(number, recipe.method, 0, reducer)
+            _check_inside(recipe, encoder)
         elif step.at.place == "cache":
             _check_decode(recipe, step.at, parts, reducer)
             decode = PlannedCut(number, recipe.method, 0, reducer)
@@ -100,6 +104,22 @@ def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
                 f"'{recipe.method}' merges tokens inside the vision encoder, which does not fit '{row.model_type}': "
                 f"{reason}. Use a method that acts at the projector or in the LLM."
             )
+
+
+def _check_inside(recipe: Recipe, step: PlannedCut) -> None:
+    """Check that a reducer can work in front of encoder blocks, where all tiles run as one tensor."""
+    reducer = step.reducer
+    reads = [need.name for need in reducer.needs() if need.name not in _INSIDE]
+    if reads or reducer.reads_text:
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reads {', '.join(reads) or 'the text'} inside the vision encoder, where a reducer can "
+            f"read {' and '.join(_INSIDE)}. Let it act at the projector or in the LLM."
+        )
+    if step.decides or not reducer.known_count:
+        raise UnsupportedModelError(
+            f"'{recipe.method}' leaves a number of tokens inside the vision encoder that follows from the picture, and "
+            "all tiles must keep the same number there. Use a reducer whose count is known, or act at the projector."
+        )
 
 
 def _check_shared(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:

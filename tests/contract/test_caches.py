@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 import cache_role
 import matrix
@@ -184,3 +188,66 @@ def test_layers_are_left_alone_in_a_step_that_closes_nothing(
         got = t.model(input_ids=token, attention_mask=given, position_ids=where, **cache_role.given(cache)).logits
     assert bool(shortened) == (kind in ("closed", "short"))
     assert ((got - expected).abs().max() > 1e-4) == (kind in ("closed", "short"))
+
+
+def stored(cache: Any) -> Any:
+    """Return a cache as a file gives it back."""
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"pickle": lambda cache: pickle.loads(pickle.dumps(cache)), "deepcopy": copy.deepcopy, "torch.save": stored}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("method", ["fastv", "visionzip", "pyramiddrop"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_copy_of_a_cut_cache_goes_on(family: str, method: str, way: str, kind: str) -> None:
+    """A prefill may be kept in a file, and each copy of it answers for itself."""
+    t = tiny.load(family)
+    inputs = t.inputs["image"]
+    width = inputs["input_ids"].shape[1]
+    where = oracle.positions(t.model, inputs, STEPS)[..., width:]
+    mask = torch.ones(1, width, dtype=torch.long)
+    config = t.model.config.get_text_config()
+    cache = StaticCache(config=config, max_cache_len=width + STEPS) if kind == "static" else DynamicCache(config=config)
+    with matrix.applied(t.model, method):
+        oracle.run(t.model, inputs, oracle.forced_tokens(1, 0), cache=cache)
+        twin, third = COPIES[way](cache), COPIES[way](cache)
+        other = decode(t, twin, oracle.forced_tokens(1, STEPS, seed=11), where, mask)
+        forced = oracle.forced_tokens(1, STEPS)
+        expected = decode(t, cache, forced, where, mask)
+        assert torch.equal(decode(t, third, forced, where, mask), expected)
+        assert not torch.equal(other, expected)
+        assert int(twin.get_seq_length()) == width + STEPS
+
+
+class Quantised(DynamicLayer):
+    """Stands for layers that keep their entries otherwise, as quantised ones do."""
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv", "tome"])
+def test_a_cache_that_cannot_be_cut_serves_where_nothing_is(method: str) -> None:
+    t = tiny.load("llava")
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    expected = oracle.run(t.model, inputs, forced)
+    settings = {"layer": 2} if method == "fastv" else {}
+    with squeeze.applied(t.model, method, ratio=0, **settings) as handle:
+        got = oracle.run(t.model, inputs, forced, cache=Cache(layer_class_to_replicate=Quantised))
+        assert not handle.cuts
+    assert torch.equal(got.prefill, expected.prefill) and torch.equal(got.decode, expected.decode)
+    with squeeze.applied(t.model, method, ratio=0.5, **settings):
+        with pytest.raises(squeeze.errors.UnsupportedInputError, match="Quantised.*dynamic"):
+            oracle.run(t.model, inputs, forced, cache=Cache(layer_class_to_replicate=Quantised))
+        again = oracle.run(t.model, inputs, forced)
+    assert not torch.equal(again.prefill, expected.prefill)
+
+
+def test_what_is_no_cache_is_refused() -> None:
+    t = tiny.load("llava")
+    keys = torch.zeros(1, 2, 3, 8)
+    with matrix.applied(t.model, "fastv"), pytest.raises(squeeze.errors.UnsupportedInputError, match="DynamicCache"):
+        t.model.model.language_model(input_ids=torch.full((1, 4), 50), **cache_role.given(((keys, keys),) * 4))

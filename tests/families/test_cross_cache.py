@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,14 +91,40 @@ def test_two_caches_in_turn(t: tiny.TinyModel) -> None:
         oracle.assert_close(b, y, "second cache")
 
 
-def test_a_copy_of_a_cache(t: tiny.TinyModel, applied: Any) -> None:
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache(t: tiny.TinyModel, applied: Any, made: Any) -> None:
     cache, mask = prefill(t, "image")
-    twin = copy.deepcopy(cache)
+    twin = made(cache)
     step(t, cache, mask, token=60)
     found = step(t, twin, mask)
     kept = applied.cuts[0].kept
     with applied.disabled():
         oracle.assert_close(found, expected_steps(t, "image", kept, 1)[0], "the copy")
+
+
+def test_a_copy_is_read_by_nobody_else(t: tiny.TinyModel) -> None:
+    """Also not while the pass runs that may read the cache it was made of."""
+    with squeeze.applied(t.model, "divprune", ratio=0.5):
+        cache, mask = prefill(t, "image")
+        twin = pickle.loads(pickle.dumps(cache))
+    with pytest.raises(squeeze.SqueezeError, match="no longer applied"):
+        step(t, twin, mask)
+
+
+class Quantised(transformers.cache_utils.DynamicLayer):
+    """Stands for layers that keep their entries otherwise, as quantised ones do."""
+
+
+def test_a_cache_that_cannot_be_cut_serves_where_nothing_is(t: tiny.TinyModel) -> None:
+    def run() -> Tensor:
+        cache = transformers.cache_utils.Cache(layer_class_to_replicate=Quantised)
+        return proof.forward(t, t.inputs["image"], **cache_role.given(cache), use_cache=True)
+
+    expected = run()
+    with squeeze.applied(t.model, "divprune", ratio=0):
+        assert torch.equal(run(), expected)
+    with squeeze.applied(t.model, "divprune", ratio=0.5), pytest.raises(squeeze.SqueezeError, match="Quantised"):
+        run()
 
 
 def test_rows_repeated_and_selected(t: tiny.TinyModel, applied: Any) -> None:

@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
 
-from mllm_squeeze.engine.cut_layers import CutLayer, GrowingCutLayer, KeptEntries, StaticCutLayer, as_cut, mark_cut
-from mllm_squeeze.errors import UnsupportedInputError
-
-_CUTTABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
-# Layers that hold no token by token entries, and those that borrow the entries of another layer.
-# transformers < 5.17 has no class for the latter.
-_WITHOUT_ENTRIES = (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", LinearAttentionLayer))
+from mllm_squeeze.engine.cut_layers import CutCache, CutLayer, KeptEntries, StaticCutLayer, as_cut, mark_cut
+from mllm_squeeze.upstream import caches
+from mllm_squeeze.upstream.caches import layer_at as layer_at
+from mllm_squeeze.upstream.caches import tokens_seen as tokens_seen
 
 
 def require_cuttable(cache: Any) -> None:
@@ -23,63 +18,43 @@ def require_cuttable(cache: Any) -> None:
     Raises:
         UnsupportedInputError: a quantised, offloaded or unknown cache, or static layers with a sliding window.
     """
-    if not isinstance(cache, Cache):
-        raise UnsupportedInputError(
-            f"past_key_values is a {type(cache).__name__}; a squeezed model needs a transformers DynamicCache. Pass "
-            "past_key_values=DynamicCache(config=model.config), or none at all."
-        )
-    for layer in cache.layers:
-        if not isinstance(layer, CutLayer) and type(layer) not in (*_CUTTABLE, *_WITHOUT_ENTRIES):
-            raise UnsupportedInputError(
-                f"The cache holds a {type(layer).__name__}, which cannot hold fewer entries than it has seen. Use "
-                "cache_implementation='dynamic' (the default of generate), or 'static' for a model without sliding "
-                "windows."
-            )
-    if is_static(cache) and getattr(cache, "offloading", False):
-        raise UnsupportedInputError(
-            "The cache is offloaded, and its layers would change their size on the way. Use "
-            "cache_implementation='static' or 'dynamic'."
-        )
+    caches.require_cuttable_kinds(cache, (CutLayer,))
 
 
 def is_static(cache: Any) -> bool:
-    """True for a cache of fixed size."""
-    return any(isinstance(layer, StaticLayer) for layer in getattr(cache, "layers", ()))
+    """True for a cache of fixed size.
+
+    Raises:
+        UnsupportedInputError: the object is no cache of transformers.
+    """
+    return any(caches.is_static(layer) for layer in caches.layers_of(cache))
 
 
 def is_cut(cache: Any) -> bool:
-    """True where a layer holds, or held, fewer entries than it has seen."""
-    return any(isinstance(layer, CutLayer) for layer in getattr(cache, "layers", ()))
+    """True where a layer holds, or held, fewer entries than it has seen.
 
-
-def tokens_seen(cache: Any) -> int:
-    """Return the tokens a cache has seen; reads them from the device where it is static."""
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def layer_at(cache: Any, number: int) -> Any:
-    """Return the KV layer of a decoder layer, None where there is none yet."""
-    return cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    Raises:
+        UnsupportedInputError: the object is no cache of transformers.
+    """
+    return any(isinstance(layer, CutLayer) for layer in caches.layers_of(cache))
 
 
 def kept_entries(cache: Any, layer: int) -> KeptEntries | None:
     """Return what a KV layer holds, None where it holds all tokens seen."""
-    if cache is None or layer >= len(cache.layers):
-        return None
-    found = cache.layers[layer]
+    found = caches.layer_at(cache, layer)
     return found.entries if isinstance(found, CutLayer) else None
 
 
 def serve(cache: Any, layer: int) -> None:
     """Say that masks and positions of the coming pass fit what a KV layer holds."""
-    found = cache.layers[layer] if layer < len(cache.layers) else None
+    found = caches.layer_at(cache, layer)
     if isinstance(found, CutLayer):
         found.served = True
 
 
 def serve_even(cache: Any) -> bool:
     """Serve all layers at once, if each row of each layer holds the same number of entries at its first positions."""
-    cut = [layer for layer in cache.layers if isinstance(layer, CutLayer)]
+    cut = [layer for layer in caches.layers_of(cache) if isinstance(layer, CutLayer)]
     if any(layer.entries is None or layer.entries.valid is not None or layer.entries.repack for layer in cut):
         return False
     for layer in cut:
@@ -92,8 +67,9 @@ def serve_shifted(cache: Any) -> Tensor | None:
 
     Returns int64 (B,), by how many positions new tokens fall behind; None where layers differ, or rows are padded.
     """
-    cut = [layer for layer in cache.layers if isinstance(layer, CutLayer) and layer.entries is not None]
-    if len(cut) < len(cache.layers):
+    layers = caches.layers_of(cache)
+    cut = [layer for layer in layers if isinstance(layer, CutLayer) and layer.entries is not None]
+    if len(cut) < len(layers):
         return None
     first = cut[0].entries
     # Layers behind one cut share their entries, so that comparing them costs nothing.
@@ -106,34 +82,30 @@ def serve_shifted(cache: Any) -> Tensor | None:
 
 def held_entries(cache: Any, layer: int, past: int) -> int:
     """Return the physical entries of a KV layer; past: tokens seen before this pass."""
-    if cache is None or layer >= len(cache.layers):
+    found = caches.layer_at(cache, layer)
+    if found is None:
         return 0
-    found = cache.layers[layer]
-    if isinstance(found, CutLayer):
-        return found.held(past)
-    if isinstance(found, StaticLayer):
-        return past
-    keys = getattr(found, "keys", None)
-    return keys.shape[-2] if keys is not None and keys.numel() else 0
+    return found.held(past) if isinstance(found, CutLayer) else caches.held_entries(found, past)
 
 
 def whole_length(cache: Any, layer: int) -> int | None:
     """Return the tokens that a KV layer of fixed size may see, None where it grows."""
-    found = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
-    if isinstance(found, StaticCutLayer):
-        return found.whole
-    return found.max_cache_len if isinstance(found, StaticLayer) else None
+    found = caches.layer_at(cache, layer)
+    return found.whole if isinstance(found, StaticCutLayer) else caches.whole_length(found)
 
 
 def announce(cache: Any, layer: int, entries: KeptEntries) -> None:
-    """Make a KV layer a cut layer and say what it will hold once the coming keys are written."""
-    while len(cache.layers) <= layer:
-        cache.layers.append(cache.layer_class_to_replicate())
-    found = cache.layers[layer]
-    if isinstance(found, _WITHOUT_ENTRIES):
+    """Make a KV layer a cut layer and say what it will hold once the coming keys are written.
+
+    Raises:
+        UnsupportedInputError: the cache holds layers that cannot be cut, or none for this layer.
+    """
+    found = caches.ensure_layer(cache, layer)
+    if not isinstance(cache, CutCache):
+        require_cuttable(cache)
+        mark_cut(cache)
+    if not caches.has_entries(found):
         return
     if not isinstance(found, CutLayer):
-        found = cache.layers[layer] = as_cut(found)
-        if isinstance(found, GrowingCutLayer):
-            mark_cut(cache)
+        found = caches.put_layer(cache, layer, as_cut(found))
     found.upcoming, found.served = entries, True

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
 from mllm_squeeze.engine.encoders import recorded
-from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
 from mllm_squeeze.engine.frames import Frame, Local, Whole
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.spans import Features
@@ -19,7 +20,7 @@ from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall, flat, wanted_tail
 
 
-class CallHooks:
+class CallHooks(HookOwner):
     """Keeps `local` told of the calls that run in this thread, with their inputs.
 
     enabled: says whether the handle is switched on now.
@@ -28,9 +29,6 @@ class CallHooks:
     def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on."""
@@ -49,39 +47,36 @@ class CallHooks:
             call = GenerateCall(flat(original, args, kwargs))
             if self._enabled():
                 _refuse_chunks(self.parts.model, call)
-            before, self._local.prompt = self._local.prompt, call.prompt_length
-            if self.parts.row.own_generate:
-                self._local.frames.enter(Frame(PromptCall(call.given)))
+            here = sys._getframe()
+            prompt = self._local.prompts.enter(call.prompt_length, here)
+            frames = self._local.frames
+            frame = frames.enter(Frame(PromptCall(call.given)), here) if self.parts.row.own_generate else None
             try:
                 return original(*args, **kwargs)
             finally:
-                self._local.prompt = before
-                if self.parts.row.own_generate:
-                    self._local.frames.leave()
+                self._local.prompts.leave(prompt)
+                if frame is not None:
+                    frames.leave(frame)
 
         fittings.override(self.parts.model, "generate", generate)
 
-    def _enter_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_traced_step(kwargs):
-            return None
+            return
         call = PromptCall.read(module, args, kwargs)
         encoded = {m: recorded(self.plan, output) for m, output in call.encoded.items()} if self._enabled() else {}
         known = {modality: found for modality, found in encoded.items() if found is not None}
-        return args, self._local.wholes.enter(Whole(wanted_tail(module, kwargs), known), kwargs)
+        self._local.wholes.enter(Whole(wanted_tail(module, kwargs), known))
 
     def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_traced_step(kwargs):
             self._local.wholes.leave()
 
-    def _enter_base(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_traced_step(kwargs):
-            return None
+            return
         frame = Frame(PromptCall.read(module, args, kwargs))
-        live = self._local.frames.enter(frame, kwargs)
+        self._local.frames.enter(frame)
         for modality, output in frame.call.encoded.items() if self._enabled() else ():
             found = recorded(self.plan, output) or self._brought(modality)
             if found is None:
@@ -91,7 +86,6 @@ class CallHooks:
                 )
             if not self.parts.row.by_runs:
                 frame.features[modality] = found
-        return args, live
 
     def _brought(self, modality: str) -> Features | None:
         """Return what the call of the whole model knew of its features: accelerate rebuilds them on their way here."""

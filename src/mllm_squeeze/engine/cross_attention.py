@@ -7,14 +7,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine import key_cache
-from mllm_squeeze.engine.fittings import Fittings
-from mllm_squeeze.engine.frames import Calls, Local, warn_no_image, words_behind_pictures
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
+from mllm_squeeze.engine.frames import Calls, Entry, Local, warn_no_image, words_behind_pictures
 from mllm_squeeze.engine.keys import KeptKeys, all_keys, open_mask, reduce_keys, take_columns
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence import is_flash
@@ -34,7 +34,7 @@ class _Pass:
 
     session: Session | None = None
     kept: KeptKeys | None = None
-    reader: weakref.ref[Any] | None = None
+    reader: weakref.ref[Entry[_Pass]] | None = None
 
 
 class _Now(threading.local):
@@ -42,7 +42,7 @@ class _Now(threading.local):
         self.passes: Calls[_Pass] = Calls()
 
 
-class CrossAttentionHooks:
+class CrossAttentionHooks(HookOwner):
     """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them.
 
     enabled: says whether the handle is switched on now.
@@ -54,15 +54,12 @@ class CrossAttentionHooks:
         plan: Plan,
         local: Local,
         enabled: Callable[[], bool],
-        publish: Callable[[Session], None],
+        publish: Callable[[Session | None], None],
     ) -> None:
         self.parts, self.plan = parts, plan
         self._local, self._enabled, self._publish = local, enabled, publish
         self._layers = cross_layers(parts.layers)
         self._now = _Now()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on."""
@@ -72,14 +69,14 @@ class CrossAttentionHooks:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         now, call = _Pass(), TextCall.read(module, args, kwargs)
-        live = self._now.passes.enter(now, call.named if args else kwargs)
-        now.reader = weakref.ref(live)
+        live, entry = dict(call.named), self._now.passes.enter(now)
+        now.reader = weakref.ref(entry)
         cross = CrossCall.read(call)
-        kept = key_cache.open_keys(call.cache, live)
+        kept = key_cache.open_keys(call.cache, entry)
         if cross.states is not None:
             kept, cross = self._extended(now, call, cross, kept)
         elif self._enabled() and kept is None:
-            _warn_text_only(call)
+            self._note_text_only(call)
         if kept is not None:
             live.update(self._fitted(call, cross, kept).arguments())
         return (), live
@@ -100,14 +97,13 @@ class CrossAttentionHooks:
         return now.kept, short
 
     def _reduce(self, now: _Pass, call: TextCall, cross: CrossCall) -> tuple[KeptKeys | None, CrossCall]:
-        key_cache.require_growing(call.cache, self._layers)
         frame = self._local.frame
         prompted = PromptCall({}) if frame is None else frame.call
         tiles = self.parts.config.vision_config.max_num_tiles
         pictures = find_pictures(cross, call.batch, tiles, prompted)
         layout = pictures.layout
         if not layout.spans:
-            _warn_text_only(call)
+            self._note_text_only(call)
             return None, cross
         text = None
         if any(cut.reducer.reads_text for cut in self.plan.keys):
@@ -124,7 +120,10 @@ class CrossAttentionHooks:
             0 if held is None else held.index.shape[1],
         )
         now.session = session
-        return kept, cross if kept is None else cross.replace(states=states)
+        if kept is None:
+            return None, cross
+        key_cache.require_growing(call.cache, self._layers)
+        return kept, cross.replace(states=states)
 
     def _fitted(self, call: TextCall, cross: CrossCall, kept: KeptKeys) -> CrossCall:
         """Return the call with a mask over the keys that are left."""
@@ -155,12 +154,12 @@ class CrossAttentionHooks:
         if now is not None and now.kept is not None and now.reader is not None and cache is not None:
             key_cache.announce_keys(cache, number, now.kept, now.reader)
 
+    def _note_text_only(self, call: TextCall) -> None:
+        if call.width > 1 and not kv.tokens_seen(call.cache):
+            self._publish(None)
+            warn_no_image()
+
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         now = self._now.passes.leave()
         if now is not None and now.session is not None and output is not None:
             self._publish(now.session)
-
-
-def _warn_text_only(call: TextCall) -> None:
-    if call.width > 1 and not kv.tokens_seen(call.cache):
-        warn_no_image()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache as memoised
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
 
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.upstream import caches
 
 
 @dataclass
@@ -75,12 +76,21 @@ class CutLayer:
     upcoming: KeptEntries | None = None
     # Set by the engine ahead of each update: masks and positions fit what this layer holds.
     served: bool = False
-    # What a method that works while decoding remembers, (B, ...) each.
+    # What a method that works while decoding remembers, (B, P) each: something of each kept entry.
     notes: dict[str, Tensor] | None = None
 
     def held(self, past: int) -> int:
         """Return the physical entries; past: tokens seen."""
         raise NotImplementedError
+
+    @property
+    def _held(self) -> int:
+        """The physical entries, where nobody says how many tokens were seen."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time, so that pickle would not find it by name.
+        return _empty_layer, (type(self).__bases__[-1],), self.__dict__
 
     def _require_served(self) -> None:
         if self.entries is not None and not self.served:
@@ -99,6 +109,49 @@ class CutLayer:
         """Take other batch rows, kept entries included."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         self._take_rows(beam_idx)
+
+    def count_to_crop(self, tokens_to_remove: int) -> int:
+        """Return how many entries `crop` takes away, without doing it.
+
+        Raises:
+            UnsupportedInputError: the tokens to forget reach back into a part of the prompt that was cut.
+        """
+        held = self._held
+        if tokens_to_remove > 0:
+            count = max(held + self._gap - self._length_to_keep(tokens_to_remove), 0)
+        else:
+            count = -tokens_to_remove
+        if self.entries is None:
+            return min(count, held)
+        uncut = held - self.entries.columns.shape[1] + self.entries.tail
+        if count > uncut:
+            raise UnsupportedInputError(
+                f"Cannot crop {count} tokens from a cache whose last uncut stretch holds {uncut}: the cut before it "
+                "cannot be undone. Crop less, or prefill again."
+            )
+        return count
+
+    def _length_to_keep(self, tokens_to_remove: int) -> int:
+        """Return a positive argument of `crop`; raises where it no longer means a length."""
+        raise UnsupportedInputError(
+            f"crop({tokens_to_remove}): transformers {caches.VERSION} forgets the last tokens only, and counts "
+            f"them by a negative number, such as crop(-{tokens_to_remove})."
+        )
+
+    @property
+    def _gap(self) -> int:
+        return 0 if self.entries is None else self.entries.gap
+
+    def _forget_last(self, count: int) -> None:
+        """Take the last entries out of what is known of those kept; call it before the keys go."""
+        if self.entries is None:
+            return
+        kept = self.entries.columns.shape[1]
+        into = max(count - (self._held - kept), 0)
+        if into:
+            self.entries = self.entries.without_last(into)
+            if self.notes is not None:
+                self.notes = {name: value[:, :-into] for name, value in self.notes.items()}
 
     def _take_rows(self, index: Tensor) -> None:
         if self.entries is not None:
@@ -136,11 +189,18 @@ class GrowingCutLayer(CutLayer):
 
     def get_seq_length(self) -> int:
         """Return the tokens seen."""
-        return self._held if self.entries is None else self._held + self.entries.gap
+        return self._held + self._gap
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (length, offset) of a mask over all tokens seen; the engine takes the columns that are held."""
         return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        # Older releases fill the keys with zeros, and go on counting them.
+        self.keys = self.values = None
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (a negative count), or all beyond an absolute length (positive, transformers < 5.18).
@@ -149,26 +209,14 @@ class GrowingCutLayer(CutLayer):
             UnsupportedInputError: the tokens to forget reach back into a part of the prompt that was cut.
         """
         count = self.count_to_crop(tokens_to_remove)
-        if count == 0 or self.entries is None:
+        if count == 0:
             return
-        into = max(count - (self._held - self.entries.columns.shape[1]), 0)
-        if into:
-            self.entries = self.entries.without_last(into)
+        self._forget_last(count)
         self.keys = self.keys[..., :-count, :]
         self.values = self.values[..., :-count, :]
 
-    def count_to_crop(self, tokens_to_remove: int) -> int:
-        """Return how many entries `crop` takes away, without doing it; raises like `crop`."""
-        if self.entries is None:
-            return 0
-        count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.get_seq_length() - tokens_to_remove, 0)
-        uncut = self._held - self.entries.columns.shape[1] + self.entries.tail
-        if count > uncut:
-            raise UnsupportedInputError(
-                f"Cannot crop {count} tokens from a cache whose last uncut stretch holds {uncut}: the cut before it "
-                "cannot be undone. Crop less, or prefill again."
-            )
-        return count
+    def _length_to_keep(self, tokens_to_remove: int) -> int:
+        return tokens_to_remove if caches.CROPS_TO_LENGTH else super()._length_to_keep(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row, kept entries included."""
@@ -203,7 +251,12 @@ class StaticCutLayer(CutLayer):
 
     def held(self, past: int) -> int:
         """Return the filled slots of a layer that has seen `past` tokens."""
-        return past if self.entries is None else past - self.entries.gap
+        return past - self._gap
+
+    @property
+    def _held(self) -> int:
+        # Waits for the device.
+        return int(self.cumulative_length) if self.is_initialized else 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write keys and values into the next slots; returns all slots that masks speak of.
@@ -227,7 +280,7 @@ class StaticCutLayer(CutLayer):
     @property
     def slots(self) -> int:
         """Slots in use: one for each token that the cache may see, but for those cut."""
-        return self.whole if self.entries is None else self.whole - self.entries.gap
+        return self.whole - self._gap
 
     def get_seq_length(self) -> Any:
         """Return the tokens seen, on the device."""
@@ -237,6 +290,34 @@ class StaticCutLayer(CutLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (length, offset) of a mask over all tokens that the cache may see."""
         return self.whole, 0
+
+    def get_max_length(self) -> int:
+        """Return the tokens that the cache may see."""
+        return self.whole
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, a negative count: later ones are written over them.
+
+        Raises:
+            UnsupportedInputError: the tokens to forget reach back into a part of the prompt that was cut, or this
+                release of transformers cannot crop caches of fixed size.
+        """
+        count = self.count_to_crop(tokens_to_remove)
+        if count == 0:
+            return
+        self._forget_last(count)
+        super().crop(-count)  # type: ignore[misc]
+        if self.entries is not None:
+            self.columns, self.open = self.entries.extended(self.slots)
+
+    def count_to_crop(self, tokens_to_remove: int) -> int:
+        """Return how many filled slots `crop` takes away, without doing it; raises like `crop`."""
+        if not caches.CROPS_STATIC:
+            raise UnsupportedInputError(
+                f"transformers {caches.VERSION} cannot crop a cache of fixed size. Use a DynamicCache, or install "
+                "transformers 5.24 or newer."
+            )
+        return super().count_to_crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything; slots are made anew, since the next prompt may keep more."""
@@ -251,8 +332,7 @@ class StaticCutLayer(CutLayer):
 
 def as_cut(layer: Any) -> Any:
     """Return a cut layer that goes on with what a layer of transformers holds."""
-    cls: Any = _cut_class(layer.__class__)
-    found = cls.__new__(cls)
+    found = _empty_layer(layer.__class__)
     found.__dict__ = layer.__dict__
     if isinstance(found, StaticCutLayer):
         found.whole = found.max_cache_len
@@ -262,12 +342,26 @@ def as_cut(layer: Any) -> Any:
 class CutCache:
     """A cache some of whose layers are cut: it crops all of them, or none."""
 
-    layers: list[Any]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_cache, (type(self).__bases__[-1],), self.__dict__
+
+    def __iter__(self) -> Iterator[Any]:
+        """Hand out keys and values layer by layer, as transformers does, where no layer holds a cut.
+
+        Raises:
+            UnsupportedInputError: a layer holds a cut, and its keys alone do not say which tokens they belong to.
+        """
+        if any(isinstance(layer, CutLayer) and layer.entries is not None for layer in caches.layers_of(self)):
+            raise UnsupportedInputError(
+                "The keys and values of a cut cache cannot be taken out one by one: they do not say which tokens they "
+                "belong to. Copy the cache itself (copy.deepcopy, pickle), or read cache.layers[n].keys."
+            )
+        return super().__iter__()  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; raises like `GrowingCutLayer.crop`, before any layer forgot."""
-        for layer in self.layers:
-            if isinstance(layer, GrowingCutLayer):
+        """Forget the last tokens; raises like `crop` of its cut layers, before any layer forgot."""
+        for layer in caches.layers_of(self):
+            if isinstance(layer, CutLayer):
                 layer.count_to_crop(tokens_to_remove)
         super().crop(tokens_to_remove)  # type: ignore[misc]
 
@@ -278,13 +372,22 @@ def mark_cut(cache: Any) -> None:
         cache.__class__ = _cut_cache_class(cache.__class__)
 
 
+def _empty_cache(base: type) -> Any:
+    cls: Any = _cut_cache_class(base)
+    return cls.__new__(cls)
+
+
+def _empty_layer(base: type) -> Any:
+    cls: Any = _cut_class(base)
+    return cls.__new__(cls)
+
+
 @memoised
 def _cut_cache_class(base: type) -> Any:
-    return type(f"Cut{base.__name__}", (CutCache, base), {})
+    return caches.subclass(f"Cut{base.__name__}", (CutCache, base), __name__)
 
 
 @memoised
 def _cut_class(base: type) -> Any:
-    kind = StaticCutLayer if issubclass(base, StaticLayer) else GrowingCutLayer
-    # `_layer_type` None keeps transformers from putting the subclass into its own tables.
-    return type(f"Cut{base.__name__}", (kind, base), {"_layer_type": None})
+    kind = StaticCutLayer if issubclass(base, caches.STATIC) else GrowingCutLayer
+    return caches.subclass(f"Cut{base.__name__}", (kind, base), __name__)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mllm_squeeze import ops
 from mllm_squeeze.engine import signals
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.session import Session
-from mllm_squeeze.engine.spans import SpanTable
+from mllm_squeeze.engine.spans import PRUNED, SEPARATOR, SpanTable
 from mllm_squeeze.engine.trace import StageTrace, now
 from mllm_squeeze.errors import SqueezeWarning
+from mllm_squeeze.layout import Span
 from mllm_squeeze.reducers.base import Need, Reduction, VisualTokens
 from mllm_squeeze.upstream.calls import LayerCall
 
@@ -40,6 +42,12 @@ class _Candidates:
     def place(self) -> Tensor:
         return self.table.place.gather(1, self.order)
 
+    @property
+    def size(self) -> Tensor:
+        """Tokens that each candidate stands for, float32 (S', N')."""
+        size = self.table.size
+        return torch.ones_like(self.order, dtype=torch.float32) if size is None else size.gather(1, self.order)
+
 
 def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, call: LayerCall | None = None) -> Tensor:
     """Run one cut at the input of a layer; returns the hidden states (B, M', D) of what is left.
@@ -53,8 +61,11 @@ def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, call: LayerCa
     tokens = _tokens(session, planned, found, hidden, call)
     reduction = _reduce(planned, tokens)
     hidden = session.merge(hidden, reduction, found.table, found.place, found.mask)
+    if reduction.assign is not None and session.plan.needs("size"):
+        _add_sizes(session, found, reduction.assign)
     chosen = _chosen(session, planned, found, reduction.keep)
     counts = _counts(session, planned, found, chosen)
+    _warn_left(session, planned, found, counts)
     return _finish(session, planned, planned.layer, hidden, chosen, counts, start)
 
 
@@ -64,20 +75,33 @@ def _reduce(planned: PlannedCut, tokens: VisualTokens) -> Reduction:
 
 
 def cut_survivors(session: Session, planned: PlannedCut, hidden: Tensor) -> Tensor:
-    """Cut the duplicates that a reduction inside the encoder left behind; at the input of layer 0."""
-    survivors = {m: f.survivors for m, f in session.features.items() if f.survivors is not None}
-    if not survivors or session.layout is None:
+    """Cut what a reduction inside the encoder pruned, and the duplicates it left behind; at the input of layer 0."""
+    groups = {m: f.groups for m, f in session.features.items() if f.groups is not None}
+    if not groups or session.layout is None:
         return hidden
     start = now(hidden.device)
-    chosen = torch.ones_like(session.table.mask)
-    counts = list(session.table.current)
+    table = session.table
+    chosen, size = torch.ones_like(table.mask), torch.ones_like(table.mask, dtype=torch.float32)
+    counts = list(table.current)
     for row, span in enumerate(session.layout.spans):
-        items = survivors.get(span.modality)
+        items = groups.get(span.modality)
         if items is not None:
-            kept = torch.cat([items[span.item + n] for n in range(span.items)])
-            chosen[row, : span.length] = kept.to(chosen.device)
+            every = torch.cat([items[span.item + n] for n in range(span.items)]).to(chosen.device)
+            kept, stands_for = _first_of_groups(every[table.origin[row, : span.length]])
+            chosen[row, : span.length], size[row, : span.length] = kept, stands_for
             counts[row] = int(kept.sum())
+    session.table = replace(table, size=size)
     return _finish(session, planned, 0, hidden, chosen, tuple(counts), start)
+
+
+def _first_of_groups(group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bool (N,), the first token of each group and all separators, and float32 (N,), the tokens of its group."""
+    _, number = group.unique(return_inverse=True)
+    count = number.bincount()
+    place = torch.arange(len(group), device=group.device)
+    first = torch.full_like(count, len(group)).scatter_reduce(0, number, place, "amin")
+    kept = ((first[number] == place) & (group != PRUNED)) | (group == SEPARATOR)
+    return kept, count[number].masked_fill(group == SEPARATOR, 1).float()
 
 
 @marked("signal")
@@ -111,7 +135,7 @@ def _finish(
 
 @marked("select")
 def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
-    """Return what may be chosen from, None where the budget asks for all that is there."""
+    """Return what may be chosen from, None where the budget asks for all that is there, or nothing is."""
     layout = session.layout
     assert layout is not None
     reducer, table = planned.reducer, session.table
@@ -123,41 +147,41 @@ def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
             f"{', '.join(given)}; nothing was cut."
         )
         return None
-    cells = [_cells(layout.spans[n].tiles) or layout.spans[n].length for n in rows]
-    lengths = [layout.spans[n].length for n in rows]
-    separators = [length - cell for length, cell in zip(lengths, cells, strict=True)]
-    policy = reducer.separators
-    whole = cells if policy == "keep" else lengths
-    budget = [planned.budget(length) for length in whole]
-    current = [table.current[n] for n in rows]
-    if policy != "compete" and session.stage == 0:
-        current = cells
-    elif policy == "keep":
-        current = [now_there - held for now_there, held in zip(current, separators, strict=True)]
-    _warn_above(planned, budget, whole)
-    if all(b >= w for b, w in zip(budget, whole, strict=True)):
+    whole = {n: _whole(reducer.separators, layout.spans[n]) for n in rows}
+    budget = {n: planned.budget(whole[n]) for n in rows}
+    _warn_above(planned, list(whole.values()))
+    if budget == whole and not planned.decides:
         return None
-    budget = [min(b, c) for b, c in zip(budget, current, strict=True)]
-    picked = table if len(rows) == len(layout.spans) else _rows(table, rows)
-    may = picked.mask if policy == "compete" else picked.mask & _is_cell(session, picked, rows)
-    order = picked.order(may, max(current))
-    return _Candidates(rows, picked, order, may.gather(1, order), tuple(current), tuple(budget))
+    current = {n: _current(session, reducer.separators, n) for n in rows}
+    # A rule that decides its own count may have left nothing of a span.
+    rows = [n for n in rows if current[n]]
+    if not rows:
+        return None
+    picked = table if len(rows) == len(layout.spans) else table.rows(rows)
+    may = picked.mask if reducer.separators == "compete" else picked.mask & _is_cell(session, picked, rows)
+    there = tuple(current[n] for n in rows)
+    order = picked.order(may, max(there))
+    asked = tuple(min(budget[n], current[n]) for n in rows)
+    return _Candidates(rows, picked, order, may.gather(1, order), there, asked)
+
+
+def _whole(separators: str, span: Span) -> int:
+    """Return how many of a span's tokens a budget speaks of."""
+    return (_cells(span.tiles) or span.length) if separators == "keep" else span.length
+
+
+def _current(session: Session, separators: str, row: int) -> int:
+    """Return how many tokens of a span a reducer may choose from now."""
+    assert session.layout is not None
+    span, current = session.layout.spans[row], session.table.current[row]
+    cells = _cells(span.tiles) or span.length
+    if separators != "compete" and session.stage == 0:
+        return cells
+    return current - (span.length - cells) if separators == "keep" else current
 
 
 def _cells(tiles: Sequence[Any]) -> int:
     return sum(tile.cells for tile in tiles)
-
-
-def _rows(table: SpanTable, rows: list[int]) -> SpanTable:
-    pick = torch.tensor(rows, device=table.sample.device)
-    return SpanTable(
-        table.sample[pick],
-        table.place[pick],
-        table.mask[pick],
-        table.origin[pick],
-        table.grid[pick],
-        tuple(table.current[n] for n in rows),
-    )
 
 
 def _is_cell(session: Session, table: SpanTable, rows: list[int]) -> Tensor:
@@ -180,8 +204,8 @@ def _tokens(
     sample = found.table.sample[:, None]
     place = found.place
     needs: tuple[Need, ...] = planned.reducer.needs() if read else ()
-    origin = found.table.origin.gather(1, found.order)
-    gathered, text = signals.gather(session, planned, needs, hidden, call, found.table, place, origin, found.rows)
+    origin, size = found.table.origin.gather(1, found.order), found.size
+    gathered, text = signals.gather(session, planned, needs, hidden, call, found.table, place, origin, size, found.rows)
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
         features=hidden[sample, place],
@@ -216,7 +240,7 @@ def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Ten
 def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
     assert session.layout is not None
-    if not planned.reducer.known_count:
+    if planned.decides or not planned.reducer.known_count:
         return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
     counts = list(session.table.current)
     for row, current, budget in zip(found.rows, found.current, found.budget, strict=True):
@@ -225,7 +249,34 @@ def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: T
     return tuple(counts)
 
 
-def _warn_above(planned: PlannedCut, budget: list[int], whole: list[int]) -> None:
+@marked("merge")
+def _add_sizes(session: Session, found: _Candidates, assign: Tensor) -> None:
+    """Count for each survivor what was merged into it."""
+    table = session.table
+    size = torch.ones_like(table.mask, dtype=torch.float32) if table.size is None else table.size.clone()
+    rows = torch.tensor(found.rows, device=size.device)[:, None]
+    size[rows, found.order] = ops.merged_size(assign, found.size)
+    session.table = replace(table, size=size)
+
+
+def _warn_left(session: Session, planned: PlannedCut, found: _Candidates, counts: tuple[int, ...]) -> None:
+    """Warn where a rule leaves clearly more than asked: a tenth more, and more than each frame rounds up by."""
+    assert session.layout is not None
+    if planned.decides:
+        return
+    for row, current, asked in zip(found.rows, found.current, found.budget, strict=True):
+        others = 0 if planned.reducer.separators == "drop" else session.table.current[row] - current
+        left = counts[row] - others
+        pieces = sum(tile.frames for tile in session.layout.spans[row].tiles)
+        if left > asked + max((pieces + 1) // 2, 1, asked // 10):
+            _warn(
+                f"'{planned.name}' was asked to leave {asked} of the {current} tokens of a span, and left {left}: its "
+                "rule cannot remove more of such an input. Give it more frames or tokens, or use another method."
+            )
+            return
+
+
+def _warn_above(planned: PlannedCut, whole: list[int]) -> None:
     keep = planned.reducer.keep
     if isinstance(keep, int) and any(keep > length for length in whole):
         _warn(

@@ -14,16 +14,16 @@ from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.reducers.base import DecodeReducer
 
 
-def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_values: Any) -> None:
+def listen(session: Session, attention: Any, reducer: DecodeReducer, cache: Any) -> None:
     """Make the tap of the layer before choose which visual entries the later layers see in this step.
 
     The choice and the row it was made from live with the cache, so that steps, beams and copies of a cache stay apart.
     """
     holder = _holder(session, reducer.layer)
-    entries = kv.kept_entries(past_key_values, holder)
+    entries = kv.kept_entries(cache, holder)
     if entries is None or entries.visual is None:
         return
-    before = kv.kept_entries(past_key_values, session.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
+    before = kv.kept_entries(cache, session.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
     if before is None or before.columns.shape != entries.columns.shape:
         raise ConfigError(
             f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put "
@@ -32,7 +32,7 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
     visual = entries.visual
 
     def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        layer = past_key_values.layers[holder]
+        layer: Any = kv.layer_at(cache, holder)
         rows = query.new_full((query.shape[0], 1), query.shape[2] - 1, dtype=torch.long)
         scores = score_rows(query, key, mask, kwargs, rows, torch.ones_like(rows, dtype=torch.float32))
         row = scores[:, : visual.shape[1]]

@@ -62,8 +62,8 @@ class EncodeCall:
         lengths = with_breaks(self.parts, self.modality, inputs, lengths)
         tiles = find_tiles(self.parts, self.modality, inputs, lengths)
         signals = {name: self._carried(name, inputs, lengths) for name in self.wanted}
-        survivors = None if self.merge is None else self.merge.survivors(self.modality, inputs, lengths)
-        return Features(self.modality, tuple(lengths), tuple(tiles), signals, survivors)
+        groups = None if self.merge is None else self.merge.groups(self.modality, inputs, lengths)
+        return Features(self.modality, tuple(lengths), tuple(tiles), signals, groups)
 
     def _carried(self, name: str, inputs: Mapping[str, Any], lengths: list[int]) -> tuple[Tensor, ...]:
         read = self._values[name]

@@ -1,4 +1,4 @@
-"""Merging inside the vision encoder: it runs on fewer and fewer tokens, the LLM gets the full count back."""
+"""Reductions inside the vision encoder: it runs on fewer and fewer tokens, the LLM gets the full count back."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze import ops
+from mllm_squeeze.engine.spans import PRUNED, SEPARATOR
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.road import to_llm_tokens
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.reducers.base import Reducer, VisualTokens
+from mllm_squeeze.reducers.base import Need, Reducer, Signals, VisualTokens
 
 
 class EncoderMerge:
-    """State of one call of the encoder: which patch is part of which token by now.
+    """State of one call of the encoder: which patch is part of which token by now, and which were pruned.
 
-    blocks: numbers of the blocks in front of which tokens are merged, with the keys of the block before.
+    blocks: numbers of the blocks in front of which tokens are reduced, with the keys of the block before.
     """
 
     def __init__(self, parts: ModelParts, reducer: Reducer, blocks: Sequence[int]) -> None:
@@ -43,7 +44,7 @@ class EncoderMerge:
         return torch.cat([ones, self._sizes], dim=1).log()[:, None, None, :]
 
     def merge(self, block: int, hidden: Tensor) -> Tensor:
-        """Merge tokens in front of a block; hidden states (tiles, lead + N, C) become (tiles, lead + N', C)."""
+        """Reduce tokens in front of a block; hidden states (tiles, lead + N, C) become (tiles, lead + N', C)."""
         lead = self.parts.lead
         special, patches = hidden[:, :lead], hidden[:, lead:]
         tiles, count, _ = patches.shape
@@ -55,13 +56,14 @@ class EncoderMerge:
         if left >= count:
             return hidden
         reduction = self.reducer.reduce(self._tokens(patches, left))
-        assert reduction.assign is not None
-        assert reduction.weights is not None
-        merged = ops.merge_tokens(patches, reduction.assign, reduction.weights)
+        assign, weights = reduction.assign, reduction.weights
+        if assign is None:
+            assign = ops.positions(reduction.keep).where(reduction.keep, PRUNED)
+        merged = ops.merge_tokens(patches, assign, ops.mean_weights(assign) if weights is None else weights)
         order = (~reduction.keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :left]
-        place = (reduction.keep.cumsum(1) - 1).gather(1, reduction.assign)
-        self._source = place.gather(1, self._source)
-        self._sizes = ops.merged_size(reduction.assign, self._sizes).gather(1, order)
+        place = _followed(reduction.keep.cumsum(1) - 1, assign)
+        self._source = _followed(place, self._source)
+        self._sizes = ops.merged_size(assign, self._sizes).gather(1, order)
         short = merged.gather(1, order[..., None].expand(-1, -1, merged.shape[-1]))
         return torch.cat([special, short], dim=1)
 
@@ -93,19 +95,22 @@ class EncoderMerge:
             lengths=(self._source.shape[1] if self._source is not None else count,) * tiles,
             current=(count,) * tiles,
             lead=self.parts.lead,
-            signals={"keys": self._keys, "size": self._sizes},
+            signals=Signals({Need("keys"): self._keys, Need("size"): self._sizes}),
         )
 
     def restore(self, projected: Tensor) -> Tensor:
-        """Give each patch the projected feature of the token it is part of; (tiles, N', D) becomes (tiles, N, D)."""
+        """Give each patch the projected feature of the token it is part of; (tiles, N', D) becomes (tiles, N, D).
+
+        One that was pruned gets that of the first token, which the LLM never sees.
+        """
         if self._source is None or self._sizes is None:
             return projected
         special = projected.shape[1] - self._sizes.shape[1]
-        index = self._source[..., None].expand(-1, -1, projected.shape[-1])
+        index = self._source.clamp(min=0)[..., None].expand(-1, -1, projected.shape[-1])
         return torch.cat([projected[:, :special], projected[:, special:].gather(1, index)], dim=1)
 
-    def survivors(self, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int]) -> tuple[Tensor, ...] | None:
-        """Return bool (length,) per item: the first LLM token of each merged group, and all separators.
+    def groups(self, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int]) -> tuple[Tensor, ...] | None:
+        """Return int64 (length,) per item: the encoder's token that each LLM token carries, SEPARATOR or PRUNED.
 
         Raises:
             UnsupportedInputError: the family mixes neighbouring tokens of such a picture, so groups are not whole
@@ -115,23 +120,25 @@ class EncoderMerge:
             return None
         tiles, count = self._source.shape
         numbers = torch.arange(tiles * count, device=self._source.device, dtype=torch.float32).view(tiles, count, 1)
-        groups = (self._source + torch.arange(tiles, device=self._source.device)[:, None] * count).flatten()
+        first = torch.arange(tiles, device=self._source.device)[:, None] * count
+        groups = (self._source + first).masked_fill(self._source < 0, PRUNED).flatten()
         items = to_llm_tokens(self.parts, modality, inputs, lengths, numbers, fill=-1.0)
-        return tuple(_first_of_group(item[:, 0], groups) for item in items)
+        return tuple(_groups_of(item[:, 0], groups) for item in items)
 
 
-def _first_of_group(number: Tensor, groups: Tensor) -> Tensor:
+def _followed(place: Tensor, source: Tensor) -> Tensor:
+    """Return place[source] row by row, PRUNED where either is."""
+    return place.gather(1, source.clamp(min=0)).masked_fill(source < 0, PRUNED)
+
+
+def _groups_of(number: Tensor, groups: Tensor) -> Tensor:
+    """Return the group of each patch, by number (length,), -1 for separators."""
     if bool((number != number.round()).any()):
         raise UnsupportedInputError(
             "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no "
             "longer whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
         )
-    group = groups[number.long().clamp(min=0)]
-    place = torch.arange(len(number), device=number.device)
-    real = number >= 0
-    first = torch.full((len(groups),), len(number), device=number.device)
-    first = first.scatter_reduce(0, group, torch.where(real, place, len(number)), "amin")
-    return (first[group] == place) | ~real
+    return groups[number.long().clamp(min=0)].masked_fill(number < 0, SEPARATOR)
 
 
 def schedule(count: int, goal: int, blocks: int, reducer: Reducer) -> tuple[int, ...]:

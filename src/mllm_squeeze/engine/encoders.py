@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
 from mllm_squeeze.engine.encode import EncodeCall
 from mllm_squeeze.engine.encoder import EncoderMerge
-from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
 from mllm_squeeze.engine.frames import Local
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.spans import Features
@@ -49,7 +50,7 @@ def _merger(plan: Plan) -> Reducer | None:
     return None if plan.encoder is None else plan.encoder.reducer
 
 
-class EncoderHooks:
+class EncoderHooks(HookOwner):
     """Records each call of a family's feature methods.
 
     enabled: says whether the handle is switched on now.
@@ -59,9 +60,6 @@ class EncoderHooks:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
         self._signals = frozenset(name for name in ENCODER_SIGNALS if plan.needs(name))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on.
@@ -90,11 +88,11 @@ class EncoderHooks:
                 return original(*args, **kwargs)
             inputs = vision_inputs(modality, flat(original, args, kwargs))
             call = EncodeCall(self.parts, modality, self._signals, self._merge_for(modality))
-            self._local.encode = call
+            entry = self._local.encodings.enter(call, sys._getframe())
             try:
                 output = original(*args, **kwargs)
             finally:
-                self._local.encode = None
+                self._local.encodings.leave(entry)
             if isinstance(output, tuple):
                 return output
             # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.taps import Listener, Tap
 from mllm_squeeze.errors import UnsupportedModelError
+
+
+class HookOwner:
+    """What hooks on a model belong to: whoever copies or pickles the model comes across it, and is told why not."""
+
+    plan: Plan
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self.plan.refuse_copy()
 
 
 class Fittings:
@@ -50,8 +60,14 @@ class Fittings:
                 f"{name} of this {type(module).__name__} was replaced on the instance by other code. Remove that "
                 "patch, or squeeze first."
             )
+        self._undo.append(lambda: module.__dict__.pop(name, None))
         module.__dict__[name] = method
-        self._undo.append(lambda: module.__dict__.pop(name))
+
+    def nested(self) -> Fittings:
+        """Return what collects the fittings of a while; they come off with these at the latest."""
+        inner = Fittings()
+        self._undo.append(inner.remove)
+        return inner
 
     def add(self, undo: Callable[[], None]) -> None:
         """Remember how to take off something else."""

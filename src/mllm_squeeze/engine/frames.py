@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.encode import EncodeCall
+from mllm_squeeze.engine.running import caller, is_running
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features, find_layout
+from mllm_squeeze.engine.static_step import untraced
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
@@ -44,43 +46,63 @@ class Whole:
     encoded: Mapping[str, Features]
 
 
-class _Live(dict[str, Any]):
-    """Keyword arguments of a call; they live as long as the call does, however it ends."""
+class Entry(Generic[T]):
+    """What belongs to one call."""
+
+    def __init__(self, value: T, frame: FrameType) -> None:
+        self.value = value
+        self._frame = frame
+
+    def runs_in(self, frame: FrameType) -> bool:
+        """True where this is the frame of the call."""
+        return self._frame is frame
+
+    @property
+    def lives(self) -> bool:
+        """True while the call runs in this thread."""
+        return is_running(self._frame)
 
 
 class Calls(Generic[T]):
-    """What belongs to the calls of one module that run now, the innermost last.
+    """What belongs to the calls of one module, or of one function of ours, that run now, the innermost last.
 
-    torch runs no hook behind a call that ends with Ctrl-C, so each entry also knows whether its call still lives.
+    torch runs no hook behind a call that ends with Ctrl-C, and Ctrl-C may come in front of any line of ours, so an
+    entry counts as long as the frame of its call is on the stack.
     """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[T, weakref.ref[_Live] | None]] = []
+        self._entries: list[Entry[T]] = []
 
-    def enter(self, value: T, kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Add what belongs to a call; returns the arguments to go on with. Without any the caller must `leave`."""
-        # Where one module has several parts to play, all entries live as long as its one call.
-        live = kwargs if isinstance(kwargs, _Live) else _Live(kwargs or {})
-        self._entries.append((value, None if kwargs is None else weakref.ref(live)))
-        return live
+    @untraced
+    def enter(self, value: T, frame: FrameType | None = None) -> Entry[T]:
+        """Add what belongs to a call: to the one that runs this hook, or to that of a frame."""
+        self._drop_dead()
+        self._entries.append(Entry(value, caller() if frame is None else frame))
+        return self._entries[-1]
 
-    def replace(self, value: T) -> None:
-        """Change what belongs to the innermost call."""
-        self._entries[-1] = (value, self._entries[-1][1])
-
-    def leave(self) -> T | None:
-        """Take away what belongs to the innermost call."""
-        return self._entries.pop()[0] if self._entries else None
+    @untraced
+    def leave(self, entry: Entry[T] | None = None) -> T | None:
+        """Take away an entry, or that of the call which runs this hook; None where there is none."""
+        self._drop_dead()
+        if not self._entries:
+            return None
+        last = self._entries[-1]
+        mine = last.runs_in(caller()) if entry is None else last is entry
+        return self._entries.pop().value if mine else None
 
     @property
     def top(self) -> T | None:
-        """What belongs to the innermost call that lives, None where none does."""
-        while self._entries:
-            value, live = self._entries[-1]
-            if live is None or live() is not None:
-                return value
+        """What belongs to the innermost call that runs, None where none does."""
+        return self._innermost() if self._entries else None
+
+    @untraced
+    def _innermost(self) -> T | None:
+        self._drop_dead()
+        return self._entries[-1].value if self._entries else None
+
+    def _drop_dead(self) -> None:
+        while self._entries and not self._entries[-1].lives:
             self._entries.pop()
-        return None
 
 
 class Local(threading.local):
@@ -90,11 +112,26 @@ class Local(threading.local):
         self.frames: Calls[Frame] = Calls()
         self.sessions: Calls[Session | None] = Calls()
         self.wholes: Calls[Whole] = Calls()
-        self.encode: EncodeCall | None = None
+        self.encodings: Calls[EncodeCall] = Calls()
         # The session of a self-check that runs now: the text model is called inside its own pre-hook.
-        self.probe: tuple[Session | None] | None = None
-        # Length of the prompt that generate() was called with, None outside of it.
-        self.prompt: int | None = None
+        self.probes: Calls[tuple[Session | None]] = Calls()
+        # Length of the prompt that generate() was called with.
+        self.prompts: Calls[int | None] = Calls()
+
+    @property
+    def encode(self) -> EncodeCall | None:
+        """The outermost call of a feature method."""
+        return self.encodings.top
+
+    @property
+    def probe(self) -> tuple[Session | None] | None:
+        """The session that a self-check runs the text model with, None outside of one."""
+        return self.probes.top
+
+    @property
+    def prompt(self) -> int | None:
+        """Length of the prompt that generate() was called with, None outside of it."""
+        return self.prompts.top
 
     @property
     def frame(self) -> Frame | None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
+from mllm_squeeze.engine.frames import Entry
 from mllm_squeeze.engine.keys import KeptKeys, all_keys
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.upstream import caches
+from mllm_squeeze.upstream.caches import DynamicLayer
 
 
 class CutKeysLayer(DynamicLayer):
@@ -25,9 +27,13 @@ class CutKeysLayer(DynamicLayer):
     _layer_type = None
     kept: KeptKeys | None = None
     upcoming: KeptKeys | None = None
-    # The pass that may read: what it refers to lives as long as the call does, however that ends.
-    reader: weakref.ref[Any] | None = None
+    # The pass that may read, while it runs.
+    reader: weakref.ref[Entry[Any]] | None = None
     _inside = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: who may read now is no part of it."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("reader", "_inside")}
 
     @property
     def keys(self) -> Any:
@@ -36,7 +42,7 @@ class CutKeysLayer(DynamicLayer):
         Raises:
             UnsupportedInputError: they were cut, and the model that reads on is not squeezed.
         """
-        if self.kept is not None and not self._inside and (self.reader is None or self.reader() is None):
+        if self.kept is not None and not self._inside and not self._is_open:
             raise UnsupportedInputError(
                 "The keys of the pictures in this cache were cut by a method that is no longer applied to the model. "
                 "Apply the same method again, or prefill again without the cache."
@@ -46,6 +52,11 @@ class CutKeysLayer(DynamicLayer):
     @keys.setter
     def keys(self, value: Any) -> None:
         self.__dict__["keys"] = value
+
+    @property
+    def _is_open(self) -> bool:
+        entry = None if self.reader is None else self.reader()
+        return entry is not None and entry.lives
 
     @contextmanager
     def _handled(self) -> Iterator[None]:
@@ -112,10 +123,10 @@ class CutKeysLayer(DynamicLayer):
             self.kept = self.kept.rows(index)
 
 
-def open_keys(cache: Any, reader: Any) -> KeptKeys | None:
+def open_keys(cache: Any, reader: Entry[Any]) -> KeptKeys | None:
     """Open the keys of a cache for the call that `reader` belongs to; returns what is left, None if none were cut."""
     kept = None
-    for layer in getattr(cache, "layers", ()):
+    for layer in caches.layers_of(cache):
         if isinstance(layer, CutKeysLayer) and layer.kept is not None:
             layer.reader = weakref.ref(reader)
             kept = layer.kept
@@ -128,16 +139,9 @@ def require_growing(cache: Any, layers: Sequence[int]) -> None:
     Raises:
         UnsupportedInputError: a static, quantised or unknown cache.
     """
-    if cache is None:
-        return
-    if not isinstance(cache, Cache):
-        raise UnsupportedInputError(
-            f"past_key_values is a {type(cache).__name__}; a squeezed model needs a transformers DynamicCache. Pass "
-            "past_key_values=DynamicCache(config=model.config), or none at all."
-        )
     for number in layers:
-        found = cache.layers[number] if number < len(cache.layers) else None
-        if found is not None and type(found) not in (DynamicLayer, CutKeysLayer):
+        found = caches.layer_at(cache, number)
+        if found is not None and not (isinstance(found, CutKeysLayer) or caches.is_growing(found)):
             raise UnsupportedInputError(
                 f"The cache holds the pictures in a {type(found).__name__}, which keeps room for all their keys. Use "
                 "cache_implementation='dynamic' (the default of generate) instead of a static or quantised one."
@@ -146,20 +150,23 @@ def require_growing(cache: Any, layers: Sequence[int]) -> None:
 
 def held_keys(cache: Any, layer: int, batch: int, device: torch.device) -> KeptKeys | None:
     """Return the keys that earlier turns left in a cross-attention layer, None where there are none."""
-    found = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
+    found = caches.layer_at(cache, layer)
     if isinstance(found, CutKeysLayer) and found.kept is not None:
         return found.kept
     length = 0 if found is None else int(found.get_seq_length())
     return all_keys(batch, length, device) if length else None
 
 
-def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Any]) -> None:
-    """Say which keys a cross-attention layer will hold once the coming ones are written."""
-    while len(cache.layers) <= layer:
-        cache.layers.append(cache.layer_class_to_replicate())
-    found = cache.layers[layer]
+def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Entry[Any]]) -> None:
+    """Say which keys a cross-attention layer will hold once the coming ones are written.
+
+    Raises:
+        UnsupportedInputError: the layer is a static or quantised one, or the cache has none for it.
+    """
+    found = caches.ensure_layer(cache, layer)
+    require_growing(cache, (layer,))
     if not isinstance(found, CutKeysLayer):
         cut = CutKeysLayer.__new__(CutKeysLayer)
         cut.__dict__ = found.__dict__
-        cache.layers[layer] = found = cut
+        found = caches.put_layer(cache, layer, cut)
     found.upcoming, found.reader = kept, reader

@@ -27,8 +27,17 @@ class PlannedCut:
     stages: int = 1
     fractions: tuple[float, ...] | None = None
 
+    @property
+    def decides(self) -> bool:
+        """True where nothing says how much is left but the rule itself."""
+        reducer = self.reducer
+        return reducer.decides and reducer.ratio is None and reducer.keep is None and self.fractions is None
+
     def budget(self, length: int) -> int:
-        """Return how many of a span's original tokens may be left after this cut."""
+        """Return how many of a span's original tokens may be left after this cut; all where the rule decides.
+
+        length: the span's tokens before any cut, without those that the attention mask hides.
+        """
         if self.fractions is not None:
             return ops.kept_count(length, keep=float(self.fractions[self.stage]))
         return ops.stage_counts(length, self.stages, self.reducer.ratio, self.reducer.keep)[self.stage]
@@ -49,15 +58,16 @@ class Plan:
     keys: tuple[PlannedCut, ...] = ()
 
     def refuse_copy(self) -> NoReturn:
-        """Say why a squeezed model cannot be copied.
+        """Say why a squeezed model can be neither copied nor pickled.
 
         Raises:
             UnsupportedModelError: always; a copy would share the hooks of the original.
         """
         steps = [*self.cuts, *self.keys, *(step for step in (self.encoder, self.decode) if step is not None)]
         raise UnsupportedModelError(
-            f"'{steps[0].name}' is applied to this model, and a deep copy would share its hooks. Call "
-            "squeeze.remove(model) first, copy, and apply the method to both."
+            f"'{steps[0].name}' is applied to this model, and a copy or a pickle of it would carry its hooks. Call "
+            "squeeze.remove(model) first, copy or save, and apply the method again. save_pretrained and state_dict "
+            "work as they are."
         )
 
     def at(self, layer: int) -> Sequence[PlannedCut]:

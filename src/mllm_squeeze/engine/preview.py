@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.upstream.calls import LayerCall, attention_arguments
+from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.session import OneRow, Session
+from mllm_squeeze.upstream.calls import Arguments, LayerCall, attention_arguments
 
 # Projections whose output is needed for one row only, or not at all.
 _NARROW = ("q_proj", "v_proj")
@@ -23,74 +23,65 @@ class _Enough(Exception):
 
 
 def run_projections(
-    attention: nn.Module,
-    normed: Tensor,
-    row: Tensor | None,
-    call: LayerCall,
-    listeners: dict[nn.Module, Any],
-    read: Reader,
+    attention: nn.Module, normed: Tensor, row: Tensor | None, call: LayerCall, session: Session, read: Reader
 ) -> None:
     """Call an attention module up to its attention function and read queries and keys there.
 
     attention: a tapped module. normed: (B, M, D). row: int64 (B, 1), the one row whose query is read, so that queries
-    are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. read: gets
-    query, key and the arguments of the attention function.
+    are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. session:
+    the pass that runs. read: gets query, key and the arguments of the attention function.
     """
+    offloaded = _offloaded(attention)
 
     def listener(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
         read(query, key, kwargs)
-        if _offloaded(attention):
+        if offloaded:
             # Its hooks must run to the end, or weights stay where they are not meant to be.
             return True
         raise _Enough
 
-    listeners[attention] = listener
+    session.listeners[attention] = listener
+    if row is not None and not offloaded:
+        session.one_row[attention] = OneRow(row, normed.shape[1])
     try:
-        with torch.no_grad(), ExitStack() as stack:
-            if row is not None and not _offloaded(attention):
-                stack.enter_context(_one_row(attention, row))
+        with torch.no_grad():
             attention(normed, **attention_arguments(call))
     except _Enough:
         pass
     finally:
-        del listeners[attention]
+        session.one_row.pop(attention, None)
+        del session.listeners[attention]
 
 
 def _offloaded(module: nn.Module) -> bool:
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
-@contextmanager
-def _one_row(attention: nn.Module, row: Tensor) -> Iterator[None]:
-    """Project one row where only one is read; seen from outside the projections keep their shape.
+def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Session | None]) -> None:
+    """Put hooks on the projections of an attention module, which do nothing but in a preview that runs one row.
 
-    Rotary embedding comes behind the projection and by place, so the chosen row still gets its own rotation.
+    They are there as long as the handle is, so that nothing is left on the model however a preview ends.
     """
-    lengths: list[int] = []
-    # Another thread may run the same layer for real meanwhile.
-    mine = threading.get_ident()
 
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if threading.get_ident() != mine:
+    def one() -> OneRow | None:
+        now = session()
+        return None if now is None else now.one_row.get(attention)
+
+    def narrow(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        wanted = one()
+        if wanted is None:
             return None
         hidden = args[0]
-        lengths.append(hidden.shape[1])
-        index = row.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return (hidden.gather(1, index), *args[1:])
+        index = wanted.row.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, index), *args[1:]), kwargs
 
+    # Rotary embedding comes behind the projection and by place, so the chosen row still gets its own rotation.
     def widen(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if threading.get_ident() != mine:
-            return None
-        return output.expand(-1, lengths.pop(), -1)
+        wanted = one()
+        return None if wanted is None else output.expand(-1, wanted.length, -1)
 
-    hooks = []
     for name in _NARROW:
         projection = getattr(attention, name, None)
         if isinstance(projection, nn.Module):
-            hooks.append(projection.register_forward_pre_hook(narrow))
-            hooks.append(projection.register_forward_hook(widen))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+            fittings.before(projection, narrow)
+            fittings.after(projection, widen)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
 from mllm_squeeze.engine.keys import KeptKeys, reduce_keys
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.session import Session
@@ -19,20 +19,17 @@ from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.upstream.attended import QueryCall
 
 
-class QueryHooks:
+class QueryHooks(HookOwner):
     """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them.
 
     enabled: says whether the handle is switched on now.
     """
 
     def __init__(
-        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session], None]
+        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session | None], None]
     ) -> None:
         self.parts, self.plan = parts, plan
         self._enabled, self._publish = enabled, publish
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hook on."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
-from mllm_squeeze.engine import cutting, decoding, selfcheck, signals
+from mllm_squeeze.engine import cutting, decoding, preview, selfcheck, signals
 from mllm_squeeze.engine.calls import CallHooks
 from mllm_squeeze.engine.cross_attention import CrossAttentionHooks
 from mllm_squeeze.engine.encoders import EncoderHooks
-from mllm_squeeze.engine.fittings import Fittings
+from mllm_squeeze.engine.fittings import Fittings, HookOwner
 from mllm_squeeze.engine.frames import Local, features_of, layout_of, warn_no_image
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.query_keys import QueryHooks
@@ -23,6 +24,7 @@ from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.engine.static_step import is_static_step, is_traced_step, refuse_static, serve_step, untraced
 from mllm_squeeze.engine.streams import fold, unfold
+from mllm_squeeze.engine.switch import Switch
 from mllm_squeeze.engine.taps import Listener
 from mllm_squeeze.errors import SqueezeError, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
@@ -31,15 +33,21 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
-from mllm_squeeze.upstream.calls import POSITIONS, LayerCall, TextCall
+from mllm_squeeze.upstream.calls import LayerCall, TextCall
+from mllm_squeeze.upstream.names import POSITIONS
+
+R = TypeVar("R")
 
 
-class Runtime:
-    """The hooks of one handle on one model."""
+class Runtime(HookOwner):
+    """The hooks of one handle on one model, which keep it alive as long as they are there.
 
-    def __init__(self, parts: ModelParts, plan: Plan, publish: Callable[[Session], None]) -> None:
+    publish: gets the session of each prefill when it ends, None for a prompt without visual tokens.
+    """
+
+    def __init__(self, parts: ModelParts, plan: Plan, publish: Callable[[Session | None], None]) -> None:
         self.parts, self.plan = parts, plan
-        self.enabled = True
+        self.switch = Switch()
         self._publish = publish
         self._verified = parts.row.verified
         self._local = Local()
@@ -56,8 +64,8 @@ class Runtime:
     def attach(self) -> None:
         """Hook the model; on an error everything is taken off again."""
         try:
-            EncoderHooks(self.parts, self.plan, self._local, lambda: self.enabled).attach(self._fittings)
-            CallHooks(self.parts, self.plan, self._local, lambda: self.enabled).attach(self._fittings)
+            EncoderHooks(self.parts, self.plan, self._local, self.switch.is_on).attach(self._fittings)
+            CallHooks(self.parts, self.plan, self._local, self.switch.is_on).attach(self._fittings)
             if self.plan.keys:
                 self._attach_keys()
             else:
@@ -77,13 +85,10 @@ class Runtime:
     def _attach_keys(self) -> None:
         """Cut what is attended to from outside: by the text, or by the queries of a Q-Former."""
         if self.parts.cross_attention:
-            hooks = CrossAttentionHooks(self.parts, self.plan, self._local, lambda: self.enabled, self._publish)
+            hooks = CrossAttentionHooks(self.parts, self.plan, self._local, self.switch.is_on, self._finish)
             hooks.attach(self._fittings)
         else:
-            QueryHooks(self.parts, self.plan, lambda: self.enabled, self._publish).attach(self._fittings)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.plan.refuse_copy()
+            QueryHooks(self.parts, self.plan, self.switch.is_on, self._finish).attach(self._fittings)
 
     def detach(self) -> None:
         """Take off all hooks, taps and overrides; the model is as it was."""
@@ -104,11 +109,13 @@ class Runtime:
 
     def _tap_decoder(self) -> None:
         tapped: set[int] = set()
+        previewed: set[int] = set()
         for cut in self.plan.cuts:
             for need in cut.reducer.needs():
                 if need.name not in ("attention", "keys"):
                     continue
                 tapped.add(cut.layer if need.source == "next" else cut.layer - 1)
+                previewed |= {cut.layer} if need.source == "next" else set()
         if self.plan.decode is not None:
             tapped.add(self._decode.layer - 1)
         for number in sorted(tapped):
@@ -119,6 +126,8 @@ class Runtime:
                     "layer."
                 )
             self._fittings.tap(attention, functools.partial(self._decoder_listener, attention))
+            if number in previewed:
+                preview.put_on(self._fittings, attention, self._session)
 
     @property
     def _decode(self) -> DecodeReducer:
@@ -130,9 +139,16 @@ class Runtime:
         session = self._local.session
         return None if session is None or session.index is None else (session.index, session.valid)
 
+    def _session(self) -> Session | None:
+        return self._local.session
+
     def _decoder_listener(self, attention: nn.Module) -> Listener | None:
         session = self._local.session
         return None if session is None else session.listeners.get(attention)
+
+    def _finish(self, session: Session | None) -> None:
+        """Hand on a prefill that ended, None where it had no visual tokens."""
+        self._publish(session)
 
     # The text model
 
@@ -142,10 +158,11 @@ class Runtime:
         if is_traced_step(kwargs):
             return None
         call = TextCall.read(module, args, kwargs)
-        live = self._local.sessions.enter(None, call.named if args else kwargs)
+        live = dict(call.named)
+        entry = self._local.sessions.enter(None)
         probe = self._local.probe
         session = probe[0] if probe is not None else self._start(call, live)
-        self._local.sessions.replace(session)
+        entry.value = session
         if session is not None and session.cutting:
             given, session.inner = take_inner_features(live)
             live.update(given)
@@ -163,9 +180,10 @@ class Runtime:
         past = kv.tokens_seen(call.cache)
         # Where generate() itself is the frame, its later passes are decode steps.
         decodes = (self.parts.row.own_generate and past) or call.width == 1
-        features = {} if decodes or frame is None or not self.enabled else features_of(frame, self.parts.ids)
+        features = {} if decodes or frame is None or not self.switch.is_on() else features_of(frame, self.parts.ids)
         if not features and not kv.is_cut(call.cache):
-            if self.enabled and call.width > 1 and not past:
+            if self.switch.is_on() and call.width > 1 and not past:
+                self._finish(None)
                 warn_no_image()
             return None
         layout = None
@@ -221,11 +239,22 @@ class Runtime:
         selfcheck.require_alike(self.parts, proof)
         self._verified = True
 
+    def run_with(self, session: Session | None, function: Callable[[], R]) -> R:
+        """Call the text model with a session made by hand; with None it runs dense.
+
+        function: calls the text model.
+        """
+        entry = self._local.probes.enter((session,), sys._getframe())
+        try:
+            return function()
+        finally:
+            self._local.probes.leave(entry)
+
     def prove(
         self, layer: int, layout: TokenLayout, features: Mapping[str, Features], call: TextCall
     ) -> selfcheck.Proof:
         """Compare a cut with masking the same tokens. See `selfcheck.prove`."""
-        return selfcheck.prove(self.parts, self._local, layer, layout, features, call)
+        return selfcheck.prove(self.parts, self._local, self._fittings, layer, layout, features, call)
 
     def _leave_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if is_traced_step(kwargs):
@@ -233,7 +262,7 @@ class Runtime:
         session = self._local.sessions.leave()
         # A self-check is not what the user ran.
         if session is not None and session.cutting and output is not None and self._local.probe is None:
-            self._publish(session)
+            self._finish(session)
 
     # Decoder layers
 
@@ -264,11 +293,7 @@ class Runtime:
         return new.replace(hidden=unfold(hidden, call.hidden), others=others)
 
     def _cut(self, session: Session, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
-        cuts = session.plan.at(number)
-        merged = number == 0 and session.plan.encoder is not None
-        if (cuts or merged) and call.cache is not None:
-            kv.require_cuttable(call.cache)
-            refuse_static(session, call.cache)
+        cuts, stage = session.plan.at(number), session.stage
         if number == 0:
             for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
@@ -276,6 +301,10 @@ class Runtime:
                 hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
         for cut in cuts:
             hidden = cutting.run_cut(session, cut, hidden, call)
+        # A cut that removes nothing asks nothing of the cache.
+        if session.stage > stage and call.cache is not None:
+            kv.require_cuttable(call.cache)
+            refuse_static(session, call.cache)
         session.read.clear()
         return hidden
 

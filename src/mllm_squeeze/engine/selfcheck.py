@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.frames import Local
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence import is_flash
@@ -73,6 +75,7 @@ def probe_cut(layer: int) -> PlannedCut:
 def prove(
     parts: ModelParts,
     local: Local,
+    fittings: Fittings,
     layer: int,
     layout: TokenLayout,
     features: Mapping[str, Features],
@@ -80,7 +83,7 @@ def prove(
 ) -> Proof:
     """Run the text model with every other visual token cut at a layer, and with the same tokens masked.
 
-    local: that of the hooks that are on the model from this layer on.
+    local: that of the hooks that are on the model from this layer on. fittings: what collects them.
 
     Raises:
         UnsupportedModelError: a layer mixes tokens without attention, so masking them has no meaning.
@@ -89,14 +92,14 @@ def prove(
     session = Session(Plan((probe_cut(layer),), repack=False), parts, layout, features, layout.length, 0)
     session.prepare(call.states.device)
     plain = call.without_cache()
+    probe = local.probes.enter((session,), sys._getframe())
     try:
         with torch.no_grad():
-            local.probe = (session,)
             short = hidden_of(parts.decoder(**plain))
-            local.probe = (None,)
-            masked = _masked_run(parts, session, layer, plain)
+            probe.value = (None,)
+            masked = _masked_run(parts, fittings.nested(), session, layer, plain)
     finally:
-        local.probe = None
+        local.probes.leave(probe)
     tolerance = _TOLERANCE.get(short.element_size(), 5e-2)
     return Proof(_survivors(session, short), _survivors(session, masked), session, tolerance)
 
@@ -133,21 +136,18 @@ def _refuse_blind_layers(parts: ModelParts, layer: int) -> None:
         )
 
 
-def _masked_run(parts: ModelParts, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
+def _masked_run(parts: ModelParts, fittings: Fittings, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
     """Return the text model's output with the tokens that the session dropped masked, from one layer on."""
     kept = torch.zeros_like(session.real)
     assert session.index is not None
     kept = kept.scatter(1, session.index, True) if session.valid is None else _scatter(kept, session)
-    hooks = [
-        parts.layers[number].register_forward_pre_hook(_closing(kept, parts.layers[number]), with_kwargs=True)
-        for number in range(layer, len(parts.layers))
-    ]
     try:
+        for number in range(layer, len(parts.layers)):
+            fittings.before(parts.layers[number], closing(kept, parts.layers[number]))
         with _masks_allowed(parts.text_config):
             return hidden_of(parts.decoder(**kwargs))
     finally:
-        for hook in hooks:
-            hook.remove()
+        fittings.remove()
 
 
 @contextmanager
@@ -177,7 +177,8 @@ def _scatter(kept: Tensor, session: Session) -> Tensor:
     return kept
 
 
-def _closing(kept: Tensor, layer: nn.Module) -> Any:
+def closing(kept: Tensor, layer: nn.Module) -> Any:
+    """Return the pre-hook of a decoder layer that closes all tokens but the kept ones; kept: bool (B, T)."""
     causal = is_causal(find_attention(layer))
 
     def close(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

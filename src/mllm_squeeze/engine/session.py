@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine.arguments import LayerArguments
@@ -19,7 +21,15 @@ from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
-from mllm_squeeze.reducers.base import Reduction
+from mllm_squeeze.reducers.base import Need, Reduction
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """The row (B, 1) that an attention module shall project, of a sequence of some length."""
+
+    row: Tensor
+    length: int
 
 
 class Session(Survivors):
@@ -50,7 +60,9 @@ class Session(Survivors):
         self.held: dict[int, int] = {}
         # What taps of this pass should read, by attention module, and what they read, by cut.
         self.listeners: dict[nn.Module, Any] = {}
-        self.read: dict[tuple[PlannedCut, str], Tensor] = {}
+        # Attention modules that shall project one row only, while they are asked for a preview.
+        self.one_row: dict[nn.Module, OneRow] = {}
+        self.read: dict[tuple[PlannedCut, Need], Tensor] = {}
         self.row_weights: dict[int, Tensor] = {}
         # Features that the text model would have added in front of inner layers, None in most families.
         self.inner: InnerFeatures | None = None
@@ -83,13 +95,22 @@ class Session(Survivors):
         self.text_place = place.to(device)
         self.text_mask = there.to(device)
         self.last_place = torch.tensor(layout.last, device=device)[:, None]
-        self.real, self.visual = real.to(device), visual.to(device)
+        self.real, self.visual = real.to(device), self._pieces(visual.to(device))
         padded = not bool(real.all())
         # Bool (B, M) where tokens are real now, None where all are.
         self.present = self.real if padded else None
-        last_visual = (visual.long() * columns).amax(1)
-        ends_real = bool(real[:, -1].all())
-        self.tail = int((layout.length - 1 - last_visual).min()) if ends_real else 0
+        # A hole in the mask leaves with the first cut, as a visual token may; padding in front of all others does not.
+        stays = ~visual & (real | (real.cumsum(1) == 0))
+        self.tail = int(stays.flip(1).long().cumprod(1).sum(1).min())
+
+    def _pieces(self, visual: Tensor) -> Tensor:
+        """Return bool (B, T): visual (B, T) without separators, where the grid tells them."""
+        table = self.table
+        known = torch.tensor([bool(span.tiles) for span in self._layout.spans], device=visual.device)[:, None]
+        separators = functional.pad(torch.zeros_like(visual), (0, 1))
+        apart = table.mask & known & (table.grid[..., 0] < 0)
+        separators[table.sample[:, None], table.place.where(apart, visual.shape[1])] = True
+        return visual & ~separators[:, :-1]
 
     # Cutting
 
@@ -143,13 +164,12 @@ class Session(Survivors):
 
     def _keep_tokens(self, batch: int, length: int, chosen: Tensor, device: torch.device) -> Tensor:
         """Return bool (B, M): real text and the chosen visual tokens."""
-        keep = self._was_there(batch, length, device).clone()
+        keep = self._was_there(batch, length, device)
         table = self.table
-        # Padding slots of a span write what its first token writes, to the same place.
-        place = torch.where(table.mask, table.place, table.place[:, :1])
-        value = torch.where(table.mask, chosen, chosen[:, :1])
-        keep[table.sample[:, None], place] = value
-        return keep
+        # Padding slots of a span write to a column of their own.
+        keep = functional.pad(keep, (0, 1))
+        keep[table.sample[:, None], table.place.where(table.mask, length)] = chosen & table.mask
+        return keep[:, :length]
 
     def _restored(self, hidden: Tensor) -> Tensor:
         """Return the full-length states (B, T, D): survivors as they are now, the others as they were when cut."""

@@ -15,7 +15,7 @@ from mllm_squeeze.engine.spans import SpanTable
 from mllm_squeeze.engine.taps import score_rows
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, TextTokens
+from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, Signals, TextTokens
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -43,11 +43,11 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
         for need in needs:
             if need.name == "keys":
                 fresh = key[:, :, key.shape[2] - query.shape[2] :]
-                session.read[planned, "keys"] = fresh.transpose(1, 2).flatten(2)
+                session.read[planned, need] = fresh.transpose(1, 2).flatten(2)
             else:
                 rows, weights = _rows(session, planned, need)
                 scores = score_rows(query, key, mask, kwargs, rows, weights, is_causal(attention))
-                session.read[planned, "attention"] = scores[:, scores.shape[1] - query.shape[2] :]
+                session.read[planned, need] = scores[:, scores.shape[1] - query.shape[2] :]
         return False if others is None else others(query, key, mask, kwargs)
 
     # Another step may cut at the same layer.
@@ -77,38 +77,47 @@ def gather(
     table: SpanTable,
     place: Tensor,
     origin: Tensor,
+    size: Tensor,
     rows: list[int],
-) -> tuple[dict[str, Tensor], TextTokens | None]:
+) -> tuple[Signals, TextTokens | None]:
     """Return the signals of the candidates, and the text of each span's sample.
 
-    place, origin: int64 (S, N), where the candidates stand now and stood in their spans. rows: their spans.
+    place, origin: int64 (S, N), where the candidates stand now and stood in their spans. size: float32 (S, N), tokens
+    that each stands for. rows: their spans.
     """
     sample = table.sample[:, None]
-    names = {need.name for need in needs}
+    found: dict[Need, Tensor] = {}
+    # Of keys and normed states the text gets its rows too.
     whole: dict[str, Tensor] = {}
-    for need in needs:
-        if need.name == "attention" and need.source == "next":
-            whole["attention"] = _preview(session, planned, need, hidden, call)
-        elif _from_layer_before(need):
-            whole[need.name] = session.read.pop((planned, need.name))
-        elif need.name == "normed":
-            whole["normed"] = _normed(session, hidden)
-    found = {name: value.to(hidden.device)[sample, place] for name, value in whole.items()}
-    for name in ENCODER_SIGNALS:
-        if name in names:
-            found[name] = _encoder_signal(session, name, origin, rows)
+    for need in dict.fromkeys(needs):
+        if need.name in ENCODER_SIGNALS:
+            found[need] = _encoder_signal(session, need.name, origin, rows)
+        elif need.name == "size":
+            found[need] = size
+        else:
+            whole[need.name] = _of_all_tokens(session, planned, need, hidden, call).to(hidden.device)
+            found[need] = whole[need.name][sample, place]
     text = None
     if session.text is not None:
         text = TextTokens(session.text[0][table.sample], session.text[1][table.sample])
-    elif planned.reducer.reads_text or {"keys", "normed"} & names:
+    elif planned.reducer.reads_text or {"keys", "normed"} & set(whole):
         columns = session.text_place[table.sample]
         text = TextTokens(
             features=hidden[sample, columns],
             mask=session.text_mask[table.sample],
-            keys=whole["keys"].to(hidden.device)[sample, columns] if "keys" in whole else None,
+            keys=whole["keys"][sample, columns] if "keys" in whole else None,
             normed=whole["normed"][sample, columns] if "normed" in whole else None,
         )
-    return found, text
+    return Signals(found), text
+
+
+def _of_all_tokens(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
+    """Return a signal of the whole sequence: (B, M), or (B, M, D)."""
+    if need.name == "attention" and need.source == "next":
+        return _preview(session, planned, need, hidden, call)
+    if need.name == "normed":
+        return _normed(session, hidden)
+    return session.read.pop((planned, need))
 
 
 def _normed(session: Session, hidden: Tensor) -> Tensor:
@@ -155,5 +164,5 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
         out.append(score_rows(query, key, session.present, extra, rows, weights, is_causal(attention)))
 
     one = rows if rows.shape[1] == 1 else None
-    run_projections(attention, norm(hidden), one, given, session.listeners, read)
+    run_projections(attention, norm(hidden), one, given, session, read)
     return out[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.marks import marked
-from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.reducers.base import Reducer
+
+# What a token carries that stands for no token of the encoder: it stays, or goes.
+SEPARATOR, PRUNED = -1, -2
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class Features:
     lengths: tuple[int, ...] | None
     tiles: tuple[tuple[Tile, ...], ...] = ()
     signals: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    # Survivors of a reduction inside the encoder, bool (length,) per item; the cut happens before layer 0.
-    survivors: tuple[Tensor, ...] | None = None
+    # Of a reduction inside the encoder, int64 (length,) per item: the encoder's token that each one carries, SEPARATOR
+    # or PRUNED; the cut of those that carry the same happens before layer 0.
+    groups: tuple[Tensor, ...] | None = None
     # The reducer that worked inside the encoder, None where none did.
     merged_by: Reducer | None = None
 
@@ -43,7 +48,7 @@ class Features:
             lengths=tuple(int(row.sum()) for row in rows),
             tiles=tuple(tiles if bool(row.all()) else () for tiles, row in zip(self.tiles, rows, strict=True)),
             signals={name: _taken(values, rows) for name, values in self.signals.items()},
-            survivors=None if self.survivors is None else _taken(self.survivors, rows),
+            groups=None if self.groups is None else _taken(self.groups, rows),
         )
 
 
@@ -80,6 +85,11 @@ def find_layout(
             placeholder &= _of_type(types, modality, ids)
         spans += _spans_of(placeholder, found, modality in grouped)
     spans.sort(key=lambda span: (span.sample, span.start))
+    if not bool(real.all()):
+        there = [_without_holes(span, real[span.sample]) for span in spans]
+        if spans and not any(there):
+            warnings.warn("The attention mask hides all visual tokens; nothing was cut.", SqueezeWarning, stacklevel=2)
+        spans = [span for span in there if span is not None]
     return TokenLayout(ids.shape[0], ids.shape[1], tuple(spans), real, drafts)
 
 
@@ -144,6 +154,18 @@ def _expanded(per_row: Sequence[int], lengths: Sequence[int], repeats: int) -> l
     return order
 
 
+def _without_holes(span: Span, real: Tensor) -> Span | None:
+    """Return what is there of a span, None where nothing is; real: bool (T,), False where the mask hides a token."""
+    if all(bool(real[start : start + length].all()) for start, length in span.runs):
+        return span
+    columns = torch.tensor(span.columns)
+    origin = real[columns].nonzero().flatten()
+    if not len(origin):
+        return None
+    (runs,) = _runs(torch.zeros_like(origin), columns[origin]).values()
+    return replace(span, runs=tuple(runs), tiles=(), origin=tuple(origin.tolist()))
+
+
 def _runs(owner: Tensor, column: Tensor) -> dict[int, list[tuple[int, int]]]:
     """Return the unbroken runs of columns of each owner, (start, length) each; owner, column: int64 (P,), in order."""
     begins = torch.ones_like(owner, dtype=torch.bool)
@@ -184,7 +206,8 @@ class SpanTable:
     """The visual tokens of all spans, padded to the longest, as they stand in the sequence now.
 
     sample: int64 (S,). place: int64 (S, N), column in the sequence of now. mask: bool (S, N). origin: int64 (S, N),
-    place in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host.
+    place in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host. size: float32
+    (S, N), how many tokens each one stands for by now; None while nothing was merged, or nobody asks.
     """
 
     sample: Tensor
@@ -193,6 +216,20 @@ class SpanTable:
     origin: Tensor
     grid: Tensor
     current: tuple[int, ...]
+    size: Tensor | None = None
+
+    def rows(self, rows: Sequence[int]) -> SpanTable:
+        """Return the table of some spans."""
+        pick = torch.tensor(rows, device=self.sample.device)
+        return SpanTable(
+            self.sample[pick],
+            self.place[pick],
+            self.mask[pick],
+            self.origin[pick],
+            self.grid[pick],
+            tuple(self.current[n] for n in rows),
+            None if self.size is None else self.size[pick],
+        )
 
     def take(self, chosen: Tensor, current: tuple[int, ...], place: Tensor) -> SpanTable:
         """Keep the chosen tokens (bool (S, N)) in order; `place` are the columns they have now."""
@@ -206,6 +243,7 @@ class SpanTable:
             self.origin.gather(1, order),
             self.grid.gather(1, order[..., None].expand(-1, -1, 4)),
             current,
+            None if self.size is None else self.size.gather(1, order),
         )
 
     def order(self, chosen: Tensor, width: int) -> Tensor:
@@ -220,6 +258,11 @@ def first_table(layout: TokenLayout, device: torch.device) -> SpanTable:
     mask = origin < torch.tensor(current)[:, None]
     place = torch.zeros_like(origin)
     place[mask] = _columns([run for span in layout.spans for run in span.runs])
+    if any(span.origin is not None for span in layout.spans):
+        origin = origin.clone()
+        for row, span in enumerate(layout.spans):
+            if span.origin is not None:
+                origin[row, : span.length] = torch.tensor(span.origin)
     grid = torch.full((*mask.shape, 4), -1)
     for tiles in {span.tiles for span in layout.spans if span.tiles}:
         cells = torch.cat([_cells(n, tile) for n, tile in enumerate(tiles)])

@@ -11,6 +11,7 @@ import torch
 from mllm_squeeze.family.road import pack_anyres, tiles_per_image
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Tile
+from mllm_squeeze.upstream import configs, functions
 
 
 def find_tiles(
@@ -47,10 +48,9 @@ def with_breaks(parts: ModelParts, modality: str, inputs: Mapping[str, Any], len
 
     Older releases of transformers (5.16) set it after the feature method, whose output then lacks it.
     """
-    if modality != "video" or not hasattr(parts.base, "apply_pooling"):
+    if modality != "video" or not functions.pools_by_interpolation(parts.base):
         return list(lengths)
-    vision = parts.config.vision_config
-    half = math.ceil(vision.image_size // vision.patch_size / 2)
+    half = math.ceil(configs.patch_grid(parts.config) / 2)
     bare = inputs["pixel_values_videos"].shape[1] * half * half
     return [length + 1 if length == bare else length for length in lengths]
 
@@ -67,7 +67,7 @@ def _square(length: int) -> tuple[Tile, ...]:
 def _thw(parts: ModelParts, grids: torch.Tensor | None, merges: torch.Tensor | None) -> list[tuple[Tile, ...]]:
     if grids is None:
         return []
-    same = getattr(parts.config.vision_config, "spatial_merge_size", 1)
+    same = configs.tower_merge(parts.config)
     each = [same] * len(grids) if merges is None else merges.tolist()
     return [(Tile(int(t), int(h) // m, int(w) // m),) for (t, h, w), m in zip(grids.tolist(), each, strict=True)]
 
@@ -75,7 +75,7 @@ def _thw(parts: ModelParts, grids: torch.Tensor | None, merges: torch.Tensor | N
 def _rows(parts: ModelParts, sizes: torch.Tensor | None) -> list[tuple[Tile, ...]]:
     if sizes is None:
         return []
-    cell = parts.config.vision_config.patch_size * getattr(parts.config, "spatial_merge_size", 1)
+    cell = configs.patch_size(parts.config) * configs.projector_merge(parts.config)
     return [(Tile(1, int(height) // cell, int(width) // cell),) for height, width in sizes.tolist()]
 
 
@@ -89,8 +89,7 @@ def _frames(frames: int, lengths: Sequence[int]) -> list[tuple[Tile, ...]]:
 
 
 def _anyres(parts: ModelParts, inputs: Mapping[str, Any]) -> list[tuple[Tile, ...]]:
-    vision = parts.config.vision_config
-    side = vision.image_size // vision.patch_size
+    side = configs.patch_grid(parts.config)
     blank = torch.zeros(sum(tiles_per_image(parts, inputs)), side * side, 1)
     packed = pack_anyres(parts, blank, inputs, fill=-1.0)
     tiles: list[tuple[Tile, ...]] = []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch.nn import functional
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream import configs, functions
 
 
 def to_llm_tokens(
@@ -58,48 +57,34 @@ def to_llm_tokens(
 
 def pack_anyres(parts: ModelParts, values: Tensor, inputs: Mapping[str, Any], fill: float) -> list[Tensor]:
     """Pack (tiles, N, C) values as LLaVA-NeXT packs features: overview, then the unpadded grid with row separators."""
-    base: Any = parts.base
-    sizes = inputs["image_sizes"]
     items = torch.split(values, tiles_per_image(parts, inputs), dim=0)
-    arguments = {
-        "vision_feature_select_strategy": parts.config.vision_feature_select_strategy,
-        "vision_aspect_ratio": inputs.get("vision_aspect_ratio") or getattr(parts.config, "vision_aspect_ratio", None),
-        "image_newline": values.new_full((values.shape[-1],), fill),
-    }
-    known = inspect.signature(base.pack_image_features).parameters
-    packed, _ = base.pack_image_features(items, sizes, **{k: v for k, v in arguments.items() if k in known})
-    return cast("list[Tensor]", packed)
+    newline = values.new_full((values.shape[-1],), fill)
+    return functions.pack_tiles(parts.base, parts.config, items, inputs, newline)
 
 
 def tiles_per_image(parts: ModelParts, inputs: Mapping[str, Any]) -> list[int]:
     """Return the number of tower tiles of each image of an anyres family."""
-    count = sys.modules[type(parts.base).__module__].__dict__["image_size_to_num_patches"]
     sizes = inputs["image_sizes"]
+    counts = functions.count_tiles(parts.base, parts.config, sizes)
     per_sample = inputs.get("batch_num_images")
-    tiled = [True] * len(sizes) if per_sample is None else [int(n) == 1 for n in per_sample for _ in range(int(n))]
-    return [
-        count(
-            image_size=size,
-            grid_pinpoints=parts.config.image_grid_pinpoints,
-            patch_size=parts.config.vision_config.image_size,
-        )
-        if split
-        else 1
-        for size, split in zip(sizes, tiled, strict=True)
-    ]
+    if per_sample is None:
+        return counts
+    # A sample of several images gets each of them whole.
+    tiled = [int(n) == 1 for n in per_sample for _ in range(int(n))]
+    return [count if split else 1 for count, split in zip(counts, tiled, strict=True)]
 
 
 def _pool_frames(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor, fill: float) -> list[Tensor]:
     batch = inputs["pixel_values_videos"].shape[0]
     side = round(values.shape[1] ** 0.5)
     grid = values.reshape(-1, side, side, values.shape[-1]).permute(0, 3, 1, 2)
-    if hasattr(parts.base, "apply_pooling"):
+    if functions.pools_by_interpolation(parts.base):
         half = math.ceil(side / 2)
         pooled = functional.interpolate(grid, size=(half, half), mode="bilinear")
         items = pooled.flatten(2).transpose(1, 2).reshape(batch, -1, values.shape[-1])
         return list(torch.cat([items, items.new_full((batch, 1, values.shape[-1]), fill)], dim=1))
-    if hasattr(parts.base, "vision_resampler"):
-        stride = parts.config.spatial_pool_stride
+    if functions.pools_by_mean(parts.base):
+        stride = configs.pool_stride(parts.config)
         grid = functional.avg_pool2d(grid, stride, stride)
     return list(grid.flatten(2).transpose(1, 2).reshape(batch, -1, values.shape[-1]))
 
@@ -107,28 +92,13 @@ def _pool_frames(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor, f
 def _block_merge(
     parts: ModelParts, modality: str, inputs: Mapping[str, Any], lengths: Sequence[int], values: Tensor
 ) -> list[Tensor]:
-    unit = parts.config.vision_config.spatial_merge_size**2
+    unit = configs.tower_merge(parts.config) ** 2
     merged = values.reshape(-1, unit, values.shape[-1]).mean(1)
-    order = _window_order(parts, inputs[f"{modality}_grid_thw"])
-    if order is not None:
-        merged = merged[torch.argsort(order.to(merged.device))]
+    if parts.tower is not None:
+        order = functions.window_order(parts.tower, parts.config.vision_config, inputs[f"{modality}_grid_thw"])
+        if order is not None:
+            merged = merged[torch.argsort(order.to(merged.device))]
     return list(torch.split(merged, list(lengths)))
-
-
-def _window_order(parts: ModelParts, grids: Tensor) -> Tensor | None:
-    """Return the order in which a windowed tower walks the merged tokens, None where it is the raster order."""
-    window = sys.modules[type(parts.tower).__module__].__dict__.get("get_vision_window_index")
-    if window is None:
-        return None
-    vision = parts.config.vision_config
-    index, _ = window(
-        grids,
-        spatial_merge_size=vision.spatial_merge_size,
-        window_size=vision.window_size,
-        patch_size=vision.patch_size,
-        kwargs={},
-    )
-    return torch.as_tensor(index)
 
 
 def _pool(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
@@ -143,8 +113,7 @@ def _pool(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
 
 def _packed_rows(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor) -> list[Tensor]:
     """Split a packed row into images, and take the mean over the square that a patch merger joins."""
-    patch = parts.config.vision_config.patch_size
-    merge = getattr(parts.config, "spatial_merge_size", 1)
+    patch, merge = configs.patch_size(parts.config), configs.projector_merge(parts.config)
     items, start = [], 0
     for height, width in (torch.as_tensor(inputs["image_sizes"]) // patch).tolist():
         grid = values[start : start + height * width].reshape(1, height, width, -1).permute(0, 3, 1, 2)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mllm_squeeze.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,7 @@ ENCODER_SIGNALS = ("saliency", "encoder_keys")
 
 @dataclass(frozen=True)
 class Need:
-    """One signal that a reducer asks the engine for; it arrives as `VisualTokens.signals[name]`.
+    """One signal that a reducer asks the engine for; it arrives as `VisualTokens.signals[need]`.
 
     name: one of "attention"     float32 (S, N): attention that each visual token receives from chosen prompt rows,
     mean over heads and rows. `rows`: "last" (last prompt token), "text" (all prompt tokens after the first visual
@@ -32,13 +34,32 @@ class Need:
     "normed"        (S, N, D): features after the final norm of the language model; also `TextTokens.normed`.
     "saliency"      float32 (S, N): what the vision encoder attends to, summed over heads: the CLS row of the feature
     layer where there is a CLS token, else attention received from all tokens. Separators have -inf. "encoder_keys"
-    (S, N, d): keys of that encoder layer, mean over heads. "size"          float32 (S, N): patches merged into each
-    token so far (encoder only).
+    (S, N, d): keys of that encoder layer, mean over heads. "size"          float32 (S, N): how many tokens each one
+    stands for by now, itself included: patches in the encoder, visual tokens of the prompt behind it.
     """
 
     name: Literal["attention", "keys", "normed", "saliency", "encoder_keys", "size"]
     rows: Literal["last", "text", "chosen"] = "last"
     source: Literal["current", "next"] = "current"
+
+
+class Signals(dict["Need | str", "Tensor"]):
+    """Signals by the `Need` that asked for them, and by its name where no other need has it."""
+
+    def __init__(self, found: Mapping[Need, Tensor]) -> None:
+        names = [need.name for need in found]
+        super().__init__()
+        for need, value in found.items():
+            self[need] = value
+            if names.count(need.name) == 1:
+                self[need.name] = value
+
+    def __missing__(self, key: Need | str) -> Tensor:
+        needs = ", ".join(str(need) for need in self if isinstance(need, Need)) or "none"
+        raise ConfigError(
+            f"No signal '{key}' is there under that key; there are: {needs}. Name the need in `needs`, and read "
+            "tokens.signals[need] where several needs have one name."
+        )
 
 
 @dataclass(frozen=True)
@@ -61,9 +82,10 @@ class VisualTokens:
     features: (S, N, D), the hidden states at the place of the cut. mask: bool (S, N), False is padding. budget: int64
     (S,), tokens to keep, on the device; `counts` are the same numbers on the host. current: tokens of each span that
     are there now, on the host. grid: int64 (S, N, 4), (tile, t, h, w) of each token, -1 for separators, padding and
-    where the grid is unknown. origin: int64 (S, N), place of each token in its span before any cut. lengths: tokens
-    per span before any cut. tiles: the rectangles of each span. lead: special tokens of the encoder before the patches
-    (1 with a CLS token). signals: see `Need`. text: None unless the reducer reads the text.
+    where the grid is unknown. origin: int64 (S, N), place of each token in its span before any cut. lengths: tokens per
+    span before any cut, without those that the attention mask hides. tiles: the rectangles of each span. lead: special
+    tokens of the encoder before the patches (1 with a CLS token). signals: by `Need`, see there; by its name where one
+    need has it. text: None unless the reducer reads the text.
     """
 
     features: Tensor
@@ -76,7 +98,7 @@ class VisualTokens:
     current: tuple[int, ...] = ()
     tiles: tuple[tuple[Tile, ...], ...] = ()
     lead: int = 0
-    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    signals: Mapping[Any, Tensor] = field(default_factory=dict)
     text: TextTokens | None = None
 
 
@@ -97,15 +119,18 @@ class Reduction:
 class Reducer(BaseModel):
     """Base of all reducers; a subclass adds parameters and writes `reduce`.
 
-    places: where it may act. known_count: the number of survivors follows from the grid and the budget alone.
-    reads_text: the choice depends on the prompt's text. `ratio` is the fraction of the visual tokens removed, `keep`
-    the other way to say it: an int is tokens kept per span, a float the fraction kept.
+    places: where it may act. known_count: the number of survivors follows from the grid and the budget alone. decides:
+    without a budget the rule itself says how many tokens stay; its budget is then all that is there, and the survivors
+    are counted. Every other reducer needs a budget. reads_text: the choice depends on the prompt's text. `ratio` is the
+    fraction of the visual tokens removed, `keep` the other way to say it: an int is tokens kept per span, a float the
+    fraction kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     places: ClassVar[frozenset[Place]]
     known_count: ClassVar[bool] = True
+    decides: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video", "audio"})
 

@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mllm_squeeze.upstream.calls import TextCall, parameters_of
+from mllm_squeeze.upstream.calls import TextCall
+from mllm_squeeze.upstream.injections import CROSS_STATES
 
-_STATES, _MASK, _ROWS = "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask"
+_MASK, _ROWS = "cross_attention_mask", "full_text_row_masked_out_mask"
 _QUERY_STATES, _QUERY_MASK = "encoder_hidden_states", "encoder_attention_mask"
-
-
-def takes_states(module: nn.Module) -> bool:
-    """True where a text model attends to states that are no part of its sequence."""
-    return _STATES in parameters_of(module)
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class CrossCall:
     @classmethod
     def read(cls, call: TextCall) -> CrossCall:
         """Read the arguments of a text model."""
-        return cls(call.named.get(_STATES), call.named.get(_MASK), call.named.get(_ROWS))
+        return cls(call.named.get(CROSS_STATES), call.named.get(_MASK), call.named.get(_ROWS))
 
     def replace(self, **changes: Any) -> CrossCall:
         """Return the call with other states, mask or rows."""
@@ -42,7 +38,7 @@ class CrossCall:
 
     def arguments(self) -> dict[str, Any]:
         """Return them as arguments of the text model."""
-        return {_STATES: self.states, _MASK: self.mask, _ROWS: self.rows}
+        return {CROSS_STATES: self.states, _MASK: self.mask, _ROWS: self.rows}
 
 
 @dataclass(frozen=True)

@@ -6,49 +6,33 @@ place as well as by its name.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache as memoised
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.upstream.names import CACHE_NAMES, EMBEDDINGS, HIDDEN, IDS, MASK, POSITIONS, ROPE, USE_CACHE
+from mllm_squeeze.upstream.signatures import forward_parameters, places
 
-# 5.24 renamed the second to the first; inner modules get whichever their caller chose.
-CACHE_NAMES = ("cache", "past_key_values")
-HIDDEN, MASK, POSITIONS, ROPE = "hidden_states", "attention_mask", "position_ids", "position_embeddings"
-EMBEDDINGS, IDS, USE_CACHE = "inputs_embeds", "input_ids", "use_cache"
 _PACKED = "cu_seq_lens_q"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def parameters_of(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of the forward that a module's class has, `self` left out."""
-    return _parameters(type(module).forward)
-
-
-@memoised
-def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    found = dict(inspect.signature(forward).parameters)
-    found.pop("self", None)
-    return found
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call by name, those that came by their place included."""
     if not args:
         return dict(kwargs)
-    places = [name for name, one in parameters_of(module).items() if one.kind is one.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(places):
+    names = places(type(module).forward)
+    if len(args) > len(names):
         raise UnsupportedModelError(
             f"{type(module).__name__} was called with {len(args)} arguments by place, and its forward names "
-            f"{len(places)}. Pass them by name."
+            f"{len(names)}. Pass them by name."
         )
-    return {**dict(zip(places, args, strict=False)), **kwargs}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 # The cache
@@ -69,7 +53,7 @@ def cache_name(module: nn.Module) -> str:
     Raises:
         UnsupportedModelError: its forward has none of the names that are known.
     """
-    found = next((name for name in CACHE_NAMES if name in parameters_of(module)), None)
+    found = next((name for name in CACHE_NAMES if name in forward_parameters(module)), None)
     if found is None:
         raise UnsupportedModelError(
             f"{type(module).__name__}.forward takes no argument named {' or '.join(CACHE_NAMES)}, so a cache cannot be "

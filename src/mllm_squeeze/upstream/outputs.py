@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.upstream.calls import CACHE_NAMES
+from mllm_squeeze.upstream.names import CACHE_NAMES
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_squeeze.upstream.calls import EMBEDDINGS, IDS, MASK, named
+from mllm_squeeze.upstream.calls import named
+from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK
 
 # Arguments that bring a modality into a prompt.
 _PIXELS = {
@@ -72,11 +73,6 @@ class PromptCall:
     def left(self, modality: str) -> Tensor | None:
         """Bool (tokens of all items,), those that a family itself leaves in the prompt; None for all."""
         return self.inputs.get(f"{modality}_compression_mask")
-
-    @property
-    def shown_tiles(self) -> tuple[Tensor | None, Tensor | None]:
-        """The mask over tiles (B, pictures, tiles), and the ids of the tilings, of a family that says them so."""
-        return self.inputs.get("aspect_ratio_mask"), self.inputs.get("aspect_ratio_ids")
 
 
 MODALITIES = tuple(_PIXELS)

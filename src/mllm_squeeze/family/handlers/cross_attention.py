@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.layout import Span, Tile, TokenLayout
-from mllm_squeeze.upstream.attended import CrossCall, takes_states
+from mllm_squeeze.upstream import injections
+from mllm_squeeze.upstream.attended import CrossCall
 from mllm_squeeze.upstream.prompts import PromptCall
 
 
 def has_cross_attention(decoder: nn.Module) -> bool:
     """True where the text model attends to pictures that are no part of its sequence."""
-    return takes_states(decoder)
+    return injections.takes_cross_states(decoder)
 
 
 def cross_layers(layers: nn.ModuleList) -> tuple[int, ...]:
     """Return the numbers of the decoder layers that attend to pictures."""
-    return tuple(number for number, layer in enumerate(layers) if hasattr(layer, "cross_attn"))
+    return injections.cross_layers(layers)
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ def find_pictures(cross: CrossCall, batch: int, tiles: int, prompted: PromptCall
     patches = states.shape[1]
     pictures = states.shape[0] // (batch * tiles)
     shown = torch.ones(batch, pictures, tiles, dtype=torch.bool)
-    ratios, ids = prompted.shown_tiles
-    if isinstance(ratios, Tensor):
+    ratios, ids = injections.shown_tiles(prompted.inputs)
+    if ratios is not None:
         shown = ratios.cpu().view_as(shown).bool()
     elif mask is not None:
         seen = mask[..., mask.shape[-1] - pictures * tiles * patches :: patches] == 0
         seen = seen if rows is None else seen & (rows != 0)
         shown = seen.any(2).cpu().view_as(shown)
-    if isinstance(ids, Tensor):
+    if ids is not None:
         shown = shown & (ids.cpu() != 0).view(batch, pictures, 1)
     return Pictures(states.reshape(batch, -1, states.shape[-1]), shown)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mllm_squeeze.upstream import injections
+from mllm_squeeze.upstream.injections import AddFeatures
 
 Kept = tuple[Tensor, Tensor | None]
 
 
 def has_deepstack(decoder: nn.Module) -> bool:
     """True where the text model adds deepstack features (Qwen3-VL and its kin)."""
-    return hasattr(decoder, "_deepstack_process")
+    return injections.takes_deepstack(decoder)
 
 
 def follow_cuts(decoder: nn.Module, kept: Callable[[], Kept | None]) -> Callable[[], None]:
@@ -21,21 +23,15 @@ def follow_cuts(decoder: nn.Module, kept: Callable[[], Kept | None]) -> Callable
 
     kept: returns (index int64 (B, M), valid bool (B, M) or None), the columns still there, or None without a cut.
     """
-    original: Any = decoder._deepstack_process
 
-    def process(hidden_states: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
-        now = kept()
-        if now is None:
-            added: Tensor = original(hidden_states, visual_pos_masks, visual_embeds)
-            return added
-        return add_features(hidden_states, visual_pos_masks, visual_embeds, *now)
+    def wrap(original: AddFeatures) -> AddFeatures:
+        def add(hidden: Tensor, visual: Tensor, embeds: Tensor) -> Tensor:
+            now = kept()
+            return original(hidden, visual, embeds) if now is None else add_features(hidden, visual, embeds, *now)
 
-    decoder.__dict__["_deepstack_process"] = process
+        return add
 
-    def undo() -> None:
-        del decoder.__dict__["_deepstack_process"]
-
-    return undo
+    return injections.replace_deepstack(decoder, wrap)
 
 
 def add_features(hidden: Tensor, visual: Tensor, embeds: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:

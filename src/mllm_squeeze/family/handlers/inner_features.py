@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.family.handlers.deepstack import add_features
+from mllm_squeeze.upstream import injections
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,12 @@ class InnerFeatures:
 
 def has_inner_features(decoder: nn.Module) -> bool:
     """True where the text model adds features in front of inner layers by a mask over the full prompt."""
-    return "vision_mask" in inspect.signature(decoder.forward).parameters
+    return injections.takes_inner_features(decoder)
 
 
 def take_inner_features(kwargs: dict[str, Any]) -> tuple[dict[str, Any], InnerFeatures | None]:
     """Take such features out of a text model's arguments, so that the engine adds them (Granite 4 Vision)."""
-    features, mask = kwargs.get("deepstack_features"), kwargs.get("vision_mask")
-    if not isinstance(features, Mapping) or not isinstance(mask, Tensor):
+    rest, features, visual = injections.split_inner_features(kwargs)
+    if features is None or visual is None:
         return kwargs, None
-    visual = mask[..., 0] if mask.ndim == 3 else mask
-    return {**kwargs, "deepstack_features": None, "vision_mask": None}, InnerFeatures(features, visual)
+    return rest, InnerFeatures(features, visual)

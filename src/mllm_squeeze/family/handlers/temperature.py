@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.upstream.configs import temperature_start
 
 
 def refuse_scaled(config: Any, length: int) -> None:
@@ -15,10 +16,10 @@ def refuse_scaled(config: Any, length: int) -> None:
     Raises:
         UnsupportedInputError: the scale is no longer 1, and would be taken from the shortened sequence.
     """
-    scale = getattr(config, "floor_scale", None)
-    if scale and getattr(config, "attn_temperature_tuning", False) and length >= scale:
+    start = temperature_start(config)
+    if start is not None and length >= start:
         raise UnsupportedInputError(
-            f"This text model scales attention by the place in the cache from token {int(scale)} on, and {length} "
-            "tokens were seen: after a cut the places are others. Use a shorter prompt, or the dense model "
+            f"This text model scales attention by the place in the cache from token {start} on, and {length} tokens "
+            "were seen: after a cut the places are others. Use a shorter prompt, or the dense model "
             "(handle.disabled())."
         )

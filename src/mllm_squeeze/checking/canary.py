@@ -1,0 +1,370 @@
+"""A canary for releases that nobody has tried: cuts of a small stand-in, with all that decoding does, against masking.
+
+It is the code of transformers that changed, not the user's weights; so a text model of the same class with few layers
+and random weights tells, in a second or less, whether a cut is still what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+
+from mllm_squeeze.checking.prompt import BEFORE, LENGTH, SIDE, TrialPrompt, layer_to_cut, trial_prompt
+from mllm_squeeze.checking.small import first_line, small_parts
+from mllm_squeeze.engine import cache as kv
+from mllm_squeeze.engine import selfcheck
+from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.runtime import Runtime
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.errors import SqueezeError
+from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
+from mllm_squeeze.layout import Tile
+from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.upstream.caches import new_growing, new_static
+from mllm_squeeze.upstream.calls import Arguments, LayerCall, with_cache
+from mllm_squeeze.upstream.names import USE_CACHE
+from mllm_squeeze.upstream.outputs import hidden_of
+
+# Tokens that are decoded one by one; what is in front of them is the prefill.
+_STEPS = 3
+_PREFILL = LENGTH - _STEPS
+# Relative error that rounding alone explains in float32.
+_TOLERANCE = 1e-4
+# Masking must change this many times more than that, or equality says nothing.
+_MATTERS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run a cut.
+
+    implementation: of attention. repack: survivors are renumbered. rows: of the batch, the second padded on the left.
+    static: the cache has a fixed size.
+    """
+
+    implementation: str
+    repack: bool
+    rows: int
+    static: bool = False
+
+    def __str__(self) -> str:
+        batch = "one prompt" if self.rows == 1 else "a padded batch"
+        positions = "new" if self.repack else "old"
+        cache = "a static cache" if self.static else "a growing cache"
+        return f"{self.implementation}, {batch}, {positions} positions, {cache}"
+
+
+def cases_of(parts: ModelParts) -> list[Case]:
+    """Return the ways in which a text model can be run."""
+    repacks = [False] if parts.mrope or parts.kv_sources or parts.rotary is None else [False, True]
+    found = [Case(how, repack, rows) for how in ("sdpa", "eager") for repack in repacks for rows in (1, 2)]
+    plain = all(parts.has_entries(n) and parts.window(n) is None for n in range(len(parts.layers)))
+    if plain and not parts.kv_sources:
+        found += [Case("sdpa", repack, rows, static=True) for repack in repacks for rows in (1, 2)]
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the canary of a class of text models said.
+
+    broken: what is not exact, in words. why_not: why it did not run, "" where it did.
+    """
+
+    broken: tuple[str, ...] = ()
+    why_not: str = ""
+
+    @property
+    def ran(self) -> bool:
+        """True where a stand-in ran."""
+        return not self.why_not
+
+
+_verdicts: dict[Any, Verdict] = {}
+
+
+def decoding_of(parts: ModelParts) -> Verdict:
+    """Return whether cuts of a small text model of a model's class decode exactly; tried once per process."""
+    config = parts.text_config
+    kinds = tuple(sorted(set(getattr(config, "layer_types", None) or ())))
+    key = (type(parts.decoder), type(config), kinds, parts.mrope, bool(parts.kv_sources))
+    if key not in _verdicts:
+        small = small_parts(parts)
+        _verdicts[key] = (
+            Verdict(why_not=small.why_not) if small.parts is None else Verdict(tuple(broken_ways(small.parts)))
+        )
+    return _verdicts[key]
+
+
+def broken_ways(parts: ModelParts) -> list[str]:
+    """Return what goes wrong where cuts of a small text model are decoded, in words; nothing where all is exact.
+
+    parts: of a text model alone, in float32 on the CPU.
+    """
+    found = []
+    with torch.no_grad():
+        for case in cases_of(parts):
+            wrong = _guarded(lambda case=case: _decoding(parts, case))
+            found += [f"{case}: {wrong}"] if wrong else []
+        for what, check in (("a preview beside a filled cache", _preview), ("rows of a cache", _rows)):
+            wrong = _guarded(lambda check=check: check(parts))
+            found += [f"{what}: {wrong}"] if wrong else []
+    return found
+
+
+def _guarded(check: Any) -> str | None:
+    """Return what a check says; the code of a release that nobody tried may raise anything."""
+    try:
+        found: str | None = check()
+    except Exception as error:
+        return first_line(error)
+    return found
+
+
+# A cut, decoded
+
+
+def _decoding(parts: ModelParts, case: Case) -> str | None:
+    """Prefill, decode, and compare the states of survivors and of each step with those of one masked pass."""
+    prompt, layer = trial_prompt(parts, case.rows), layer_to_cut(parts)
+    plan = Plan((selfcheck.probe_cut(layer),), repack=case.repack)
+    with using(parts.text_config, case.implementation), _running(parts, plan) as runtime:
+        run = _Run(parts, runtime, plan, prompt, case.static)
+        run.prefill()
+        for column in range(_PREFILL, LENGTH):
+            run.step(column)
+        wrong = _cache_wrong(run, layer) or _crop_wrong(run)
+    if wrong:
+        return wrong
+    with using(parts.text_config, case.implementation):
+        expected, dense = _reference(parts, run, layer, case), _dense(parts, prompt)
+    kept = run.kept()
+    ours, theirs = torch.cat(run.states, 1)[kept], expected[kept]
+    error = selfcheck.distance(ours, theirs)
+    if not error <= _TOLERANCE:
+        steps = [selfcheck.distance(state, expected[:, _PREFILL + n, None]) for n, state in enumerate(run.states[1:])]
+        words = ", ".join(f"{step:.0e}" for step in steps)
+        return f"a cut differs from masking the same tokens by {error:.1e} (decode steps: {words})"
+    if not selfcheck.distance(dense[kept], theirs) > _MATTERS * error:
+        return f"masking tokens changes nothing that could be told from rounding ({error:.1e})"
+    return None
+
+
+class _Run:
+    """A squeezed prefill and its decode steps; `states` are what each of them gave."""
+
+    def __init__(self, parts: ModelParts, runtime: Runtime, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
+        self.parts, self.runtime, self.prompt = parts, runtime, prompt
+        self.cache = new_static(parts.text_config, LENGTH) if static else new_growing(parts.text_config)
+        self.session = Session(plan, parts, prompt.layout(_PREFILL), {}, _PREFILL, 0)
+        self.states: list[Tensor] = []
+
+    def prefill(self) -> None:
+        """Run the tokens in front of those that are decoded."""
+        self.session.prepare(torch.device("cpu"))
+        self.states.append(self.runtime.run_with(self.session, lambda: self._pass(0, _PREFILL)))
+
+    def step(self, column: int) -> None:
+        """Decode one token."""
+        self.states.append(self._pass(column, column + 1))
+
+    def _pass(self, start: int, stop: int) -> Tensor:
+        given = with_cache(self.parts.decoder, self.prompt.columns(start, stop), self.cache)
+        return hidden_of(self.parts.decoder(**given, **{USE_CACHE: True}))
+
+    def kept(self) -> Tensor:
+        """Return bool (B, LENGTH): survivors of the prefill, and all tokens behind it."""
+        index = self.session.index
+        assert index is not None
+        kept = torch.zeros(self.prompt.rows, LENGTH, dtype=torch.bool)
+        kept[:, _PREFILL:] = True
+        rows = torch.arange(self.prompt.rows)[:, None].expand_as(index)
+        good = torch.ones_like(index, dtype=torch.bool) if self.session.valid is None else self.session.valid
+        kept[rows[good], index[good]] = True
+        return kept
+
+
+def _cache_wrong(run: _Run, layer: int) -> str | None:
+    """Return what is wrong with what the cache says of itself."""
+    if run.session.index is None or not kv.is_cut(run.cache):
+        return "nothing was cut"
+    seen = kv.tokens_seen(run.cache)
+    if seen != LENGTH:
+        return f"the cache says that it saw {seen} tokens, and {LENGTH} went through"
+    survivors = run.session.index.shape[1] + _STEPS
+    for number in range(len(run.parts.layers)):
+        if number in run.parts.kv_sources or not run.parts.has_entries(number):
+            continue
+        held = kv.held_entries(run.cache, number, LENGTH)
+        expected = LENGTH if number < layer else survivors
+        window = run.parts.window(number)
+        if held != expected and not (window and number < layer and held <= expected):
+            return f"layer {number} holds {held} entries of {expected}"
+    return None
+
+
+def _crop_wrong(run: _Run) -> str | None:
+    """Forget the last token and decode it again; then try to forget tokens that were cut."""
+    if kv.is_static(run.cache) or not all(run.parts.has_entries(n) for n in range(len(run.parts.layers))):
+        return None
+    if any(run.parts.window(n) for n in range(layer_to_cut(run.parts))):
+        return None
+    run.cache.crop(-1)
+    run.step(LENGTH - 1)
+    again = selfcheck.distance(run.states.pop(), run.states[-1])
+    if not again <= _TOLERANCE:
+        return f"a token that was forgotten and decoded again differs by {again:.1e}"
+    try:
+        run.cache.crop(-(LENGTH - BEFORE - SIDE**2 + 1))
+    except SqueezeError:
+        return None
+    return "a crop into the part that was cut is not refused"
+
+
+# What it is compared with
+
+
+def _dense(parts: ModelParts, prompt: TrialPrompt) -> Tensor:
+    return hidden_of(parts.decoder(**prompt.given, **{USE_CACHE: False}))
+
+
+def _reference(parts: ModelParts, run: _Run, layer: int, case: Case) -> Tensor:
+    """Return the states (B, LENGTH, D) of one pass without a cache.
+
+    Where layers mix tokens without attention, masking has no meaning; then it is a cut without a cache.
+    """
+    if selfcheck.layers_without_attention(parts, layer):
+        plan = run.session.plan
+        with _running(parts, plan) as runtime:
+            session = Session(plan, parts, run.prompt.layout(), {}, LENGTH, 0)
+            session.prepare(torch.device("cpu"))
+            return runtime.run_with(session, lambda: _dense(parts, run.prompt))
+    kept = run.kept()
+    hooks = []
+    for number in range(layer, len(parts.layers)):
+        module = parts.layers[number]
+        hooks.append(module.register_forward_pre_hook(selfcheck.closing(kept, module), with_kwargs=True))
+        if case.repack:
+            places = (kept & run.prompt.real).long().cumsum(1) - 1
+            hook = _renumbering(parts, number, places.clamp(min=0))
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        return _dense(parts, run.prompt)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _renumbering(parts: ModelParts, number: int, places: Tensor) -> Any:
+    def renumber(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        call = LayerCall.read(args, kwargs)
+        return call.replace(rope=parts.rotate(number, call.hidden, places)).out()
+
+    return renumber
+
+
+# Preview and rows
+
+
+class _Watching(Reducer):
+    """Keeps all tokens, and what attention it was shown."""
+
+    places: ClassVar[frozenset[Place]] = frozenset({"layer"})
+
+    source: Literal["current", "next"] = "next"
+    _seen: list[Tensor] = PrivateAttr(default_factory=list)
+
+    @property
+    def seen(self) -> list[Tensor]:
+        """What was read, call by call: float32 (1, N) each."""
+        return self._seen
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Need("attention", rows="last", source=self.source),)
+
+    def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
+        return current
+
+    def reduce(self, tokens: VisualTokens) -> Reduction:
+        self.seen.append(tokens.signals["attention"])
+        return Reduction(tokens.mask)
+
+
+def _preview(parts: ModelParts) -> str | None:
+    """Preview the attention of a layer, then read it where it is computed; the cache must not notice."""
+    layer = layer_to_cut(parts)
+    module = parts.layers[layer]
+    if parts.row.stacked or find_attention(module) is None or find_pre_norm(module) is None:
+        return None
+    before, inside = _Watching(ratio=0.5, source="next"), _Watching(ratio=0.5, source="current")
+    cuts = [PlannedCut(0, "canary", layer, before)]
+    if layer + 1 < len(parts.layers):
+        cuts.append(PlannedCut(1, "canary", layer + 1, inside))
+    plan = Plan(tuple(cuts), repack=False)
+    with _running(parts, plan) as runtime:
+        run = _Run(parts, runtime, plan, trial_prompt(parts), static=False)
+        run.prefill()
+    for number in range(len(parts.layers)):
+        held = kv.held_entries(run.cache, number, _PREFILL)
+        if number not in parts.kv_sources and parts.has_entries(number) and held > _PREFILL:
+            return f"layer {number} holds {held} entries of {_PREFILL} tokens: the preview wrote into the cache"
+    if len(before.seen) != 1 or len(inside.seen) != len(cuts) - 1:
+        return "the attention was not read"
+    if inside.seen and not selfcheck.distance(before.seen[0], inside.seen[0]) <= _TOLERANCE:
+        error = selfcheck.distance(before.seen[0], inside.seen[0])
+        return f"it differs from the attention of the layer by {error:.1e}"
+    return None
+
+
+def _rows(parts: ModelParts) -> str | None:
+    """Swap the rows of a cut cache, as beams do, and decode on."""
+    if not all(parts.has_entries(n) for n in range(len(parts.layers))):
+        return None
+    layer, prompt = layer_to_cut(parts), trial_prompt(parts, 2)
+    plan = Plan((selfcheck.probe_cut(layer),), repack=False)
+    swap = torch.tensor([1, 0])
+    swapped = TrialPrompt(2, prompt.swapped())
+    states = []
+    for order in (None, swap):
+        with _running(parts, plan) as runtime:
+            run = _Run(parts, runtime, plan, prompt, static=False)
+            run.prefill()
+            if order is not None:
+                run.cache.reorder_cache(order)
+                run.prompt = swapped
+            run.step(_PREFILL)
+            states.append(run.states[-1])
+    error = selfcheck.distance(states[1], states[0][swap])
+    return None if error <= _TOLERANCE else f"swapped rows differ by {error:.1e}"
+
+
+@contextmanager
+def using(config: Any, name: str) -> Iterator[None]:
+    before = config._attn_implementation_internal
+    config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = before
+
+
+@contextmanager
+def _running(parts: ModelParts, plan: Plan) -> Iterator[Runtime]:
+    runtime = Runtime(parts, plan, lambda session: None)
+    try:
+        runtime.attach()
+        yield runtime
+    finally:
+        runtime.detach()
+
+
+def in_words(broken: Sequence[str]) -> str:
+    """Return the first few of what is broken."""
+    rest = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
+    return "; ".join(broken[:3]) + rest

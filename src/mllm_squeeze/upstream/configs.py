@@ -1,0 +1,178 @@
+"""What the config of a HuggingFace model says, by the names that transformers gives its words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mllm_squeeze.errors import UnsupportedModelError
+
+_ID_SUFFIXES = ("id", "index")
+_FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """The sizes of a text model that its FLOPs follow from; intermediate: of all MLPs that one token goes through."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+
+
+def model_type_of(config: Any) -> str | None:
+    """Return the name that transformers gives the family, None where this is no HuggingFace config."""
+    return getattr(config, "model_type", None)
+
+
+def tower_type_of(config: Any) -> str | None:
+    """Return the name of the vision encoder's family, None where the config does not say."""
+    return getattr(getattr(config, "vision_config", None), "model_type", None)
+
+
+def at_path(config: Any, path: str) -> Any:
+    """Return what stands at a dotted path of a config."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def placeholder_id(config: Any, modality: str) -> int | None:
+    """Return the id of the token that stands for one feature ("image", "video", "audio"), None without one."""
+    values = (getattr(config, name, None) for name in placeholder_names(modality))
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def placeholder_names(modality: str) -> tuple[str, ...]:
+    """Return the names under which a config keeps a modality's placeholder id."""
+    return tuple(f"{modality}_token_{suffix}" for suffix in _ID_SUFFIXES)
+
+
+def feature_layers(config: Any) -> int | list[int]:
+    """Return which hidden states of the encoder the LLM gets: an index into them, or several that are joined."""
+    for name in _FEATURE_LAYERS:
+        found: Any = getattr(config, name, None)
+        if found is not None:
+            return found
+    return -1
+
+
+def names_feature_layers(config: Any) -> bool:
+    """Say whether a config has a word for the hidden states that the LLM gets."""
+    return any(hasattr(config, name) for name in _FEATURE_LAYERS)
+
+
+def full_blocks(config: Any, name: str) -> list[int]:
+    """Return the encoder blocks that attend to the whole picture.
+
+    config: of the encoder. name: of the list in it.
+
+    Raises:
+        UnsupportedModelError: the config has no such list.
+    """
+    found: Any = getattr(config, name, None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"The config of the vision encoder ({getattr(config, 'model_type', type(config).__name__)}) does not say "
+            f"which of its blocks attend to the whole picture: expected a list `{name}`, found none."
+        )
+    return [int(number) for number in found]
+
+
+def kv_sources(config: Any, count: int) -> dict[int, int]:
+    """Return for each layer that borrows keys and values the one it borrows them from: the last own one of its type.
+
+    config: of the text model. count: number of its layers.
+    """
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    own = count - shared
+    last = {kind: number for number, kind in enumerate(kinds[:own])}
+    return {number: last[kinds[number]] for number in range(own, count) if kinds[number] in last}
+
+
+def temperature_start(config: Any) -> int | None:
+    """Return from how many tokens on a text model scales attention by the place in the cache, None where it never does.
+
+    config: of the text model.
+    """
+    start = getattr(config, "floor_scale", None)
+    return int(start) if start and getattr(config, "attn_temperature_tuning", False) else None
+
+
+def text_sizes(config: Any) -> TextSizes | None:
+    """Return the sizes of a text model, None where its config does not name them."""
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    inner = _intermediate(config)
+    if heads is None or hidden is None or inner is None:
+        return None
+    return TextSizes(
+        hidden=hidden,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        intermediate=inner,
+        vocab=config.vocab_size,
+    )
+
+
+def _intermediate(config: Any) -> int | None:
+    experts = getattr(config, "num_experts_per_tok", None)
+    width = getattr(config, "moe_intermediate_size", None)
+    if isinstance(experts, int) and isinstance(width, int):
+        return experts * width + (getattr(config, "shared_expert_intermediate_size", None) or 0)
+    found = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    return found if isinstance(found, int) else None
+
+
+# The grid of an encoder
+
+
+def patch_grid(config: Any) -> int:
+    """Return how many patches a square picture has along one side; config: of the whole model."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size)
+
+
+def patch_size(config: Any) -> int:
+    """Return the side of a patch in pixels; config: of the whole model."""
+    return int(config.vision_config.patch_size)
+
+
+def tile_size(config: Any) -> int:
+    """Return the side in pixels of what the encoder takes at once; config: of the whole model."""
+    return int(config.vision_config.image_size)
+
+
+def tower_merge(config: Any) -> int:
+    """Return how many patches along one side the encoder's merger joins to one token, 1 without a merger."""
+    return int(getattr(config.vision_config, "spatial_merge_size", 1))
+
+
+def projector_merge(config: Any) -> int:
+    """Return how many patches along one side the projector joins to one token, 1 where it joins none."""
+    return int(getattr(config, "spatial_merge_size", 1))
+
+
+def pool_stride(config: Any) -> int:
+    """Return by how much the frames of a video are pooled along one side."""
+    return int(config.spatial_pool_stride)
+
+
+def patches_of(config: Any) -> int | None:
+    """Return how many patches a picture of the encoder's size has, None where that is not told; config: its own."""
+    size, patch = (_sides(getattr(config, name, None)) for name in ("image_size", "patch_size"))
+    return None if size is None or patch is None else (size[0] // patch[0]) * (size[1] // patch[1])
+
+
+def _sides(size: Any) -> tuple[int, int] | None:
+    """Return height and width of what may be one number for both."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, (list, tuple)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    return None

@@ -1,0 +1,8 @@
+"""Names of the arguments that carry one role each, in every release that is supported."""
+
+from __future__ import annotations
+
+# 5.24 renamed the second to the first; inner modules get whichever their caller chose.
+CACHE_NAMES = ("cache", "past_key_values")
+HIDDEN, MASK, POSITIONS, ROPE = "hidden_states", "attention_mask", "position_ids", "position_embeddings"
+EMBEDDINGS, IDS, USE_CACHE = "inputs_embeds", "input_ids", "use_cache"
