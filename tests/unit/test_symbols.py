@@ -58,10 +58,10 @@ def test_every_family_is_looked_at() -> None:
 
 def test_a_renamed_argument_is_named(drifted: Path) -> None:
     record = known(drifted)
-    edit(drifted / LLAVA, "mm_encoder_outputs", "encoded")
+    edit(drifted / LLAVA, "inputs_embeds", "embeds")
     (broken,) = [one for one in record.moved(symbols.found(drifted)) if one.what.endswith("LlavaModel.forward")]
-    assert "mm_encoder_outputs=" in broken.expected and "encoded=" in broken.found
-    assert "was: mm_encoder_outputs=; is: encoded=" in symbols.summary([broken])
+    assert "inputs_embeds=" in broken.expected and " embeds=" in broken.found
+    assert "was: inputs_embeds=; is: embeds=" in symbols.summary([broken])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_harmless_changes_are_none(drifted: Path) -> None:
 def test_what_any_tested_release_had_is_known(drifted: Path) -> None:
     """Also that a symbol was not there yet."""
     older = symbols.found(drifted)
-    edit(drifted / LLAVA, "mm_encoder_outputs", "encoded")
+    edit(drifted / LLAVA, "inputs_embeds", "embeds")
     edit(drifted / "cache_utils.py", "    def reset(self)", "    def rewind(self, n: int): ...\n    def reset(self)")
     newer = symbols.found(drifted)
     record = symbols.Record()
@@ -109,7 +109,7 @@ def test_the_command_fails_where_something_moved(
     monkeypatch.setattr(symbols, "RECORD", tmp_path / "symbols.json")
     monkeypatch.setattr(symbols, "_folder", lambda: drifted)
     assert symbols.main(["--record"]) == 0
-    edit(drifted / LLAVA, "mm_encoder_outputs", "encoded")
+    edit(drifted / LLAVA, "inputs_embeds", "embeds")
     assert symbols.main([]) == 1
     told = capsys.readouterr().out
     assert "MOVED" in told and "LlavaModel.forward" in told and f"Tested: {transformers.__version__}." in told
