@@ -13,11 +13,12 @@ from torch import nn
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
 from mllm_squeeze.config import Recipe, load_recipe
+from mllm_squeeze.engine.compiled import forget_compiled
 from mllm_squeeze.engine.running import require_idle
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Cut
-from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
+from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
@@ -107,6 +108,7 @@ class Handle:
         if runtime is not None:
             require_idle(_called(runtime.parts))
             runtime.detach()
+            forget_compiled(runtime.parts)
         self._removed = True
         if inner is not None:
             _handles.pop(inner, None)
@@ -144,6 +146,8 @@ class Handle:
 def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params: Any) -> Handle:
     """Apply a method to a HuggingFace multimodal model, in place and without a copy of its weights.
 
+    A model that was compiled and has run is compiled anew at its next call, as is other compiled code in the process.
+
     method: the name of a method, the path of a YAML recipe, or a dict. params: what the recipe lets one set, such as
     `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept) and `layer`.
 
@@ -153,6 +157,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
         UnsupportedModelError: the model, or a part that the method needs, is not there.
         InUseError: another thread is inside a call of the model.
     """
+    _check_order(model, method)
     recipe = load_recipe(method, **params)
     parts = _find(model)
     present = _handle_of(parts.model)
@@ -164,6 +169,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
     require_idle(_called(parts))
     require_release(parts)
     handle = Handle(model, recipe, parts)
+    forget_compiled(parts)
     _handles[parts.model] = weakref.ref(handle)
     return handle
 
@@ -192,6 +198,15 @@ def remove(model: nn.Module) -> None:
             f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."
         )
     found.remove()
+
+
+def _check_order(model: Any, method: Any) -> None:
+    if isinstance(method, nn.Module) and isinstance(model, (str, Path, Mapping)):
+        name = repr(str(model)) if isinstance(model, (str, Path)) else "recipe"
+        raise UnsupportedModelError(
+            f"The model comes first, then the method; got a {type(model).__name__} and a {type(method).__name__}. "
+            f"Write squeeze.apply(model, {name})."
+        )
 
 
 def _find(model: nn.Module) -> ModelParts:
@@ -246,5 +261,14 @@ def _found(parts: ModelParts) -> dict[str, Any]:
         "tower": parts.path(parts.tower),
         "projector": parts.path(parts.projector),
         "modalities": list(parts.ids),
-        "methods": {name: why_not(load_recipe(name), parts) or "fits" for name in method_names()},
+        "methods": {name: _verdict(name, parts) for name in method_names()},
     }
+
+
+def _verdict(name: str, parts: ModelParts) -> str:
+    """Return "fits" or the reason why not, that its recipe is broken included: it must not hide the others."""
+    try:
+        recipe = load_recipe(name)
+    except SqueezeError as error:
+        return str(error)
+    return why_not(recipe, parts) or "fits"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
+import pickle
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +25,7 @@ import mllm_squeeze as squeeze
 import oracle
 import snapshot
 import tiny
-from mllm_squeeze.errors import NotAppliedError, SqueezeError
+from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError
 
 LIBRARY = str(Path(squeeze.__file__).parent)
 SAMPLED = 16
@@ -267,6 +272,109 @@ def test_apply_while_another_thread_generates() -> None:
     assert torch.equal(answer, expected)
     with matrix.applied(t.model, "divprune"):
         pass
+
+
+# Compiled models
+
+
+def wrapped(model: Any) -> Any:
+    """Compile the whole model as torch.compile does."""
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model: Any) -> Any:
+    """Compile the whole model in place."""
+    model.compile(backend="eager")
+    return model
+
+
+def by_forward(model: Any) -> Any:
+    """Compile the forward of the whole model."""
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def text_model_alone(model: Any) -> Any:
+    """Compile the text model in place."""
+    model.model.language_model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("compiled", [wrapped, in_place, by_forward, text_model_alone])
+def test_a_model_that_was_compiled_before(compiled: Callable[[Any], Any]) -> None:
+    """torch.compile does not look for hooks that came after it compiled."""
+    t = tiny.fresh("llava")
+    inputs = t.inputs["image"]
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            dense = t.model(**inputs).logits
+            with matrix.applied(t.model, "divprune"):
+                squeezed = t.model(**inputs).logits
+            run = compiled(t.model)
+            oracle.assert_close(run(**inputs).logits, dense, "compiled")
+            with matrix.applied(run, "divprune") as handle:
+                got = run(**inputs).logits
+                assert handle.report().visual_after < handle.report().visual_before
+            again = run(**inputs).logits
+        oracle.assert_close(got, squeezed, "squeezed")
+        oracle.assert_close(again, dense, "removed")
+    finally:
+        torch._dynamo.reset()
+
+
+def test_a_compiled_text_model_inside() -> None:
+    """It works, or an error says what to do."""
+    t = tiny.fresh("llava")
+    t.model.model.language_model = torch.compile(t.model.model.language_model, backend="eager")
+    with pytest.raises(SqueezeError, match="OptimizedModule"):
+        squeeze.apply(t.model, "divprune", ratio=0.5)
+
+
+def test_a_wrapper_of_torch_compile_has_the_same_handle() -> None:
+    t = tiny.fresh("llava")
+    wrapper = torch.compile(t.model, backend="eager")
+    squeeze.apply(wrapper, "divprune", ratio=0.5)
+    with pytest.raises(AlreadyAppliedError):
+        squeeze.apply(t.model, "divprune", ratio=0.5)
+    squeeze.remove(t.model)
+    with pytest.raises(NotAppliedError):
+        squeeze.remove(wrapper)
+
+
+# What a handle keeps
+
+
+def test_a_handle_lets_go_of_the_model() -> None:
+    """A handle that is kept, applied or removed, keeps its report and no model."""
+    for remove in (True, False):
+        t = tiny.fresh("llava")
+        handle = squeeze.apply(t.model, "fastv", ratio=0.5, layer=2)
+        oracle.run(t.model, t.inputs["image"], oracle.forced_tokens(1, 1))
+        if remove:
+            handle.remove()
+        gone = weakref.ref(t.model)
+        del t
+        gc.collect()
+        assert gone() is None
+        assert handle.model is None
+        assert handle.report().visual_after < handle.report().visual_before
+        if not remove:
+            handle.remove()
+        with pytest.raises(NotAppliedError):
+            handle.remove()
+
+
+def test_pickles_are_refused() -> None:
+    """A pickle would carry the hooks; the message is that of a deep copy, and a pickle made after remove() is free."""
+    t = tiny.fresh("llava")
+    for method in ("fastv", "visionzip"):
+        with matrix.applied(t.model, method):
+            for save in (pickle.dumps, copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
+                with pytest.raises(SqueezeError, match=f"'{method}'.*remove"):
+                    save(t.model)
+    pickle.dumps(t.model)
 
 
 # Text after pictures

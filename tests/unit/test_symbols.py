@@ -100,7 +100,7 @@ def test_what_any_tested_release_had_is_known(drifted: Path) -> None:
     assert record.moved(newer)
     record.add("1.1", newer)
     assert record.moved(older) == record.moved(newer) == []
-    assert record.symbols["cache_utils.DynamicLayer.reset"] == {"1.0": "()"}
+    assert record.symbols["cache_utils.DynamicLayer.crop"] == {"1.0": "(tokens_to_remove)"}
 
 
 def test_the_command_fails_where_something_moved(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine.session import Session
-from mllm_squeeze.engine.taps import score_rows
+from mllm_squeeze.engine.taps import AttentionCall, score_rows
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.reducers.base import DecodeReducer
 
@@ -31,10 +30,11 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, cache: Any)
         )
     visual = entries.visual
 
-    def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    def read(call: AttentionCall) -> bool:
         layer: Any = kv.layer_at(cache, holder)
-        rows = query.new_full((query.shape[0], 1), query.shape[2] - 1, dtype=torch.long)
-        scores = score_rows(query, key, mask, kwargs, rows, torch.ones_like(rows, dtype=torch.float32))
+        batch, _, queries, _ = call.query.shape
+        rows = call.query.new_full((batch, 1), queries - 1, dtype=torch.long)
+        scores = score_rows(call, rows, torch.ones_like(rows, dtype=torch.float32))
         row = scores[:, : visual.shape[1]]
         notes = layer.notes or {}
         kept, stored = reducer.refresh(row, notes.get("row"), notes.get("kept"), visual.to(row.device))

@@ -1,0 +1,42 @@
+"""Makes torch.compile look at a model again when hooks came or went: it does not guard the code that it made on that."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from mllm_squeeze.family.structure import ModelParts
+
+
+def forget_compiled(parts: ModelParts) -> None:
+    """Let torch.compile forget its code where some of it may be of this model; what is called next is compiled anew.
+
+    torch forgets all or nothing, so other compiled models pay for it as well. Where only other things were compiled
+    than models, nothing happens.
+    """
+    places = _places(parts)
+    if any(code.co_filename.startswith(places) for code in _compiled_code()):
+        torch.compiler.reset()
+
+
+def _places(parts: ModelParts) -> tuple[str, ...]:
+    """Return where the code is that runs when a model is called."""
+    called: tuple[nn.Module, ...] = (parts.model, parts.base, parts.decoder, parts.layers[0])
+    files = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in called}
+    packages = (Path(str(package.__file__)).parent for package in (transformers, nn))
+    return (*(str(package) for package in packages), *(file for file in files if file))
+
+
+def _compiled_code() -> Iterator[CodeType]:
+    frames: Any = sys.modules.get("torch._dynamo.convert_frame")
+    for found in () if frames is None else tuple(frames.input_codes.seen):
+        code = found()
+        if code is not None:
+            yield code
