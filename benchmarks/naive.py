@@ -18,6 +18,8 @@ from transformers import DynamicCache
 
 from mllm_squeeze.bench.contestants import Contestant, State
 from mllm_squeeze.bench.models import IMAGE, Prompt
+from mllm_squeeze.upstream.calls import cache_of, with_cache
+from mllm_squeeze.upstream.outputs import cache_of_output
 
 
 class Naive(Contestant):
@@ -145,16 +147,19 @@ class NaiveDivPrune(Naive):
         cache = DynamicCache(config=self.model.config.get_text_config())
         positions = torch.arange(len(self.kept), device=embeds.device)[None]
         out = self.decoder(
-            inputs_embeds=short, position_ids=positions, attention_mask=self._mask(short), past_key_values=cache
+            inputs_embeds=short,
+            position_ids=positions,
+            attention_mask=self._mask(short),
+            **with_cache(self.decoder, {}, cache),
         )
-        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), out.past_key_values)
+        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), cache_of_output(out))
 
     def step(self, state: State, number: int) -> State:
         """Decode behind the renumbered prompt."""
         states = self.model.get_input_embeddings()(self.prompt.decoded[:, number : number + 1])
         positions = torch.tensor([[len(self.kept) + number]], device=states.device)
-        out = self.decoder(inputs_embeds=states, position_ids=positions, past_key_values=state.cache)
-        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), out.past_key_values)
+        out = self.decoder(inputs_embeds=states, position_ids=positions, **with_cache(self.decoder, {}, state.cache))
+        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), cache_of_output(out))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -198,7 +203,7 @@ class NaiveDart(Naive):
             self.keys = None
 
     def _look(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        layer = kwargs["past_key_values"].layers[self.layer - 1]
+        layer = cache_of(kwargs).layers[self.layer - 1]
         if layer.keys.shape[2] == self.prompt.length:
             self.keys = layer.keys
 

@@ -7,6 +7,7 @@ python examples/turns.py --model llava-hf/llava-1.5-7b-hf --method divprune
 from __future__ import annotations
 
 import argparse
+import inspect
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     processor = AutoProcessor.from_pretrained(options.model)
     picture = next(demo.held_out(1)).picture
     cache: Any = DynamicCache(config=model.config.get_text_config())
+    # transformers calls the argument `cache` since 5.24.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     seen: torch.Tensor | None = None
 
     with squeeze.applied(model, options.method, ratio=options.ratio) as handle:
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
                 added = processor.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(model.device)
                 ids = torch.cat([seen, added["input_ids"]], dim=1)
                 fresh = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            out = model.generate(**fresh, past_key_values=cache, max_new_tokens=16, do_sample=False)
+            out = model.generate(**fresh, **{name: cache}, max_new_tokens=16, do_sample=False)
             said = processor.decode(out[0, fresh["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             held = [layer.keys.shape[-2] for layer in cache.layers]
             print(f"{question} {said}\n    tokens seen: {cache.get_seq_length()}   held per layer: {held}")

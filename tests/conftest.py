@@ -14,7 +14,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
+import deprecations
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the suite."""
+    deprecations.add_option(parser)
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers."""
+    """Register the markers, and make errors of deprecations where asked to."""
+    deprecations.configure(config)
     config.addinivalue_line("markers", "quick: part of the subset that runs in under a minute")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """All files are imported now, and no test has run."""
+    deprecations.listen(session.config)

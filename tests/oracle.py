@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
+import cache_role
+
 Inputs = Mapping[str, Tensor]
 TOLERANCE = 1e-5
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -89,16 +91,16 @@ def run(model: Any, inputs: Inputs, forced: Tensor, cache: Any = None, **extra: 
     width, steps = inputs["input_ids"].shape[1], forced.shape[1]
     where = positions(model, inputs, steps)
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    out = model(**inputs, position_ids=where[..., :width], past_key_values=cache, use_cache=True, **extra)
+    out = model(**inputs, position_ids=where[..., :width], **cache_role.given(cache), use_cache=True, **extra)
     prefill, decode = out.logits, []
     for t in range(steps):
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
         at = where[..., width + t : width + t + 1]
         token = forced[:, t : t + 1]
-        out = model(input_ids=token, attention_mask=mask, position_ids=at, past_key_values=out.past_key_values)
+        out = model(input_ids=token, attention_mask=mask, position_ids=at, **cache_role.behind(out))
         decode.append(out.logits[:, -1])
     logits = torch.stack(decode, 1) if decode else prefill[:, :0]
-    return Steps(prefill, logits, out.past_key_values)
+    return Steps(prefill, logits, cache_role.of_output(out))
 
 
 class _Force(LogitsProcessor):
@@ -134,7 +136,7 @@ class _Pass:
         self.past = self.width = 0
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = cache_role.of_call(kwargs)
         self.past = 0 if cache is None else cache.get_seq_length()
         states = kwargs.get("inputs_embeds")
         self.width = (kwargs["input_ids"] if states is None else states).shape[1]
@@ -326,9 +328,9 @@ def plain_logits(model: Any, embeds: Tensor, forced: Tensor) -> Steps:
     out = text(inputs_embeds=embeds, use_cache=True)
     prefill, decode = head(out.last_hidden_state), []
     for t in range(forced.shape[1]):
-        out = text(inputs_embeds=embed(forced[:, t : t + 1]), past_key_values=out.past_key_values, use_cache=True)
+        out = text(inputs_embeds=embed(forced[:, t : t + 1]), **cache_role.behind(out), use_cache=True)
         decode.append(head(out.last_hidden_state[:, -1]))
-    return Steps(prefill, torch.stack(decode, 1), out.past_key_values)
+    return Steps(prefill, torch.stack(decode, 1), cache_role.of_output(out))
 
 
 @contextmanager

@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm_squeeze.api import Handle, applied, apply, check, families, remove
-    from mllm_squeeze.config import describe
+    from mllm_squeeze.config import describe, register_method
     from mllm_squeeze.engine.trace import Cut
-    from mllm_squeeze.errors import SqueezeError, SqueezeWarning
+    from mllm_squeeze.errors import (
+        AlreadyAppliedError,
+        ConfigError,
+        NotAppliedError,
+        SqueezeError,
+        SqueezeWarning,
+        UnknownNameError,
+        UnsupportedInputError,
+        UnsupportedModelError,
+    )
     from mllm_squeeze.registry import method_names as methods
-    from mllm_squeeze.registry import register_method, register_reducer
+    from mllm_squeeze.registry import register_reducer, unregister_method, unregister_reducer
 
 __version__ = "0.1.0"
 
@@ -29,18 +38,32 @@ _HOMES = {
     "describe": "config",
     "Cut": "engine.trace",
     "SqueezeError": "errors",
+    "ConfigError": "errors",
+    "UnknownNameError": "errors",
+    "UnsupportedModelError": "errors",
+    "UnsupportedInputError": "errors",
+    "AlreadyAppliedError": "errors",
+    "NotAppliedError": "errors",
     "SqueezeWarning": "errors",
-    "register_method": "registry",
+    "register_method": "config",
     "register_reducer": "registry",
+    "unregister_method": "registry",
+    "unregister_reducer": "registry",
 }
 
 _RENAMED = {"methods": "method_names"}
 
 __all__ = [
+    "AlreadyAppliedError",
+    "ConfigError",
     "Cut",
     "Handle",
+    "NotAppliedError",
     "SqueezeError",
     "SqueezeWarning",
+    "UnknownNameError",
+    "UnsupportedInputError",
+    "UnsupportedModelError",
     "applied",
     "apply",
     "check",
@@ -50,6 +73,8 @@ __all__ = [
     "register_method",
     "register_reducer",
     "remove",
+    "unregister_method",
+    "unregister_reducer",
 ]
 
 

@@ -18,7 +18,7 @@ from mllm_squeeze.engine.running import require_idle
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.trace import Cut
-from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError
+from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
@@ -89,8 +89,8 @@ class Handle:
             return Report(record(self.recipe, last))
         if self._saw_text_only:
             raise NotAppliedError(
-                "Nothing to report: the last prompt held no visual tokens, so nothing was cut. Run the model on one "
-                "with an image or video."
+                "Nothing to report: the last prompt held no visual tokens, so nothing was cut. Run the model on a "
+                "prompt with an image or video."
             )
         raise NotAppliedError(
             "Nothing to report: no prompt with an image or video went through the model since apply. Run the model "
@@ -157,6 +157,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
         UnsupportedModelError: the model, or a part that the method needs, is not there.
         InUseError: another thread is inside a call of the model.
     """
+    _check_order(model, method)
     recipe = load_recipe(method, **params)
     parts = _find(model)
     present = _handle_of(parts.model)
@@ -197,6 +198,15 @@ def remove(model: nn.Module) -> None:
             f"No method is applied to this {type(model).__name__}. Apply one with squeeze.apply first."
         )
     found.remove()
+
+
+def _check_order(model: Any, method: Any) -> None:
+    if isinstance(method, nn.Module) and isinstance(model, (str, Path, Mapping)):
+        name = repr(str(model)) if isinstance(model, (str, Path)) else "recipe"
+        raise UnsupportedModelError(
+            f"The model comes first, then the method; got a {type(model).__name__} and a {type(method).__name__}. "
+            f"Write squeeze.apply(model, {name})."
+        )
 
 
 def _find(model: nn.Module) -> ModelParts:
@@ -251,5 +261,14 @@ def _found(parts: ModelParts) -> dict[str, Any]:
         "tower": parts.path(parts.tower),
         "projector": parts.path(parts.projector),
         "modalities": list(parts.ids),
-        "methods": {name: why_not(load_recipe(name), parts) or "fits" for name in method_names()},
+        "methods": {name: _verdict(name, parts) for name in method_names()},
     }
+
+
+def _verdict(name: str, parts: ModelParts) -> str:
+    """Return "fits" or the reason why not, that its recipe is broken included: it must not hide the others."""
+    try:
+        recipe = load_recipe(name)
+    except SqueezeError as error:
+        return str(error)
+    return why_not(recipe, parts) or "fits"

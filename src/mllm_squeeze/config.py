@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from mllm_squeeze import registry, template
-from mllm_squeeze.errors import ConfigError, UnknownNameError
+from mllm_squeeze.errors import ConfigError, SqueezeError, UnknownNameError
 from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 from mllm_squeeze.steps import Step, check_order, check_totals, resolve_layers
 from mllm_squeeze.validation import Strict, explain
@@ -71,8 +71,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], /, **params: Any) -> Rec
 
     Raises ConfigError for anything that is not valid and UnknownNameError for an unknown method or reducer.
     """
-    raw, where, origin = template.read(source)
-    template.check_shape(raw, [name for name in Recipe.model_fields if name not in _PROVENANCE], where)
+    raw, where, origin = _read(source)
     raw = template.override(raw, params, where)
     plain = template.resolve(raw, where)
     steps = []
@@ -84,6 +83,34 @@ def load_recipe(source: str | Path | Mapping[str, Any], /, **params: Any) -> Rec
         return Recipe(**{**plain, "steps": tuple(steps)}, source=origin, raw=raw)
     except ValidationError as error:
         raise ConfigError(explain(error, where, Recipe, plain, hide=_PROVENANCE)) from None
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
+    """Return `template.read`, with its shape checked."""
+    raw, where, origin = template.read(source)
+    template.check_shape(raw, [name for name in Recipe.model_fields if name not in _PROVENANCE], where)
+    return raw, where, origin
+
+
+def register_method(name: str, source: registry.Source) -> None:
+    """Add a method for this process, after it was read and checked.
+
+    name: what `apply` and the others call it. source: the path of a recipe file, or a dict.
+
+    Raises:
+        ConfigError: the name is taken or cannot be asked for, or the recipe is not valid. UnknownNameError: it names an
+            unknown reducer.
+    """
+    source = registry.check_method(name, source)
+    # What was checked is what stays: a dict may be changed later, a relative path means another file elsewhere.
+    source = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else Path(source).absolute()
+    try:
+        raw, _, _ = _read(source)
+        if not template.required(raw):  # what has no default cannot be filled in yet
+            load_recipe(source)
+    except SqueezeError as error:
+        raise type(error)(f"The method '{name}' cannot be registered: {error}") from None
+    registry.add_method(name, source)
 
 
 def build_reducer(step: Step) -> Reducer:
@@ -98,9 +125,11 @@ def build_reducer(step: Step) -> Reducer:
     if budget and issubclass(cls, DecodeReducer):
         raise ConfigError(f"{where}: {budget[0]} has no effect on '{step.reducer}', whose own parameters say how much.")
     try:
-        return cls(**step.options)
+        reducer = cls(**step.options)
     except ValidationError as error:
         raise ConfigError(explain(error, where, cls, step.options, also=_STEP_KEYS)) from None
+    _check_budget(step, reducer, where)
+    return reducer
 
 
 def resolve_steps(recipe: Recipe, num_layers: int) -> tuple[tuple[int, ...], ...]:
@@ -108,7 +137,7 @@ def resolve_steps(recipe: Recipe, num_layers: int) -> tuple[tuple[int, ...], ...
     out: list[tuple[int, ...]] = []
     last = 0
     for step in recipe.steps:
-        layers = () if step.at.place == "encoder" else resolve_layers(step.at, num_layers)
+        layers = () if step.at.place == "encoder" else _layers(step, num_layers)
         if layers and layers[0] < last:
             raise ConfigError(
                 f"{step.where}: steps run in ascending order of place, but in this model of {num_layers} layers it "
@@ -117,6 +146,13 @@ def resolve_steps(recipe: Recipe, num_layers: int) -> tuple[tuple[int, ...], ...
         last = layers[-1] if layers else last
         out.append(layers)
     return tuple(out)
+
+
+def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
+    try:
+        return resolve_layers(step.at, num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{step.where}: {error}" if step.where else str(error)) from None
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
@@ -151,6 +187,17 @@ def _step(entry: Mapping[str, Any], where: str) -> Step:
         return Step(**known, options=options, where=where)
     except ValidationError as error:
         raise ConfigError(explain(error, where, Step, entry, hide=("options", "where"))) from None
+
+
+def _check_budget(step: Step, reducer: Reducer, where: str) -> None:
+    """Raise ConfigError where nothing says how much a step leaves: its reducer would never be called."""
+    if getattr(reducer, "decides", False) or isinstance(reducer, DecodeReducer):
+        return
+    if reducer.ratio is None and reducer.keep is None and step.kept is None:
+        raise ConfigError(
+            f"{where}: '{step.reducer}' has no budget. Give ratio (the fraction removed), keep (tokens or fraction "
+            "kept) or, at several layers, kept; to let the user choose, add it to params and write ratio: ${ratio}."
+        )
 
 
 def _check_place(step: Step, cls: type[Reducer], where: str) -> None:

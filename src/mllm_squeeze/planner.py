@@ -5,6 +5,7 @@ from __future__ import annotations
 from mllm_squeeze.config import Recipe, build_reducer, resolve_steps
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
+from mllm_squeeze.family.road import require_road
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.planner_keys import check_modality, key_cuts
 from mllm_squeeze.reducers.base import ENCODER_SIGNALS, DecodeReducer, Need, Reducer
@@ -135,15 +136,21 @@ def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
     for need in cut.reducer.needs():
         if need.name in ("attention", "keys"):
             _check_attention(recipe, cut, need, parts)
-        elif need.name in ENCODER_SIGNALS and _lacks_saliency(parts):
-            raise UnsupportedModelError(
-                f"'{recipe.method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
-                "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
-            )
+        elif need.name in ENCODER_SIGNALS:
+            _check_signals(recipe, parts)
         elif need.name == "normed" and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(
                 f"'{recipe.method}' reads normed states; no final norm was found in this model."
             )
+
+
+def _check_signals(recipe: Recipe, parts: ModelParts) -> None:
+    if _lacks_saliency(parts):
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
+            "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
+        )
+    require_road(parts)
 
 
 def _lacks_saliency(parts: ModelParts) -> bool:

@@ -54,16 +54,15 @@ def unregister_reducer(name: str) -> None:
     _take_back("reducer", name, _own_reducers)
 
 
-def register_method(name: str, source: Source) -> None:
-    """Add a method for this process, the path of a recipe or a dict; raises ConfigError where the name is taken."""
-    _check_method(name, source)
+def add_method(name: str, source: Source) -> None:
+    """Add a method for this process; raises ConfigError where the name is taken. See `config.register_method`."""
     if name not in _own_methods or _own_methods[name] != source:
         _check_free("method", name, method_names(), "unregister_method")
         _own_methods[name] = source
 
 
 def unregister_method(name: str) -> None:
-    """Take back `register_method`; raises UnknownNameError where the name was not registered in this process."""
+    """Take back `config.register_method`; raises UnknownNameError where this process did not register the name."""
     _take_back("method", name, _own_methods)
 
 
@@ -98,12 +97,9 @@ def method_source(name: str) -> Source:
         found.append(("mllm_squeeze", lambda: builtin[name]))
     if name in _own_methods:
         found.append(("register_method", lambda: _own_methods[name]))
-    found += _from_packages(METHODS_GROUP, name)
+    found += _from_packages(METHODS_GROUP, name, _load_method)
     source: Any = _only("method", name, found, method_names)()
-    if callable(source):
-        source = source()
-    _check_method(name, source)
-    return cast("Source", source)
+    return check_method(name, source)
 
 
 def family_plugins() -> dict[str, Any]:
@@ -137,8 +133,10 @@ def _points(group: str) -> dict[str, list[EntryPoint]]:
     return out
 
 
-def _from_packages(group: str, name: str) -> list[tuple[str, Callable[[], Any]]]:
-    return [(_package(point), partial(_load, point)) for point in _points(group).get(name, [])]
+def _from_packages(
+    group: str, name: str, load: Callable[[EntryPoint], Any] | None = None
+) -> list[tuple[str, Callable[[], Any]]]:
+    return [(_package(point), partial(load or _load, point)) for point in _points(group).get(name, [])]
 
 
 def _package(point: EntryPoint) -> str:
@@ -148,11 +146,24 @@ def _package(point: EntryPoint) -> str:
 def _load(point: EntryPoint) -> Any:
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"The entry point '{point.name}' of {_package(point)} ({point.value}) cannot be loaded: {error}. "
-            "Repair or uninstall that package."
-        ) from error
+    except Exception as error:  # code of others: whatever it raises must not hide the other names
+        raise _broken(point, error) from error
+
+
+def _load_method(point: EntryPoint) -> Any:
+    """Return what an entry point says, the recipe itself where it is a function that returns one."""
+    found = _load(point)
+    try:
+        return found() if callable(found) else found
+    except Exception as error:
+        raise _broken(point, error) from error
+
+
+def _broken(point: EntryPoint, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"The entry point '{point.name}' of {_package(point)} ({point.value}) cannot be loaded: "
+        f"{type(error).__name__}: {error}. Repair or uninstall that package."
+    )
 
 
 def _import(target: str) -> Any:
@@ -173,7 +184,7 @@ def _only(
 
 def _check_free(kind: str, name: str, taken: Iterable[str], undo: str) -> None:
     if name in taken:
-        raise ConfigError(f"The {kind} name '{name}' is taken. Choose another, or call {undo} if it is yours.")
+        raise ConfigError(f"The {kind} name '{name}' is taken. Choose another, or call squeeze.{undo} if it is yours.")
 
 
 def _take_back(kind: str, name: str, own: dict[str, Any]) -> None:
@@ -187,9 +198,13 @@ def _check_reducer(name: str, cls: Any) -> None:
         raise ConfigError(f"The reducer '{name}' must subclass mllm_squeeze.reducers.base.Reducer; got {cls!r}.")
 
 
-def _check_method(name: str, source: Any) -> None:
+def check_method(name: Any, source: Any) -> Source:
+    """Return the source of a method as it is; raises ConfigError where it, or the name, is of no use."""
+    if not isinstance(name, str) or not name or name.endswith((".yaml", ".yml")):
+        raise ConfigError(f"The name of a method is a word, and not that of a file (.yaml); got {name!r}.")
     if not isinstance(source, (str, Path, Mapping)):
         raise ConfigError(
             f"The method '{name}' must be the path of a recipe YAML or a dict, or a function that returns one; "
             f"got {source!r}."
         )
+    return cast("Source", source)

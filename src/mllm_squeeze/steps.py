@@ -118,13 +118,26 @@ def resolve_layers(at: At, num_layers: int) -> tuple[int, ...]:
             index = min(max(1, math.floor(round(layer * num_layers, 9) + 0.5)), num_layers - 1)
             index = max(index, out[-1] + 1) if out else index
         if index >= num_layers or (out and index <= out[-1]):
-            stack = "encoder" if at.encoder is not None else "decoder"
-            raise ConfigError(
-                f"{at}: this model's {stack} has {num_layers} layers, so an index is from 0 to {num_layers - 1} and "
-                f"a list ascends; {layer} is layer {index} here."
-            )
+            raise ConfigError(_out_of_range(at, layer, out, num_layers))
         out.append(int(index))
     return tuple(out)
+
+
+def _out_of_range(at: At, layer: int | float, before: Sequence[int], num_layers: int) -> str:
+    """Return why `layer`, the next one after those of `before`, is none in a stack of `num_layers` layers."""
+    stack = "encoder" if at.encoder is not None else "decoder"
+    if isinstance(layer, float):
+        return f"this model's {stack} of {num_layers} layers are too few for {at}. Give fewer layers, or others."
+    if layer < num_layers:
+        return (
+            f"layers ascend, but in this model's {stack} of {num_layers} layers, of {at} layer {layer} is not behind "
+            f"layer {before[-1]}. Give other layers."
+        )
+    return (
+        f"this model's {stack} has {num_layers} layers, so {'layer' if at.encoder is None else 'encoder'} is an index "
+        f"from 0 to {num_layers - 1}; got {layer}"
+        + ("." if at.encoder is not None else ". A float between 0 and 1 is a fraction of the depth.")
+    )
 
 
 def check_order(places: Sequence[At]) -> None:

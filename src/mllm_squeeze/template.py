@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
 import numbers
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -28,7 +31,7 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, s
         where = f"recipe dict '{source.get('method', '?')}'"
         return _plain(source, where), where, "dict"
     if not isinstance(source, (str, Path)):
-        raise ConfigError(f"A method is a name, the path of a YAML file or a dict; got {source!r}.")
+        raise ConfigError(f"A method is a name, the path of a YAML file or a dict; got {_named(source)}.")
     if isinstance(source, Path) or source.endswith((".yaml", ".yml")):
         return _read_file(Path(source)), str(source), str(source)
     try:
@@ -45,32 +48,56 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such recipe file (looked in {path.resolve().parent}).")
     try:
-        return _plain(OmegaConf.load(path), str(path))
+        return _plain(json.loads(_parse(path.read_text(encoding="utf-8"))), str(path))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: this is not a valid YAML recipe: {' '.join(str(error).split())}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from None
+
+
+# Parsing YAML takes milliseconds, and so does filling in references. What came out is remembered by what went in, as
+# text on both sides: it is right for a file that changed, and nobody can change what the next one gets.
+@lru_cache(maxsize=256)
+def _parse(text: str) -> str:
+    """Return the content of a YAML file as JSON, references unresolved."""
+    return json.dumps(_native(OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), "the file"))
 
 
 def _plain(data: Any, where: str) -> dict[str, Any]:
     """Return a deep copy as dicts and lists, references unresolved."""
-    try:
-        config = data if OmegaConf.is_config(data) else OmegaConf.create(_native(data))
-        out = OmegaConf.to_container(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from None
+    out = _native(data, where)
     if not isinstance(out, dict):
         raise ConfigError(f"{where}: a recipe is a mapping with the keys method and steps; got a {type(out).__name__}.")
     return {str(key): value for key, value in out.items()}
 
 
-def _native(value: Any) -> Any:
-    """Return numpy numbers, tuples and mappings as the plain types that YAML has."""
+def _native(value: Any, where: str, name: str = "") -> Any:
+    """Return numpy numbers, tuples, mappings and paths as the plain types that YAML has.
+
+    name: the key that the value stands under. Raises ConfigError where there is no such type.
+    """
     if isinstance(value, Mapping):
-        return {key: _native(item) for key, item in value.items()}
+        return {key: _native(item, where, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_native(item) for item in value]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return [_native(item, where, name) for item in value]
+    if value is None or isinstance(value, (bool, str)):
         return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    hint = f" Give the number in it: {name}=....item()." if hasattr(value, "item") else ""
+    raise ConfigError(
+        f"{where}: {name or 'a recipe'} is {_named(value)}; what a recipe holds are numbers, words, lists and "
+        f"mappings.{hint}"
+    )
+
+
+def _named(value: Any) -> str:
+    """Return the type of a value, and the value itself where it is short: a module's repr has a line per layer."""
+    text = repr(value)
+    kind = type(value).__name__
+    return f"{text} (of type {kind})" if len(text) <= 60 and "\n" not in text else f"a {kind}"
 
 
 def _first_line(error: Exception) -> str:
@@ -112,8 +139,15 @@ def _references(node: Any) -> list[str]:
 
 def override(raw: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the recipe with the user's params in place of its own."""
-    given = {k: _native(v) for k, v in given.items() if not (k in ("ratio", "keep") and v is None)}
     params = raw.get("params", {})
+    for name in ("ratio", "keep"):
+        if name in given and given[name] is None:
+            present = [f"{other}: {params[other]}" for other in ("ratio", "keep") if other in params]
+            raise ConfigError(
+                f"{where}: {name}=None is no budget. Give a number, or leave {name} out to take what the recipe says"
+                + (f" ({present[0]})." if present else ".")
+            )
+    given = {name: _native(value, where, name) for name, value in given.items()}
     budgets = [name for name in _BUDGETS if name in given and (name != "kept" or given[name] is not None)]
     if len(budgets) > 1:
         said = " and ".join(f"{name}={given[name]}" for name in budgets)
@@ -152,15 +186,24 @@ def _budget(raw: dict[str, Any], name: str, where: str) -> None:
         del params[rival]
 
 
+def required(raw: Mapping[str, Any]) -> list[str]:
+    """Return the params that have no default and were given no value."""
+    return [name for name, value in raw.get("params", {}).items() if value == "???"]
+
+
 def resolve(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the recipe with every reference replaced by the typed value of its param."""
     document = {key: value for key, value in raw.items() if key != "params"}
     try:
-        root = OmegaConf.create({**raw.get("params", {}), _DOCUMENT: document})
-        plain = cast("dict[str, Any]", OmegaConf.to_container(root, resolve=True, throw_on_missing=True))
+        plain: dict[str, Any] = json.loads(_resolved(json.dumps({**raw.get("params", {}), _DOCUMENT: document})))
     except MissingMandatoryValue:
-        missing = [name for name, value in raw.get("params", {}).items() if value == "???"]
-        raise ConfigError(f"{where}: the param {' and '.join(missing)} has no default; give a value.") from None
+        raise ConfigError(f"{where}: the param {' and '.join(required(raw))} has no default; give a value.") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from None
     return {**plain.pop(_DOCUMENT), "params": plain}
+
+
+@lru_cache(maxsize=256)
+def _resolved(root: str) -> str:
+    """Return JSON with its references filled in."""
+    return json.dumps(OmegaConf.to_container(OmegaConf.create(json.loads(root)), resolve=True, throw_on_missing=True))

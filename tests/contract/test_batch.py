@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import cache_role
 import matrix
 import oracle
 import tiny
@@ -102,10 +103,11 @@ def test_rows_without_padding_that_keep_different_numbers(
         inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
     with matrix.attention(t.model, implementation), matrix.applied(t.model, method), torch.no_grad():
         out = t.model(**inputs, use_cache=True)
-        prefill, at_once = out.logits, t.model(input_ids=forced, past_key_values=copy.deepcopy(out.past_key_values))
+        again = copy.deepcopy(cache_role.of_output(out))
+        prefill, at_once = out.logits, t.model(input_ids=forced, **cache_role.given(again))
         loop = []
         for n in range(STEPS):
-            out = t.model(input_ids=forced[:, n : n + 1], past_key_values=out.past_key_values)
+            out = t.model(input_ids=forced[:, n : n + 1], **cache_role.behind(out))
             loop.append(out.logits[:, -1])
         for b, single in enumerate(singles):
             alone = oracle.run(t.model, single, forced[b : b + 1])

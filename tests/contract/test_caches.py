@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
+import cache_role
 import matrix
 import mllm_squeeze as squeeze
 import oracle
@@ -41,8 +46,8 @@ def decode(t: tiny.TinyModel, cache: Any, forced: Tensor, where: Tensor, mask: T
         mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], -1)
         at = where[..., n : n + 1]
         token = forced[:, n : n + 1]
-        out = t.model(input_ids=token, attention_mask=mask, position_ids=at, past_key_values=cache)
-        cache = out.past_key_values
+        out = t.model(input_ids=token, attention_mask=mask, position_ids=at, **cache_role.given(cache))
+        cache = cache_role.of_output(out)
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)
 
@@ -88,7 +93,7 @@ def test_several_tokens_at_once_on_a_padded_batch(family: str, method: str, side
         cache = oracle.run(t.model, inputs, forced[:, :0]).cache
         mask = torch.cat([mask, mask.new_ones(3, STEPS)], -1)
         at = where[..., width:]
-        out = t.model(input_ids=forced, attention_mask=mask, position_ids=at, past_key_values=cache)
+        out = t.model(input_ids=forced, attention_mask=mask, position_ids=at, **cache_role.given(cache))
     oracle.assert_close(out.logits, expected.decode, "at once")
 
 
@@ -108,12 +113,12 @@ def test_a_system_prompt_that_was_cached_before(family: str, method: str, implem
         with matrix.applied(t.model, method) as handle, torch.no_grad():
             with pytest.warns(UserWarning, match="no image"):
                 out = t.model(input_ids=inputs["input_ids"][:, :early], position_ids=where[..., :early], use_cache=True)
-            out = t.model(**rest, position_ids=where[..., early:width], past_key_values=out.past_key_values)
+            out = t.model(**rest, position_ids=where[..., early:width], **cache_role.behind(out))
             repack = matrix.repacks(handle)
             cuts = [oracle.Drop(c.layer, [torch.cat([torch.arange(early), c.kept[0] + early])]) for c in handle.cuts]
             prefill = out.logits
             mask = torch.ones(1, width, dtype=torch.long)
-            got = decode(t, out.past_key_values, forced, where[..., width:], mask)
+            got = decode(t, cache_role.of_output(out), forced, where[..., width:], mask)
         assert cuts
         expected = oracle.masked_logits(t.model, inputs, cuts, forced, repack=repack)
     oracle.assert_close(prefill[:, -1], expected.prefill[:, -1], "prefill")
@@ -143,7 +148,7 @@ def test_a_crop_that_is_refused_takes_nothing(family: str) -> None:
     """The layers in front of the cut could be cropped; they are not, where those behind it cannot."""
     t = tiny.load(family)
     with matrix.applied(t.model, "fastv"), torch.no_grad():
-        cache = t.model(**t.inputs["image"], use_cache=True).past_key_values
+        cache = cache_role.of_output(t.model(**t.inputs["image"], use_cache=True))
         before = [layer.keys.shape[2] for layer in cache.layers]
         assert len(set(before)) > 1
         with pytest.raises(squeeze.SqueezeError, match="cannot be undone"):
@@ -176,10 +181,73 @@ def test_layers_are_left_alone_in_a_step_that_closes_nothing(
         return shorten(self, layer, hidden, kwargs)
 
     with matrix.applied(t.model, method), torch.no_grad():
-        open_, cache = (t.model(**inputs, use_cache=True).past_key_values for _ in range(2))
-        expected = t.model(input_ids=token, past_key_values=open_).logits
+        open_, cache = (cache_role.of_output(t.model(**inputs, use_cache=True)) for _ in range(2))
+        expected = t.model(input_ids=token, **cache_role.given(open_)).logits
         monkeypatch.setattr(LayerArguments, "shorten", counted)
         given = None if kind == "none" else mask
-        got = t.model(input_ids=token, attention_mask=given, position_ids=where, past_key_values=cache).logits
+        got = t.model(input_ids=token, attention_mask=given, position_ids=where, **cache_role.given(cache)).logits
     assert bool(shortened) == (kind in ("closed", "short"))
     assert ((got - expected).abs().max() > 1e-4) == (kind in ("closed", "short"))
+
+
+def stored(cache: Any) -> Any:
+    """Return a cache as a file gives it back."""
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"pickle": lambda cache: pickle.loads(pickle.dumps(cache)), "deepcopy": copy.deepcopy, "torch.save": stored}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("method", ["fastv", "visionzip", "pyramiddrop"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_copy_of_a_cut_cache_goes_on(family: str, method: str, way: str, kind: str) -> None:
+    """A prefill may be kept in a file, and each copy of it answers for itself."""
+    t = tiny.load(family)
+    inputs = t.inputs["image"]
+    width = inputs["input_ids"].shape[1]
+    where = oracle.positions(t.model, inputs, STEPS)[..., width:]
+    mask = torch.ones(1, width, dtype=torch.long)
+    config = t.model.config.get_text_config()
+    cache = StaticCache(config=config, max_cache_len=width + STEPS) if kind == "static" else DynamicCache(config=config)
+    with matrix.applied(t.model, method):
+        oracle.run(t.model, inputs, oracle.forced_tokens(1, 0), cache=cache)
+        twin, third = COPIES[way](cache), COPIES[way](cache)
+        other = decode(t, twin, oracle.forced_tokens(1, STEPS, seed=11), where, mask)
+        forced = oracle.forced_tokens(1, STEPS)
+        expected = decode(t, cache, forced, where, mask)
+        assert torch.equal(decode(t, third, forced, where, mask), expected)
+        assert not torch.equal(other, expected)
+        assert int(twin.get_seq_length()) == width + STEPS
+
+
+class Quantised(DynamicLayer):
+    """Stands for layers that keep their entries otherwise, as quantised ones do."""
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv", "tome"])
+def test_a_cache_that_cannot_be_cut_serves_where_nothing_is(method: str) -> None:
+    t = tiny.load("llava")
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    expected = oracle.run(t.model, inputs, forced)
+    settings = {"layer": 2} if method == "fastv" else {}
+    with squeeze.applied(t.model, method, ratio=0, **settings) as handle:
+        got = oracle.run(t.model, inputs, forced, cache=Cache(layer_class_to_replicate=Quantised))
+        assert not handle.cuts
+    assert torch.equal(got.prefill, expected.prefill) and torch.equal(got.decode, expected.decode)
+    with squeeze.applied(t.model, method, ratio=0.5, **settings):
+        with pytest.raises(squeeze.errors.UnsupportedInputError, match="Quantised.*dynamic"):
+            oracle.run(t.model, inputs, forced, cache=Cache(layer_class_to_replicate=Quantised))
+        again = oracle.run(t.model, inputs, forced)
+    assert not torch.equal(again.prefill, expected.prefill)
+
+
+def test_what_is_no_cache_is_refused() -> None:
+    t = tiny.load("llava")
+    keys = torch.zeros(1, 2, 3, 8)
+    with matrix.applied(t.model, "fastv"), pytest.raises(squeeze.errors.UnsupportedInputError, match="DynamicCache"):
+        t.model.model.language_model(input_ids=torch.full((1, 4), 50), **cache_role.given(((keys, keys),) * 4))

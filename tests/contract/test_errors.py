@@ -16,7 +16,7 @@ import mllm_squeeze as squeeze
 import oracle
 import snapshot
 import tiny
-from mllm_squeeze import errors
+from mllm_squeeze import errors, registry
 
 
 def uniform_at(layer: Any) -> dict[str, Any]:
@@ -37,7 +37,32 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type, type, tuple[str, .
     "ratio and keep": (("fastv",), {"ratio": 0.5, "keep": 64}, errors.ConfigError, ValueError, ("ratio", "keep")),
     "keep zero": (("fastv",), {"keep": 0}, errors.ConfigError, ValueError, ("keep", "0")),
     "keep above one": (("fastv",), {"keep": 1.5}, errors.ConfigError, ValueError, ("keep", "1.5")),
-    "layer above": (("fastv",), {"layer": 4}, errors.ConfigError, ValueError, ("4", "3")),
+    "ratio none": (("fastv",), {"ratio": None}, errors.ConfigError, ValueError, ("ratio=None", "leave ratio out")),
+    "ratio tensor": (
+        ("fastv",),
+        {"ratio": torch.tensor(0.5)},
+        errors.ConfigError,
+        ValueError,
+        ("ratio is tensor(0.5000)", "item()"),
+    ),
+    "ratio quoted": (("fastv",), {"ratio": "0.5"}, errors.ConfigError, ValueError, ("ratio", "'0.5'")),
+    "ratio true": (("fastv",), {"ratio": True}, errors.ConfigError, ValueError, ("ratio", "True")),
+    "ratio nan": (("fastv",), {"ratio": float("nan")}, errors.ConfigError, ValueError, ("ratio", "nan")),
+    "seed": (("random",), {"seed": 2**80}, errors.ConfigError, ValueError, ("seed", "-2**63", "2**64 - 1", str(2**80))),
+    "no budget": (
+        ({"method": "mine", "steps": [{"reducer": "uniform_stride", "at": "projector"}]},),
+        {},
+        errors.ConfigError,
+        ValueError,
+        ("mine", "step 1", "no budget", "ratio", "keep"),
+    ),
+    "layer above": (
+        ("fastv",),
+        {"layer": 4},
+        errors.ConfigError,
+        ValueError,
+        ("'fastv', step 1", "0 to 3", "4"),
+    ),
     "layer negative": (("fastv",), {"layer": -1}, errors.ConfigError, ValueError, ("layer", "-1")),
     "layer without attention": (("fastv",), {"layer": 0}, errors.ConfigError, ValueError, ("layer", "1")),
     "layers not ascending": (("pyramiddrop",), {"layers": [3, 1]}, errors.ConfigError, ValueError, ("3", "1")),
@@ -87,6 +112,50 @@ def test_a_text_model() -> None:
 def test_no_model_at_all(thing: Any) -> None:
     with pytest.raises(errors.UnsupportedModelError, match=type(thing).__name__):
         squeeze.apply(thing, "fastv", ratio=0.5)
+
+
+@pytest.mark.quick
+def test_arguments_swapped() -> None:
+    t = tiny.load("llava")
+    for call in (squeeze.apply, lambda *a, **k: squeeze.applied(*a, **k).__enter__()):
+        with pytest.raises(errors.UnsupportedModelError, match=r"squeeze\.apply\(model, 'fastv'\)") as caught:
+            call("fastv", t.model, ratio=0.5)
+        assert "LlavaForConditionalGeneration" in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.quick
+def test_a_method_that_is_no_method_is_named_in_short() -> None:
+    """The repr of a module has a line per layer."""
+    t = tiny.load("llava")
+    with pytest.raises(errors.ConfigError, match="a YAML file or a dict; got a LlavaModel.") as caught:
+        squeeze.apply(t.model, t.model.model)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.quick
+def test_check_reports_a_broken_method_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that brings a method may break at any time; the others are checked all the same."""
+    broken: dict[str, Any] = {
+        "unread": {"method": "unread"},
+        "unknown": {"method": "unknown", "steps": [{"reducer": "rnk", "at": "projector", "ratio": 0.5}]},
+        "gone": "nowhere/gone.yaml",
+    }
+    monkeypatch.setattr(registry, "_own_methods", broken)
+    found = squeeze.check(tiny.load("llava").model)["methods"]
+    assert "steps is a list" in found["unread"]
+    assert "Unknown reducer 'rnk'" in found["unknown"]
+    assert "there is no such recipe file" in found["gone"]
+    assert found["fastv"] == "fits"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("seed", [0, -1, 2**64 - 1, -(2**63)])
+def test_every_seed_that_is_promised_works(seed: int) -> None:
+    t = tiny.load("llava")
+    with matrix.applied(t.model, "random", ratio=0.5, seed=seed) as handle:
+        oracle.run(t.model, t.inputs["image"], oracle.forced_tokens(1, 1))
+        assert len(handle.cuts) == 1
 
 
 @pytest.mark.quick

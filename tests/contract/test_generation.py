@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cache_role
 import matrix
 import oracle
 import tiny
@@ -123,7 +124,7 @@ def test_a_loop_by_hand_equals_generate(family: str, method: str, implementation
         out = t.model(**inputs, use_cache=True)
         loop = [out.logits[:, -1]]
         for n in range(NEW):
-            out = t.model(input_ids=forced[:, n : n + 1], past_key_values=out.past_key_values)
+            out = t.model(input_ids=forced[:, n : n + 1], **cache_role.behind(out))
             loop.append(out.logits[:, -1])
     oracle.assert_close(torch.stack(loop, 1), generated, "by hand")
 
@@ -153,5 +154,5 @@ def test_several_tokens_in_one_decode_step(family: str) -> None:
             where = oracle.positions(t.model, inputs, NEW)
             width = inputs["input_ids"].shape[1]
             out = t.model(**inputs, position_ids=where[..., :width], use_cache=True)
-            out = t.model(input_ids=forced, position_ids=where[..., width:], past_key_values=out.past_key_values)
+            out = t.model(input_ids=forced, position_ids=where[..., width:], **cache_role.behind(out))
         oracle.assert_close(out.logits, steps.decode, method)

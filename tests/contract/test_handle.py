@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+import cache_role
 import matrix
 import mllm_squeeze as squeeze
 import oracle
@@ -59,7 +60,7 @@ def test_a_squeezed_cache_decodes_on_while_disabled() -> None:
                 expected = oracle.run(t.model, inputs, forced)
                 out = t.model(**inputs, use_cache=True)
                 with handle.disabled():
-                    out = t.model(input_ids=forced[:, :1], past_key_values=out.past_key_values)
+                    out = t.model(input_ids=forced[:, :1], **cache_role.behind(out))
                 oracle.assert_close(out.logits[:, -1], expected.decode[:, 0], f"{method} {implementation}")
 
 
@@ -174,11 +175,11 @@ def test_a_cut_cache_outlives_its_handle(family: str, method: str, then: str, im
     with matrix.attention(t.model, implementation), torch.no_grad():
         with matrix.applied(t.model, method):
             expected = oracle.run(t.model, inputs, forced)
-            cache = t.model(**inputs, use_cache=True).past_key_values
+            cache = cache_role.of_output(t.model(**inputs, use_cache=True))
         other = matrix.applied(t.model, then) if then != "nothing" else contextlib.nullcontext()
         with other:
             try:
-                logits = t.model(input_ids=forced, past_key_values=cache).logits
+                logits = t.model(input_ids=forced, **cache_role.given(cache)).logits
             except squeeze.SqueezeError as error:
                 message = str(error)
             else:

@@ -61,6 +61,24 @@ assert not changed, changed
 """
 
 
+ERRORS = """
+import sys
+import mllm_squeeze as squeeze
+from mllm_squeeze import errors
+kinds = (errors.SqueezeError, UserWarning)
+found = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, kinds)}
+assert len(found) == 8, found
+for name in found:
+    assert getattr(squeeze, name) is getattr(errors, name)
+    assert name in squeeze.__all__ and name in dir(squeeze)
+assert issubclass(squeeze.UnknownNameError, KeyError)
+for name in squeeze.__all__:
+    assert name in squeeze._HOMES
+assert sorted(squeeze.__all__) == sorted(squeeze._HOMES) == squeeze.__all__
+assert "torch" not in sys.modules
+"""
+
+
 NAMES = """
 import mllm_squeeze.family.table
 import mllm_squeeze as squeeze
@@ -70,7 +88,9 @@ assert "llava" in squeeze.families()
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("script", [NOTHING_LOADED, NOTHING_CHANGED, NAMES], ids=["loads", "changes", "names"])
+@pytest.mark.parametrize(
+    "script", [NOTHING_LOADED, NOTHING_CHANGED, NAMES, ERRORS], ids=["loads", "changes", "names", "errors"]
+)
 def test_import(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cache_role
 import matrix
 import oracle
 import tiny
@@ -57,8 +58,8 @@ class HandLoop:
         else:
             at = self.where[..., self.width + t - 1 : self.width + t]
             token = self.forced[:, t - 1 : t]
-            out = self.model(input_ids=token, position_ids=at, past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
+            out = self.model(input_ids=token, position_ids=at, **cache_role.given(self.cache), use_cache=True)
+        self.cache = cache_role.of_output(out)
         self.logits.append(out.logits[:, -1])
 
     def run(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import cache_role
 import matrix
 import oracle
 import tiny
@@ -25,6 +26,8 @@ CELLS += [pytest.param(f, m, "batch", i) for f, m, kind, i in (cell.values for c
 WINDOWED = ("aya_vision", "cohere2_vision", "llama4", "gemma3", "gemma3_window", "gemma4", "gemma3n")
 # No family of ours, cross-attention of its own (test_cross_cache), and one whose dense model fails (a dict of masks).
 NOT_STATIC = ("blip_2_t5", "mllama", "paligemma2")
+# Before 5.24 the library cannot crop a cache of fixed size.
+CROPS_STATIC = hasattr(transformers.cache_utils.StaticLayer, "crop")
 # Dense models that fail in older releases.
 STATIC_BROKEN = ("gemma3_window", "llama4")
 COMPILED = [
@@ -164,23 +167,72 @@ def test_a_static_cache_outlives_its_method(family: str) -> None:
     cache = static(t, width + STEPS)
     with matrix.applied(t.model, "divprune"):
         oracle.run(t.model, inputs, forced[:, :1], cache=cache)
-    refused(lambda: t.model(input_ids=forced[:, :1], past_key_values=cache), "no longer applied")
+    refused(lambda: t.model(input_ids=forced[:, :1], **cache_role.given(cache)), "no longer applied")
     cache.reset()
     again = oracle.run(t.model, inputs, forced, cache=cache)
     oracle.assert_close(again.decode, dense.decode, "reset")
     assert {layer.keys.shape[2] for layer in cache.layers} == {width + STEPS}
 
 
-def test_an_offloaded_static_cache() -> None:
+class Offloaded(transformers.StaticCache):
+    """An offloaded cache without the streams of a GPU that it would need."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_an_offloaded_static_cache(method: str) -> None:
+    """It serves where nothing is cut."""
     t = tiny.load("llava")
-    cache = static(t, 128)
-    cache.offloading = True
-    with matrix.applied(t.model, "divprune"):
-        refused(lambda: t.model(**t.inputs["image"], past_key_values=cache), "offloaded")
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+
+    def cache() -> Any:
+        made = Offloaded(config=t.model.config.get_text_config(), max_cache_len=128)
+        made.offloading = True
+        return made
+
+    expected = oracle.run(t.model, inputs, forced, cache=static(t, 128))
+    with matrix.squeeze.applied(t.model, method, ratio=0):
+        got = oracle.run(t.model, inputs, forced, cache=cache())
+    assert torch.equal(got.prefill, expected.prefill) and torch.equal(got.decode, expected.decode)
+    with matrix.applied(t.model, method):
+        refused(lambda: t.model(**inputs, **cache_role.given(cache())), "offloaded")
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["divprune", "fastv", "pyramiddrop", "visionzip"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_cropping_a_static_cache(family: str, method: str, implementation: str) -> None:
+    """Decode, forget, decode others, as assisted decoding does; what was cut is beyond reach, in every layer."""
+    t = tiny.load(family)
+    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
+    width = inputs["input_ids"].shape[1]
+    where = oracle.positions(t.model, inputs, STEPS)[..., width:]
+    cache = static(t, width + STEPS)
+    with matrix.attention(t.model, implementation), matrix.applied(t.model, method):
+        expected = oracle.run(t.model, inputs, forced, cache=static(t, width + STEPS)).decode
+        oracle.run(t.model, inputs, oracle.forced_tokens(1, 3, seed=11), cache=cache)
+        if not CROPS_STATIC:
+            refused(lambda: cache.crop(-3), "fixed size", "5.24")
+            assert [int(layer.get_seq_length()) for layer in cache.layers] == [width + 3] * len(cache.layers)
+            return
+        refused(lambda: cache.crop(-width), "cannot be undone")
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [width + 3] * len(cache.layers)
+        cache.crop(-3)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [width] * len(cache.layers)
+        mask, got = torch.ones(1, width, dtype=torch.long), []
+        for n in range(STEPS):
+            mask = torch.cat([mask, mask.new_ones(1, 1)], -1)
+            given = {"attention_mask": mask, "position_ids": where[..., n : n + 1]}
+            given |= cache_role.given(cache)
+            with torch.no_grad():
+                got.append(t.model(input_ids=forced[:, n : n + 1], **given).logits[:, -1])
+    assert torch.equal(torch.stack(got, 1), expected)
 
 
 def test_a_method_that_goes_on_while_decoding() -> None:
     t = tiny.load("qwen2_5_vl")
     inputs = t.inputs["video"]
     with matrix.applied(t.model, "dycoke"):
-        refused(lambda: t.model(**inputs, past_key_values=static(t, 256)), "dycoke", "dynamic")
+        refused(lambda: t.model(**inputs, **cache_role.given(static(t, 256))), "dycoke", "dynamic")

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import cache_role
 import matrix
 import oracle
 import tiny
@@ -34,7 +35,7 @@ def test_a_second_turn_of_text(family: str, method: str, implementation: str) ->
             turn = t.turn(inputs, answer, 50, 51, 52, 53, 54)
             text = {k: turn.whole[k] for k in TEXT if k in turn.whole}
             forced = oracle.forced_tokens(1, NEW)
-            second = oracle.generate(t.model, text, forced, past_key_values=first.past_key_values)
+            second = oracle.generate(t.model, text, forced, **cache_role.behind(first))
         merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
         with oracle.masked(t.model, inputs["input_ids"].shape[1], cuts, merged, repack):
             # The dense model reads the answer as it was generated, token by token, then the new turn.
@@ -51,7 +52,7 @@ def read_on(t: tiny.TinyModel, inputs: tiny.Inputs, answer: Tensor, new: Tensor,
     logits = []
     for n in range(more.shape[1]):
         at = where[..., width + n : width + n + 1]
-        out = t.model(input_ids=more[:, n : n + 1], position_ids=at, past_key_values=out.past_key_values)
+        out = t.model(input_ids=more[:, n : n + 1], position_ids=at, **cache_role.behind(out))
         logits.append(out.logits[:, -1])
     return torch.stack(logits[-forced.shape[1] - 1 :], 1)
 
@@ -66,18 +67,18 @@ def two_turns(
     seen, whole = width + answer.shape[1], turn.whole["input_ids"].shape[1]
     where = oracle.positions(t.model, turn.whole, forced.shape[1])
     with torch.no_grad():
-        out = t.model(**inputs, position_ids=where[..., :width], past_key_values=cache, use_cache=True)
+        out = t.model(**inputs, position_ids=where[..., :width], **cache_role.given(cache), use_cache=True)
         first = list(handle.cuts) if handle else []
         for n in range(answer.shape[1]):
             at = where[..., width + n : width + n + 1]
-            out = t.model(input_ids=answer[:, n : n + 1], position_ids=at, past_key_values=out.past_key_values)
+            out = t.model(input_ids=answer[:, n : n + 1], position_ids=at, **cache_role.behind(out))
         new = {k: v for k, v in turn.new.items() if k != "attention_mask"}
-        out = t.model(**new, position_ids=where[..., seen:whole], past_key_values=out.past_key_values)
+        out = t.model(**new, position_ids=where[..., seen:whole], **cache_role.behind(out))
         second = list(handle.cuts) if handle else []
         logits = [out.logits[:, -1]]
         for n in range(forced.shape[1]):
             at = where[..., whole + n : whole + n + 1]
-            out = t.model(input_ids=forced[:, n : n + 1], position_ids=at, past_key_values=out.past_key_values)
+            out = t.model(input_ids=forced[:, n : n + 1], position_ids=at, **cache_role.behind(out))
             logits.append(out.logits[:, -1])
     return logits, first, second, turn
 
@@ -151,5 +152,5 @@ def test_a_second_picture_through_generate(family: str, method: str) -> None:
         first = t.model.generate(**inputs, **settings, logits_processor=processor)
         text = {k: turn.whole[k] for k in TEXT if k in turn.whole}
         arrays = {k: v for k, v in turn.new.items() if k not in TEXT}
-        second = oracle.generate(t.model, {**text, **arrays}, forced, past_key_values=first.past_key_values)
+        second = oracle.generate(t.model, {**text, **arrays}, forced, **cache_role.behind(first))
     oracle.assert_close(second, torch.stack(by_hand, 1), "generate against a loop by hand")

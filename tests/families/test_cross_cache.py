@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import cache_role
 import mllm_squeeze as squeeze
 import oracle
 import tiny
@@ -31,14 +33,14 @@ def t() -> tiny.TinyModel:
 def prefill(t: tiny.TinyModel, kind: str) -> Any:
     """Return the cache behind a prompt, and the row of the mask for words that follow."""
     cache = transformers.DynamicCache(config=t.model.config.get_text_config())
-    proof.forward(t, t.inputs[kind], past_key_values=cache, use_cache=True)
+    proof.forward(t, t.inputs[kind], **cache_role.given(cache), use_cache=True)
     return cache, t.inputs[kind]["cross_attention_mask"][:, -1:]
 
 
 def step(t: tiny.TinyModel, cache: Any, mask: Tensor | None, token: int = 50, rows: int = 1) -> Tensor:
     ids = torch.full((rows, 1), token)
     with torch.no_grad():
-        return t.model(input_ids=ids, past_key_values=cache, use_cache=True, **so_far(cache, mask, 1)).logits
+        return t.model(input_ids=ids, **cache_role.given(cache), use_cache=True, **so_far(cache, mask, 1)).logits
 
 
 def so_far(cache: Any, mask: Tensor | None, words: int) -> dict[str, Tensor]:
@@ -89,9 +91,10 @@ def test_two_caches_in_turn(t: tiny.TinyModel) -> None:
         oracle.assert_close(b, y, "second cache")
 
 
-def test_a_copy_of_a_cache(t: tiny.TinyModel, applied: Any) -> None:
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache(t: tiny.TinyModel, applied: Any, made: Any) -> None:
     cache, mask = prefill(t, "image")
-    twin = copy.deepcopy(cache)
+    twin = made(cache)
     step(t, cache, mask, token=60)
     found = step(t, twin, mask)
     kept = applied.cuts[0].kept
@@ -99,11 +102,36 @@ def test_a_copy_of_a_cache(t: tiny.TinyModel, applied: Any) -> None:
         oracle.assert_close(found, expected_steps(t, "image", kept, 1)[0], "the copy")
 
 
+def test_a_copy_is_read_by_nobody_else(t: tiny.TinyModel) -> None:
+    """Also not while the pass runs that may read the cache it was made of."""
+    with squeeze.applied(t.model, "divprune", ratio=0.5):
+        cache, mask = prefill(t, "image")
+        twin = pickle.loads(pickle.dumps(cache))
+    with pytest.raises(squeeze.SqueezeError, match="no longer applied"):
+        step(t, twin, mask)
+
+
+class Quantised(transformers.cache_utils.DynamicLayer):
+    """Stands for layers that keep their entries otherwise, as quantised ones do."""
+
+
+def test_a_cache_that_cannot_be_cut_serves_where_nothing_is(t: tiny.TinyModel) -> None:
+    def run() -> Tensor:
+        cache = transformers.cache_utils.Cache(layer_class_to_replicate=Quantised)
+        return proof.forward(t, t.inputs["image"], **cache_role.given(cache), use_cache=True)
+
+    expected = run()
+    with squeeze.applied(t.model, "divprune", ratio=0):
+        assert torch.equal(run(), expected)
+    with squeeze.applied(t.model, "divprune", ratio=0.5), pytest.raises(squeeze.SqueezeError, match="Quantised"):
+        run()
+
+
 def test_rows_repeated_and_selected(t: tiny.TinyModel, applied: Any) -> None:
     """Repeat, reorder and select rows of a batch whose rows keep different numbers."""
     batch = t.batch(KINDS)
     cache = transformers.DynamicCache(config=t.model.config.get_text_config())
-    proof.forward(t, batch.inputs, past_key_values=cache, use_cache=True)
+    proof.forward(t, batch.inputs, **cache_role.given(cache), use_cache=True)
     mask = batch.inputs["cross_attention_mask"][:, -1:]
     attention = torch.cat([batch.inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
     other, plain = copy.deepcopy(cache), copy.deepcopy(cache)
@@ -111,7 +139,7 @@ def test_rows_repeated_and_selected(t: tiny.TinyModel, applied: Any) -> None:
     def say(cache: Any, rows: Tensor) -> Tensor:
         given = {**so_far(cache, mask[rows], 1), "attention_mask": attention[rows]}
         with torch.no_grad():
-            return t.model(input_ids=torch.full((len(rows), 1), 50), past_key_values=cache, **given).logits
+            return t.model(input_ids=torch.full((len(rows), 1), 50), **cache_role.given(cache), **given).logits
 
     both = say(plain, torch.tensor([0, 1]))
     cache.batch_repeat_interleave(2)
@@ -177,7 +205,7 @@ def test_a_static_cache_is_refused(t: tiny.TinyModel, applied: Any) -> None:
     text = t.model.config.get_text_config()
     cache = transformers.StaticCache(config=text, max_cache_len=64)
     with pytest.raises(squeeze.SqueezeError, match="StaticLayer"):
-        proof.forward(t, t.inputs["image"], past_key_values=cache, use_cache=True)
+        proof.forward(t, t.inputs["image"], **cache_role.given(cache), use_cache=True)
 
 
 def test_a_second_turn(t: tiny.TinyModel, covers: Any) -> None:
@@ -195,7 +223,7 @@ def talk_on(t: tiny.TinyModel) -> list[Tensor]:
     cache, mask = prefill(t, "image")
     with torch.no_grad():
         ids = torch.tensor([[50, 51, 52]])
-        out = [t.model(input_ids=ids, past_key_values=cache, **so_far(cache, mask, 3)).logits]
+        out = [t.model(input_ids=ids, **cache_role.given(cache), **so_far(cache, mask, 3)).logits]
     return [*out, step(t, cache, mask), step(t, cache, mask)]
 
 
@@ -232,7 +260,7 @@ def show_first(t: tiny.TinyModel, answer: Tensor, handle: Any = None, on: bool =
     def run() -> Any:
         cache, mask = prefill(t, "image")
         with torch.no_grad():
-            t.model(input_ids=answer, past_key_values=cache, **so_far(cache, mask, answer.shape[1]))
+            t.model(input_ids=answer, **cache_role.given(cache), **so_far(cache, mask, answer.shape[1]))
         return cache
 
     if on:
@@ -250,9 +278,9 @@ def show_second(
         if generate:
             whole = {**turn.whole, **{k: v for k, v in turn.new.items() if k not in turn.whole or "aspect" in k}}
             whole["pixel_values"] = turn.new["pixel_values"]
-            return proof.generate(t, whole, forced, past_key_values=cache)
+            return proof.generate(t, whole, forced, **cache_role.given(cache))
         new = {**turn.new, "attention_mask": turn.whole["attention_mask"]}
-        return proof.forward(t, new, past_key_values=cache, use_cache=True)
+        return proof.forward(t, new, **cache_role.given(cache), use_cache=True)
 
     if on:
         return run()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import cache_role
 import matrix
 import mllm_squeeze as squeeze
 import oracle
@@ -116,11 +117,11 @@ def test_a_second_turn_on_the_same_cache(family: str, method: str, covers: Any) 
         text = {k: v for k, v in turn.items() if k in TEXT}
         first = t.model.generate(**inputs, **settings, logits_processor=processor)
         cuts, repack = handle.cuts, proof.repacks(handle)
-        second = proof.generate(t, text, forced, past_key_values=first.past_key_values)
+        second = proof.generate(t, text, forced, **cache_role.behind(first))
     if family in proof.PREFIX:
         with oracle.masked(t.model, inputs["input_ids"].shape[1], cuts, repack=repack):
             first = t.model.generate(**inputs, **settings, logits_processor=processor)
-            expected = proof.generate(t, text, forced, past_key_values=first.past_key_values)
+            expected = proof.generate(t, text, forced, **cache_role.behind(first))
     else:
         expected = one_shot(t, proof.followed(t, turn, forced), cuts, repack)[:, -forced.shape[1] - 1 :]
     oracle.assert_close(second, expected, "second turn")
@@ -162,7 +163,7 @@ def test_fewer_entries_while_decoding(family: str, covers: Any) -> None:
                     hooks.append(text.layers[number].register_forward_pre_hook(closing(open_, n), with_kwargs=True))
             try:
                 with torch.no_grad():
-                    expected = t.model(input_ids=forced[:, n : n + 1], past_key_values=cache).logits
+                    expected = t.model(input_ids=forced[:, n : n + 1], **cache_role.given(cache)).logits
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -172,7 +173,7 @@ def test_fewer_entries_while_decoding(family: str, covers: Any) -> None:
 def prefill(t: tiny.TinyModel) -> Any:
     """Return the cache behind the first prompt of a family."""
     cache = transformers.DynamicCache(config=t.model.config)
-    proof.forward(t, t.inputs[tiny.kinds(t.name)[0]], past_key_values=cache, use_cache=True)
+    proof.forward(t, t.inputs[tiny.kinds(t.name)[0]], **cache_role.given(cache), use_cache=True)
     return cache
 
 
@@ -181,7 +182,7 @@ def decode(t: tiny.TinyModel, forced: torch.Tensor) -> Iterator[tuple[torch.Tens
     cache = prefill(t)
     for n in range(forced.shape[1]):
         with torch.no_grad():
-            logits = t.model(input_ids=forced[:, n : n + 1], past_key_values=cache).logits
+            logits = t.model(input_ids=forced[:, n : n + 1], **cache_role.given(cache)).logits
         notes = [layer.notes for layer in cache.layers if getattr(layer, "notes", None)]
         assert len(notes) == 1, "no layer chose"
         yield logits, notes[0]["kept"][0]

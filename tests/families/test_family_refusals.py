@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+import cache_role
 import mllm_squeeze as squeeze
 import oracle
 import snapshot
@@ -167,7 +167,7 @@ def test_phi4_cannot_show_hidden_states_after_an_image() -> None:
 def test_blip_classes_take_no_cache(family: str, covers: Any) -> None:
     """So there is no second turn, and no decoding by hand."""
     t = tiny.load(family)
-    assert "past_key_values" not in inspect.signature(t.model.forward).parameters
+    assert cache_role.cache_argument(t.model) is None
     covers(family, "turns", "cache", refused="transformers takes no cache of an earlier turn for this class.")
 
 

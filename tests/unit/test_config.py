@@ -10,11 +10,19 @@ from typing import Any, ClassVar, Literal
 import pytest
 import yaml
 
-from mllm_squeeze import registry
-from mllm_squeeze.config import Recipe, build_reducer, describe, facts, load_recipe, resolve_steps
+from mllm_squeeze import registry, template
+from mllm_squeeze.config import (
+    Recipe,
+    build_reducer,
+    describe,
+    facts,
+    load_recipe,
+    register_method,
+    resolve_steps,
+)
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 from mllm_squeeze.reducers.base import DecodeReducer, Place, Reducer
-from mllm_squeeze.steps import At, resolve_layers
+from mllm_squeeze.steps import At, Step, resolve_layers
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -29,6 +37,31 @@ class Rank(Reducer):
 
 class Refresh(DecodeReducer):
     pass
+
+
+class Deciding(Reducer):
+    places: ClassVar[frozenset[Place]] = frozenset({"projector"})
+    decides: ClassVar[bool] = True
+
+
+class SetIn(Reducer):
+    """A reducer with a budget of its own."""
+
+    places: ClassVar[frozenset[Place]] = frozenset({"projector"})
+
+    ratio: float | None = 0.25
+
+
+class Counting:
+    """Stands for OmegaConf, and counts what is asked of it."""
+
+    def __init__(self, real: Any, calls: list[str]) -> None:
+        self.real, self.calls = real, calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("load", "create"):
+            self.calls.append(name)
+        return getattr(self.real, name)
 
 
 class Pool(Reducer):
@@ -58,8 +91,9 @@ def recipe(change: Change | None = None) -> dict[str, Any]:
 
 
 def step(**keys: Any) -> Change:
-    """Return a change that adds a second step."""
-    return lambda data: data["steps"].append({"reducer": "rank", **keys})
+    """Return a change that adds a second step, which leaves a tenth where it names no other budget."""
+    budget = {} if {"ratio", "keep", "kept"} & set(keys) or keys.get("reducer") == "refresh" else {"ratio": 0.9}
+    return lambda data: data["steps"].append({"reducer": "rank", **budget, **keys})
 
 
 def schedule(data: dict[str, Any]) -> None:
@@ -91,8 +125,141 @@ def test_numpy_numbers_are_numbers() -> None:
     assert only.at.layer == 3 and type(only.at.layer) is int
 
 
-def test_none_budgets_are_not_given() -> None:
-    assert load_recipe(recipe(), ratio=None, keep=None) == load_recipe(recipe())
+@pytest.mark.parametrize("name", ["ratio", "keep"])
+def test_none_is_no_budget(name: str) -> None:
+    """Taken for "not given" it would be the recipe's 0.5, which nobody asked for."""
+    with pytest.raises(ConfigError, match=rf"sketch.*{name}=None is no budget.*leave {name} out.*ratio: 0\.5"):
+        load_recipe(recipe(), **{name: None})
+
+
+@pytest.mark.parametrize("budget", [{}, {"ratio": None}, {"keep": None}, {"kept": None}])
+def test_a_step_without_a_budget_is_refused(budget: dict[str, Any]) -> None:
+    """Its reducer would never be called."""
+
+    def bare(data: dict[str, Any]) -> None:
+        data["params"] = {}
+        data["steps"] = [{"reducer": "pool", "at": "projector", **budget}]
+
+    with pytest.raises(ConfigError, match=r"sketch.*step 1: 'pool' has no budget.*ratio.*keep") as caught:
+        load_recipe(recipe(bare))
+    assert "kept" in str(caught.value)
+
+
+def test_a_step_built_by_hand_without_a_budget_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'pool' has no budget"):
+        build_reducer(Step(reducer="pool", at=At.model_validate("projector")))
+
+
+def test_who_decides_alone_needs_no_budget() -> None:
+    registry.register_reducer("deciding", Deciding)
+    registry.register_reducer("set_in", SetIn)
+    for name in ("deciding", "set_in"):
+        (only,) = load_recipe({"method": "mine", "steps": [{"reducer": name, "at": "projector"}]}).steps
+        assert only.options == {}
+    (only,) = load_recipe({"method": "mine", "steps": [{"reducer": "refresh", "at": {"cache": "decode"}}]}).steps
+    assert only.options == {}
+
+
+class Tensorish:
+    """As torch.Tensor(0.5) is: no number, but it holds one."""
+
+    def item(self) -> float:
+        return 0.5
+
+    def __repr__(self) -> str:
+        return "tensor(0.5000)"
+
+
+@pytest.mark.parametrize("name", ["ratio", "keep", "layer"])
+def test_a_tensor_is_told_to_become_a_number(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"sketch.*{name} is tensor\(0.5000\).*Tensorish.*{name}=\.\.\.\.item\(\)"):
+        load_recipe(recipe(), **{name: Tensorish()})
+
+
+def test_paths_become_words() -> None:
+    loaded = load_recipe(recipe(lambda d: d.update(summary=Path("a") / "b")))
+    assert loaded.summary == str(Path("a") / "b")
+
+
+def test_a_file_is_parsed_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.yaml"
+    text = yaml.safe_dump(recipe())
+    path.write_text(text)
+    load_recipe(path)
+    calls = []
+    real = template.OmegaConf
+    monkeypatch.setattr(template, "OmegaConf", Counting(real, calls))
+    first, second = load_recipe(path), load_recipe(path)
+    assert first == second and calls == []
+    path.write_text(text.replace("ratio: 0.5", "ratio: 0.7"))  # of the same size, and within the clock's tick
+    assert load_recipe(path).params["ratio"] == 0.7
+    assert calls
+
+
+def test_what_was_read_cannot_be_changed_by_who_got_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe()))
+    before = load_recipe(path).model_dump()
+    spoilt = load_recipe(path)
+    spoilt.params["ratio"] = 0.9
+    spoilt.raw["steps"][0]["rows"] = "last"
+    spoilt.raw["params"]["ratio"] = 0.9
+    spoilt.steps[0].options["ratio"] = 0.9
+    assert load_recipe(path).model_dump() == before
+    assert load_recipe(path).raw["params"]["ratio"] == 0.5
+
+
+def test_one_and_true_are_not_taken_for_each_other() -> None:
+    """They are equal, so what is remembered of one must not be handed out for the other."""
+    (only,) = load_recipe(recipe(), layer=1).steps
+    assert only.at.layer == 1 and type(only.at.layer) is int
+    with pytest.raises(ConfigError, match="got 1.0"):
+        load_recipe(recipe(), layer=1.0)
+    with pytest.raises(ConfigError, match="got True"):
+        load_recipe(recipe(), layer=True)
+
+
+class TestRegistering:
+    def test_it_is_read_and_checked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken = tmp_path / "broken.yaml"
+        broken.write_text("method: [")
+        wrong: list[tuple[Any, str]] = [
+            ({"method": "mine"}, "steps is a list of at least one mapping"),
+            ({"method": "mine", "steps": [{"reducer": "rnk", "at": "projector"}]}, r"Did you mean 'rank'\?"),
+            ({"method": "mine", "steps": [{"reducer": "pool", "at": "projector"}]}, "has no budget"),
+            (tmp_path / "nowhere.yaml", "there is no such recipe file"),
+            ("nowhere.yaml", "there is no such recipe file"),
+            (broken, "not a valid YAML recipe"),
+            (5, "must be the path of a recipe YAML or a dict"),
+        ]
+        for source, says in wrong:
+            with pytest.raises((ConfigError, UnknownNameError), match=rf"'mine'.*{says}"):
+                register_method("mine", source)
+            assert "mine" not in registry.method_names()
+
+    @pytest.mark.parametrize("name", ["", "mine.yaml", 5, None])
+    def test_a_name_that_cannot_be_asked_for_is_refused(self, name: Any) -> None:
+        with pytest.raises(ConfigError, match="name"):
+            register_method(name, recipe())
+
+    def test_a_default_that_is_missing_is_no_mistake(self) -> None:
+        register_method("mine", recipe(lambda d: d["params"].update(ratio="???")))
+        assert load_recipe("mine", ratio=0.25).params["ratio"] == 0.25
+
+    def test_a_path_does_not_follow_the_working_directory(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe()))
+        monkeypatch.chdir(tmp_path)
+        register_method("mine", "mine.yaml")
+        monkeypatch.chdir("/")
+        assert load_recipe("mine").method == "sketch"
+
+    def test_a_dict_that_is_changed_later_stays_as_it_was(self) -> None:
+        data = recipe()
+        register_method("mine", data)
+        data["steps"].clear()
+        assert load_recipe("mine") == load_recipe(recipe())
 
 
 @pytest.mark.parametrize("keep", [64, 1, 0.25, 1.0])
@@ -171,8 +338,8 @@ def test_the_source_is_a_name_a_path_or_a_dict(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe()))
     bare = tmp_path / "sketch"
     bare.write_text(yaml.safe_dump(recipe()))
-    registry.register_method("by_dict", recipe())
-    registry.register_method("by_path", path)
+    register_method("by_dict", recipe())
+    register_method("by_path", path)
     for source in (path, str(path), str(bare), "by_dict", "by_path", recipe()):
         loaded = load_recipe(source)
         assert loaded == load_recipe(recipe())
@@ -263,12 +430,20 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (step(at={"cache": "decode"}), {}, ["'rank' cannot act at cache decode", "at the end of the prefill"]),
     (step(reducer="refresh", at={"cache": "decode"}, keep=3), {}, ["step 2", "keep has no effect on 'refresh'"]),
     (step(reducer="refresh", at={"cache": "prefill"}), {}, ["cannot act at cache prefill", "write {cache: decode}"]),
-    (lambda d: d["steps"].extend([{"reducer": "rank", "at": {"cache": "prefill"}}] * 2), {}, ["at most one step"]),
+    (
+        lambda d: d["steps"].extend([{"reducer": "rank", "at": {"cache": "prefill"}, "ratio": 0.9}] * 2),
+        {},
+        ["at most one step"],
+    ),
     (step(at="keys"), {}, ["'rank' cannot act at keys", "Its places are: cache, layer"]),
     (step(at="projector"), {}, ["'rank' cannot act at projector", "Its places are: cache, layer"]),
     (lambda d: d["steps"][0].update(reducer="pool", rows=None), {}, ["'pool' cannot act at layer 2"]),
     (step(at={"layer": 1}, ratio=0.9), {}, ["ascending order of place", "step 2 acts at layer 1, after layer 2"]),
-    (lambda d: d["steps"].insert(0, {"reducer": "rank", "at": {"cache": "prefill"}}), {}, ["ascending order of place"]),
+    (
+        lambda d: d["steps"].insert(0, {"reducer": "rank", "at": {"cache": "prefill"}, "ratio": 0.1}),
+        {},
+        ["ascending order of place"],
+    ),
 ]
 
 
@@ -288,7 +463,7 @@ def test_an_unknown_reducer_says_where_and_what_is_there() -> None:
 
 
 def test_an_unknown_method_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.register_method("sketch", recipe())
+    register_method("sketch", recipe())
     with pytest.raises(
         UnknownNameError, match=r"Unknown method 'sketsh'.*Did you mean 'sketch'\?.*path of a recipe file"
     ):
@@ -361,9 +536,11 @@ def test_places_become_layers(at: Any, depth: int, layers: tuple[int, ...]) -> N
 @pytest.mark.parametrize(
     ("at", "depth", "says"),
     [
-        ({"layer": 32}, 32, "from 0 to 31"),
-        ({"encoder": 32}, 32, "encoder has 32 layers"),
-        ({"layers": [0.25, 0.5, 0.75]}, 2, "layer 2 here"),
+        ({"layer": 32}, 32, r"decoder has 32 layers, so .*from 0 to 31; got 32"),
+        ({"layers": [4, 40]}, 32, r"from 0 to 31; got 40"),
+        ({"encoder": 32}, 32, r"encoder has 32 layers.*from 0 to 31; got 32"),
+        ({"layers": [0.25, 0.5, 0.75]}, 2, "2 layers are too few"),
+        ({"layers": [0.5, 2]}, 32, "2 is not behind layer 16"),
         ({"layers": [20, 0.5]}, 32, None),
     ],
 )
@@ -374,6 +551,11 @@ def test_layers_out_of_range_say_the_range(at: Any, depth: int, says: str | None
         return
     with pytest.raises(ConfigError, match=says):
         resolve_layers(At.model_validate(at), depth)
+
+
+def test_a_layer_out_of_range_names_the_step() -> None:
+    with pytest.raises(ConfigError, match=r"recipe dict 'sketch', step 1: this model's decoder has 18 layers.*got 40"):
+        resolve_steps(load_recipe(recipe(), layer=40), 18)
 
 
 def test_an_index_behind_a_fraction_is_found_when_the_depth_is_known() -> None:
@@ -394,7 +576,9 @@ def test_layer_zero_is_the_projector_said_otherwise() -> None:
 
 
 def test_facts_are_those_of_all_steps() -> None:
-    loaded = load_recipe(recipe(lambda data: data["steps"].insert(0, {"reducer": "pool", "at": "projector"})))
+    loaded = load_recipe(
+        recipe(lambda data: data["steps"].insert(0, {"reducer": "pool", "at": "projector", "keep": 99}))
+    )
     assert facts(loaded) == {
         "places": ["projector", "layer 2"],
         "known_count": False,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from mllm_squeeze import registry
-from mllm_squeeze.config import load_recipe
+from mllm_squeeze.config import load_recipe, register_method
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 from mllm_squeeze.reducers.base import Place, Reducer
 
@@ -31,6 +31,10 @@ NOT_A_RECIPE = 5
 
 def make_recipe() -> dict[str, Any]:
     return RECIPE
+
+
+def raises() -> dict[str, Any]:
+    raise ValueError("no luck")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +71,8 @@ def test_an_unknown_reducer_gets_a_suggestion() -> None:
 
 
 def test_an_unknown_method_gets_a_suggestion() -> None:
-    registry.register_method("mine", RECIPE)
+    registry.register_reducer("mine", Mine)
+    register_method("mine", RECIPE)
     with pytest.raises(UnknownNameError, match=r"Unknown method 'min'.*Did you mean 'mine'\?"):
         registry.method_source("min")
 
@@ -99,14 +104,14 @@ def test_only_reducer_classes_register(cls: Any) -> None:
 
 def test_methods_of_this_process() -> None:
     registry.register_reducer("mine", Mine)
-    registry.register_method("mine", RECIPE)
-    registry.register_method("mine", dict(RECIPE))
+    register_method("mine", RECIPE)
+    register_method("mine", dict(RECIPE))
     assert "mine" in registry.method_names()
     assert load_recipe("mine").steps[0].options == {"ratio": 0.5}
     with pytest.raises(ConfigError, match="'mine' is taken.*unregister_method"):
-        registry.register_method("mine", "mine.yaml")
+        register_method("mine", {**RECIPE, "summary": "Another."})
     with pytest.raises(ConfigError, match="must be the path of a recipe YAML or a dict"):
-        registry.register_method("yours", 5)  # type: ignore[arg-type]
+        register_method("yours", 5)  # type: ignore[arg-type]
     registry.unregister_method("mine")
     assert "mine" not in registry.method_names()
     with pytest.raises(UnknownNameError, match="No method 'mine' was registered"):
@@ -150,9 +155,19 @@ def test_one_package_found_twice_is_one(installed: list[EntryPoint]) -> None:
 
 @pytest.mark.parametrize(
     ("value", "says"),
-    [("NOT_A_RECIPE", "must be the path"), ("Missing", "cannot be loaded"), ("no_such_module:x", "cannot be loaded")],
+    [
+        ("NOT_A_RECIPE", "must be the path"),
+        ("Missing", "cannot be loaded"),
+        ("no_such_module:x", "cannot be loaded"),
+        ("raises", "cannot be loaded: ValueError: no luck"),
+        ("lazily:broken", "cannot be loaded: ZeroDivisionError"),
+    ],
 )
-def test_broken_packages_are_named(installed: list[EntryPoint], value: str, says: str) -> None:
+def test_broken_packages_are_named(
+    installed: list[EntryPoint], value: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lazily.py").write_text("broken = 1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
     installed.append(point("mine", value, registry.METHODS_GROUP))
     with pytest.raises(ConfigError, match=says):
         registry.method_source("mine")
@@ -165,7 +180,7 @@ def test_the_recipes_are_found_in_a_checkout() -> None:
 def test_the_recipes_are_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged = tmp_path / "configs"
     packaged.mkdir()
-    (packaged / "shipped.yaml").write_text("method: shipped\nsteps: [{reducer: mine, at: projector}]\n")
+    (packaged / "shipped.yaml").write_text("method: shipped\nsteps: [{reducer: mine, at: projector, ratio: 0.5}]\n")
     monkeypatch.setattr(registry, "files", lambda package: tmp_path)
     assert registry.configs_dir() == packaged
     assert registry.method_names() == ["shipped"]

@@ -98,3 +98,22 @@ def test_the_table_says_what_the_tiles_say() -> None:
         assert table.place[row, :length].tolist() == list(span.columns)
         assert table.origin[row, :length].tolist() == list(range(length))
     assert all(one.start < other.start for one, other in pairwise(layout.spans))
+
+
+def test_tokens_that_the_mask_hides_are_no_part_of_a_span() -> None:
+    ids = torch.tensor([[TEXT, *[IMAGE] * 6, TEXT, *[IMAGE] * 4], [*[IMAGE] * 4, TEXT, *[IMAGE] * 4, TEXT, TEXT, TEXT]])
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[0, [2, 3, 7, 10]] = False
+    real[1, 5:9] = False
+    found = features(6, 4, 4, 4, tiles=((Tile(1, 2, 3),), (SQUARE,), (SQUARE,), (SQUARE,)))
+    layout = find_layout(ids, real, {"image": found}, {"image": IMAGE}, ())
+    assert told(layout) == [(0, 0, ((1, 1), (4, 3))), (0, 1, ((8, 2), (11, 1))), (1, 2, ((0, 4),))]
+    assert [span.length for span in layout.spans] == [4, 3, 4]
+    assert [span.tiles for span in layout.spans] == [(), (), (SQUARE,)]
+    table = first_table(layout, torch.device("cpu"))
+    assert table.current == (4, 3, 4)
+    rows = [origin[mask].tolist() for origin, mask in zip(table.origin, table.mask, strict=True)]
+    assert rows == [[0, 3, 4, 5], [0, 1, 3], [0, 1, 2, 3]]
+    columns = [place[mask].tolist() for place, mask in zip(table.place, table.mask, strict=True)]
+    assert columns == [[1, 4, 5, 6], [8, 9, 11], [0, 1, 2, 3]]
+    assert not layout.visual[~real].any()

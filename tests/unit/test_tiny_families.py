@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import cache_role
 import tiny
 
 TOLERANCE = 1e-5
@@ -137,13 +138,13 @@ def test_a_second_turn_continues_the_first(family: str, kind: str) -> None:
     cache = transformers.DynamicCache(config=t.model.config)
     seen = t.inputs[kind]["input_ids"].shape[1] + answer.shape[1]
     first = {**t.inputs[kind], "attention_mask": torch.ones_like(t.inputs[kind]["input_ids"])}
-    t.model(**first, past_key_values=cache, use_cache=True)
+    t.model(**first, **cache_role.given(cache), use_cache=True)
     between = {"attention_mask": torch.ones(1, seen, dtype=torch.long)}
     if "cross_attention_mask" in first:
         between["cross_attention_mask"] = first["cross_attention_mask"][:, -1:].repeat(1, answer.shape[1], 1, 1)
-    t.model(input_ids=answer, past_key_values=cache, use_cache=True, **between)
+    t.model(input_ids=answer, **cache_role.given(cache), use_cache=True, **between)
     new = {**turn.new, "attention_mask": turn.whole["attention_mask"]}
-    second = t.model(**new, past_key_values=cache, use_cache=True).logits
+    second = t.model(**new, **cache_role.given(cache), use_cache=True).logits
     assert torch.allclose(second, whole[:, seen:], atol=TOLERANCE, rtol=0), f"{(second - whole[:, seen:]).abs().max()}"
 
 

@@ -14,6 +14,8 @@ from transformers import DynamicCache, StaticCache
 import mllm_squeeze as squeeze
 from mllm_squeeze.bench.models import IMAGE, Prompt
 from mllm_squeeze.bench.oracle import Oracle, kept_columns
+from mllm_squeeze.upstream.calls import with_cache, without_cache
+from mllm_squeeze.upstream.outputs import cache_of_output
 
 
 @dataclass
@@ -73,13 +75,13 @@ class Contestant:
         out = self.model(
             **self.prompt.inputs,
             position_ids=self.prompt.positions,
-            past_key_values=self.new_cache(),
+            **with_cache(self.model, {}, self.new_cache()),
             use_cache=True,
             logits_to_keep=1,
             mm_encoder_outputs={"image": self.features},
             **more,
         )
-        return State(out.logits[:, -1], out.past_key_values)
+        return State(out.logits[:, -1], cache_of_output(out))
 
     def step(self, state: State, number: int) -> State:
         """Decode one token."""
@@ -93,10 +95,10 @@ class Contestant:
             input_ids=self.prompt.decoded[:, number : number + 1],
             attention_mask=seen,
             position_ids=self.prompt.after[..., number : number + 1],
-            past_key_values=state.cache,
+            **with_cache(self.model, {}, state.cache),
             use_cache=True,
         )
-        return State(out.logits[:, -1], out.past_key_values)
+        return State(out.logits[:, -1], cache_of_output(out))
 
 
 class Squeezed(Contestant):
@@ -134,8 +136,8 @@ class Ideal(Contestant):
         if self.oracle.short is None:
             return super().prefill(**more)
         cache = DynamicCache(config=self.model.config.get_text_config())
-        out = self.oracle.decoder(**{**self.oracle.short, "past_key_values": cache})
-        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), out.past_key_values)
+        out = self.oracle.decoder(**with_cache(self.oracle.decoder, self.oracle.short, cache))
+        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), cache_of_output(out))
 
     def step(self, state: State, number: int) -> State:
         """Decode one token."""
@@ -146,10 +148,10 @@ class Ideal(Contestant):
         out = self.oracle.decoder(
             inputs_embeds=states,
             position_ids=self.oracle.place_after(number),
-            past_key_values=state.cache,
+            **with_cache(self.oracle.decoder, {}, state.cache),
             use_cache=True,
         )
-        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), out.past_key_values)
+        return State(self.model.get_output_embeddings()(out.last_hidden_state[:, -1]), cache_of_output(out))
 
 
 @torch.inference_mode()
@@ -178,6 +180,4 @@ def _arguments(decoder: Any, dense: Contestant) -> tuple[dict[str, Any], dict[st
     finally:
         for handle in handles:
             handle.remove()
-    for found in seen:
-        found.pop("past_key_values", None)
-    return seen[0], seen[1]
+    return without_cache(seen[0]), without_cache(seen[1])

@@ -1,7 +1,7 @@
 """Methods side by side on the model in the box: accuracy, time, FLOPs, and pictures of what each one keeps.
 
 `python -m mllm_squeeze.demo.compare` takes about a minute on two cores; `--full --out docs/results` makes the committed
-tables from all methods that prune images.
+tables from all methods that prune images, and with `--untimed` those of them that a busy machine can make as well.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ from mllm_squeeze import viz
 
 from . import folder
 from .contest import DENSE, Contender, Entry, hit, line_up, measure_accuracy, measure_time, summarise
-from .evaluate import answers
+from .evaluate import NEW_TOKENS, answers
 from .questions import Item, held_out
 
 METHODS = ("random", "fastv", "sparsevlm", "visionzip", "divprune", "tome")
 RATIOS = (0.5, 0.75)
 FULL_RATIOS = (0.5, 0.75, 0.9)
 NOTE = (
-    "tokens: visual tokens of a picture at the end, /layer: mean over the decoder layers; accuracy: first word of the "
-    "answer, ± standard error; ms: median prefill of a batch, encoder included; GFLOPs: language model, one prompt"
+    "tokens: visual tokens of a picture at the end, /layer: mean over the decoder layers; first %: the first word of "
+    "the answer is right, ± standard error, and its difference to dense; whole %: that word right and nothing behind "
+    "it; GFLOPs: language model, one prompt"
 )
+TIMED = "; ms: median prefill of a batch, encoder included"
 ACROSS = 6
-HEAD = ("method", "cut", "tokens", "/layer", "accuracy %", "to dense", "ms", "GFLOPs")
+HEAD = ("method", "cut", "tokens", "/layer", "first %", "to dense", "whole %", "GFLOPs", "ms")
 
 
 @dataclass
@@ -63,14 +65,20 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Return the table for the documentation."""
-        lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' + ' ---: |' * (len(HEAD) - 1)}"]
-        lines += [f"| {' | '.join(row)} |" for row in map(_cells, self.entries)]
+        head = _head(self)
+        lines = [f"| {' | '.join(head)} |", f"|{' --- |' + ' ---: |' * (len(head) - 1)}"]
+        lines += [f"| {' | '.join(_cells(entry)[: len(head)])} |" for entry in self.entries]
         facts = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         how = (
-            f"{self.questions} held-out questions, a picture each; the difference to dense is paired. Prefill: batch "
-            f"of {self.batch}, median of {self.repeats} rounds in which all methods take turns, {self.threads} threads."
+            f"{self.questions} held-out questions, a picture each; the difference to dense is paired. Answers are read "
+            f"up to `</s>` or {NEW_TOKENS} tokens."
         )
-        return "\n".join([*lines, "", f"{NOTE}. {how}", "", f"`{self.command}` ({facts})", ""])
+        if self.repeats:
+            how += (
+                f" Prefill: batch of {self.batch}, median of {self.repeats} rounds in which all methods take turns, "
+                f"{self.threads} threads."
+            )
+        return "\n".join([*lines, "", f"{_note(self)}. {how}", "", f"`{self.command}` ({facts})", ""])
 
 
 def image_methods() -> list[str]:
@@ -103,8 +111,8 @@ def main(
     """Evaluate the dense model and each method at each ratio on the same held-out questions, print and save the table.
 
     pictures: how many pictures of survivors to draw. out: folder for compare.json, compare.md and compare.png; nothing
-    is written without it. seeds: seeds of a random method, averaged. repeats: timed prefills. model, processor: instead
-    of the model in the box.
+    is written without it. seeds: seeds of a random method, averaged. repeats: timed prefills; with 0 nothing is timed,
+    and answers.json and answers.md are written instead. model, processor: instead of the model in the box.
     """
     console = console or Console()
     if model is None:
@@ -132,9 +140,19 @@ def main(
     if out is not None:
         _save(comparison, Path(out))
         _draw(contenders, processor, _examples(dense, items, pictures), Path(out))
-        written = sorted(path.name for path in Path(out).glob("compare*"))
+        written = sorted(path.name for stem in ("answers", "compare") for path in Path(out).glob(f"{stem}*"))
         console.print(f"in {out}: {', '.join(written)}")
     return comparison
+
+
+def _head(comparison: Comparison) -> tuple[str, ...]:
+    """The names of the columns; the times stand last, and are left out where nothing was timed."""
+    return HEAD if comparison.repeats else HEAD[:-1]
+
+
+def _note(comparison: Comparison) -> str:
+    """What the columns mean."""
+    return NOTE + (TIMED if comparison.repeats else "")
 
 
 def _cells(entry: Entry) -> list[str]:
@@ -148,29 +166,32 @@ def _cells(entry: Entry) -> list[str]:
         f"{entry.tokens_per_layer:.0f}",
         f"{100 * entry.accuracy:.1f} ± {100 * entry.error:.1f}",
         "-" if dense else difference,
-        f"{1000 * entry.seconds:.0f}",
+        f"{100 * entry.exact:.1f}",
         "-" if entry.flops is None else f"{entry.flops / 1e9:.3f}",
+        "-" if entry.seconds is None else f"{1000 * entry.seconds:.0f}",
     ]
 
 
 def _table(comparison: Comparison) -> Table:
     title = f"{comparison.questions} held-out questions, prefill in batches of {comparison.batch}"
-    table = Table(title=title, caption=NOTE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, name in enumerate(HEAD):
+    head = _head(comparison)
+    table = Table(title=title, caption=_note(comparison), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(head):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     last = 0.0
     for entry in comparison.entries:
         if entry.ratio != last:
             table.add_section()
         last = entry.ratio
-        table.add_row(*_cells(entry))
+        table.add_row(*_cells(entry)[: len(head)])
     return table
 
 
 def _save(comparison: Comparison, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.json").write_text(comparison.to_json(), encoding="utf-8")
-    (out / "compare.md").write_text(comparison.to_markdown(), encoding="utf-8")
+    stem = "compare" if comparison.repeats else "answers"
+    (out / f"{stem}.json").write_text(comparison.to_json(), encoding="utf-8")
+    (out / f"{stem}.md").write_text(comparison.to_markdown(), encoding="utf-8")
 
 
 def _examples(dense: Contender, items: list[Item], count: int) -> list[Item]:
@@ -196,12 +217,18 @@ def _draw_some(dense: Contender, shown: list[Contender], processor: Any, items: 
     captions = []
     for item in items:
         said = [answers(c.model, processor, [item])[0] for c in [dense, *shown]]
-        captions.append([f"{' '.join(words.split()[:1])} {'✓' if hit(words, item) else '✗'}" for words in said])
+        captions.append([_caption(words, item) for words in said])
         kept.append([viz.survivors(c.handle.layout.spans[0], c.handle.cuts[-1]) for c in shown])
     titles = [f"{c.method}\n{len(kept[0][i])} kept" for i, c in enumerate(shown)]
     rows = ["\n".join(textwrap.wrap(item.question, 20)) for item in items]
     tiles = shown[0].handle.layout.spans[0].tiles
     viz.sheet([i.picture for i in items], tiles, kept, titles=titles, rows=rows, captions=captions, path=path)
+
+
+def _caption(said: str, item: Item) -> str:
+    """The first word and whether it is right; dots where the answer goes on."""
+    first, *more = said.split() or [""]
+    return f"{first}{'…' if more else ''} {'✓' if hit(said, item) else '✗'}"
 
 
 def _versions() -> dict[str, str]:
@@ -228,6 +255,7 @@ def command(arguments: Sequence[str] | None = None) -> Comparison:
     parser.add_argument("--pictures", type=int, default=2, help="pictures of survivors to draw")
     parser.add_argument("--out", type=Path, help="folder for the JSON, the table and the picture")
     parser.add_argument("--full", action="store_true", help="all methods, more questions, three seeds of chance")
+    parser.add_argument("--untimed", action="store_true", help="leave out the times: write answers.json and answers.md")
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(given)
     return main(
@@ -237,7 +265,7 @@ def command(arguments: Sequence[str] | None = None) -> Comparison:
         options.pictures,
         options.out,
         seeds=3 if options.full else 1,
-        repeats=15 if options.full else 5,
+        repeats=0 if options.untimed else 15 if options.full else 5,
         command=shlex.join([*parser.prog.split(), *given]),
     )
 

@@ -27,10 +27,11 @@ class Entry:
     """One method at one budget.
 
     tokens: visual tokens per picture left in the end. tokens_per_layer: their mean over the decoder layers. accuracy,
-    error: share of right answers and its standard error. ended: share of answers that stopped after their word.
-    against_dense, against_dense_error: the paired difference in accuracy. seconds: median of the timed prefills of one
-    batch, vision encoder included; seconds_low and seconds_high are the quartiles. flops: of the language model's
-    prefill, for one prompt.
+    error: share of answers whose first word is right and its standard error. exact, exact_error: the same for the whole
+    answer, which must be that word and nothing else. ended: share of answers that stopped after their word.
+    against_dense, against_dense_error: the paired difference in accuracy. by_kind: accuracy for each kind of question.
+    seconds: median of the timed prefills of one batch, vision encoder included, None where none was timed; seconds_low
+    and seconds_high are the quartiles. flops: of the language model's prefill, for one prompt.
     """
 
     method: str
@@ -41,12 +42,14 @@ class Entry:
     error: float
     against_dense: float
     against_dense_error: float
+    exact: float
+    exact_error: float
     ended: float
     by_kind: dict[str, float]
     flops: float | None
-    seconds: float
-    seconds_low: float
-    seconds_high: float
+    seconds: float | None
+    seconds_low: float | None
+    seconds_high: float | None
     seeds: int
 
 
@@ -60,6 +63,7 @@ class Contender:
     handle: Any = None
     params: dict[str, Any] = field(default_factory=dict)
     right: list[list[float]] = field(default_factory=list)
+    exact: list[list[float]] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
 
@@ -86,13 +90,14 @@ def measure_accuracy(
                 contender.handle = squeeze.apply(contender.model, contender.method, **contender.params, seed=seed)
             given = answers(contender.model, processor, items, batch)
             contender.right.append([float(hit(said, item)) for said, item in zip(given, items, strict=True)])
+            contender.exact.append([float(said == item.answer) for said, item in zip(given, items, strict=True)])
             contender.ended.append(statistics.fmean(len(said.split()) == 1 for said in given))
             bar.update(task, advance=1, description=f"answers: {contender.method}")
     bar.update(task, description="answers")
 
 
 def hit(said: str, item: Item) -> bool:
-    """Whether the first word is the answer; that all answers are one word is a habit of the box, not the picture's."""
+    """Whether the first word is the answer, whatever follows; the whole answer is counted beside it."""
     return said.split()[:1] == [item.answer]
 
 
@@ -107,7 +112,10 @@ def _inputs(processor: Any, items: Sequence[Item]) -> Any:
 
 
 def measure_time(bar: Progress, contenders: list[Contender], processor: Any, items: list[Item], repeats: int) -> None:
-    """Time a prefill of each contender in turn, so that a slow spell of the machine hits all of them alike."""
+    """Time a prefill of each contender in turn, so that a slow spell of the machine hits all of them alike.
+
+    With no repeats there is still the one that warms up: the report of each contender is about these items.
+    """
     inputs = _inputs(processor, items)
     task = bar.add_task("prefill", total=(repeats + 1) * len(contenders))
     for turn in range(repeats + 1):
@@ -124,9 +132,9 @@ def summarise(contender: Contender, dense: Contender, reference: Report | None, 
     """What was seen of a contender, in numbers; `reference` is the report of any squeezed one, for the dense sizes."""
     right, base = mean_rows(contender.right), mean_rows(dense.right)
     accuracy, error = mean_and_error(right)
+    exact, exact_error = mean_and_error(mean_rows(contender.exact))
     difference, difference_error = mean_and_error([a - b for a, b in zip(right, base, strict=True)])
-    times = contender.times
-    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    low, middle, high = _quartiles(contender.times)
     tokens, per_layer, flops = _sizes(contender, reference)
     by_kind = {
         kind: statistics.fmean(value for value, item in zip(right, items, strict=True) if item.kind == kind)
@@ -141,6 +149,8 @@ def summarise(contender: Contender, dense: Contender, reference: Report | None, 
         error=error,
         against_dense=difference,
         against_dense_error=difference_error,
+        exact=exact,
+        exact_error=exact_error,
         ended=statistics.fmean(contender.ended),
         by_kind=by_kind,
         flops=flops,
@@ -162,6 +172,13 @@ def _sizes(contender: Contender, reference: Report | None) -> tuple[float, float
     n = reference.record.batch
     flops = None if reference.flops_dense is None else reference.flops_dense / n
     return reference.visual_before / n, reference.visual_before / n, flops
+
+
+def _quartiles(times: list[float]) -> tuple[float, float, float] | tuple[None, None, None]:
+    if not times:
+        return None, None, None
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return low, middle, high
 
 
 def mean_rows(rows: list[list[float]]) -> list[float]:

@@ -11,6 +11,9 @@ import torch
 
 from .questions import Item
 
+# An answer is one word and </s>; a model that goes on behind its word shows it within these.
+NEW_TOKENS = 8
+
 
 def prompt(processor: Any, question: str) -> str:
     """The chat text for one picture and one question, ending where the answer begins."""
@@ -22,23 +25,28 @@ def prompt(processor: Any, question: str) -> str:
 def answers(
     model: Any, processor: Any, items: Iterable[Item], batch_size: int = 25, device: str | torch.device = "cpu"
 ) -> list[str]:
-    """The model's answers in words, greedy, at most two new tokens (the word and </s>), in the order of the items."""
+    """The model's whole answers in words, greedy, up to </s> or NEW_TOKENS tokens, in the order of the items."""
     given: list[str] = []
     queue = iter(items)
     while batch := list(islice(queue, batch_size)):
         texts = [prompt(processor, item.question) for item in batch]
         inputs = processor(images=[item.picture for item in batch], text=texts, padding=True, return_tensors="pt")
         inputs = inputs.to(device)
-        written = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        written = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         fresh = written[:, inputs["input_ids"].shape[1] :]
-        given += [text.strip() for text in processor.batch_decode(fresh, skip_special_tokens=True)]
+        given += [processor.decode(_until(row, model.generation_config.eos_token_id)) for row in fresh.tolist()]
     return given
+
+
+def _until(row: list[int], end: int) -> list[int]:
+    """The tokens before </s>; any other special token is a part of what was said, and a mistake."""
+    return row[: row.index(end)] if end in row else row
 
 
 def accuracy(
     model: Any, processor: Any, items: Iterable[Item], batch_size: int = 25, device: str | torch.device = "cpu"
 ) -> dict[str, float]:
-    """The share of items answered with exactly the right word: under "overall", and under the name of each kind."""
+    """The share of items whose whole answer is the right word: under "overall", and under the name of each kind."""
     items = list(items)
     right: dict[str, list[bool]] = defaultdict(list)
     for item, given in zip(items, answers(model, processor, items, batch_size, device), strict=True):

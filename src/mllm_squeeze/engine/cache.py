@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mllm_squeeze.engine.cut_layers import CutCache, CutLayer, KeptEntries, StaticCutLayer, as_cut, mark_cut
 from mllm_squeeze.upstream import caches
+from mllm_squeeze.upstream.caches import layer_at as layer_at
 from mllm_squeeze.upstream.caches import tokens_seen as tokens_seen
 
 
@@ -36,11 +37,6 @@ def is_cut(cache: Any) -> bool:
         UnsupportedInputError: the object is no cache of transformers.
     """
     return any(isinstance(layer, CutLayer) for layer in caches.layers_of(cache))
-
-
-def layer_at(cache: Any, number: int) -> Any:
-    """Return the KV layer of a decoder layer, None where there is none yet."""
-    return cache.layers[number] if cache is not None and number < len(cache.layers) else None
 
 
 def kept_entries(cache: Any, layer: int) -> KeptEntries | None:
@@ -111,5 +107,5 @@ def announce(cache: Any, layer: int, entries: KeptEntries) -> None:
     if not caches.has_entries(found):
         return
     if not isinstance(found, CutLayer):
-        found = cache.layers[layer] = as_cut(found)
+        found = caches.put_layer(cache, layer, as_cut(found))
     found.upcoming, found.served = entries, True

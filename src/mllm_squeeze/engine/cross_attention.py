@@ -24,6 +24,7 @@ from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.handlers.cross_attention import cross_layers, find_pictures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.attended import CrossCall
+from mllm_squeeze.upstream.attention import implementation
 from mllm_squeeze.upstream.calls import Arguments, TextCall, cache_of
 from mllm_squeeze.upstream.prompts import PromptCall
 
@@ -140,7 +141,7 @@ class CrossAttentionHooks(HookOwner):
     def _new_mask(self, call: TextCall, kept: KeptKeys) -> Tensor | None:
         """Return a mask that closes padded keys and nothing else, where none was given."""
         decoder: Any = self.parts.decoder
-        if not is_flash(str(self.parts.text_config._attn_implementation)):
+        if not is_flash(implementation(self.parts.text_config)):
             return open_mask(kept, call.width, decoder.dtype)
         if kept.valid is not None:
             raise UnsupportedInputError(

@@ -342,8 +342,6 @@ def as_cut(layer: Any) -> Any:
 class CutCache:
     """A cache some of whose layers are cut: it crops all of them, or none."""
 
-    layers: list[Any]
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_cache, (type(self).__bases__[-1],), self.__dict__
 
@@ -353,7 +351,7 @@ class CutCache:
         Raises:
             UnsupportedInputError: a layer holds a cut, and its keys alone do not say which tokens they belong to.
         """
-        if any(isinstance(layer, CutLayer) and layer.entries is not None for layer in self.layers):
+        if any(isinstance(layer, CutLayer) and layer.entries is not None for layer in caches.layers_of(self)):
             raise UnsupportedInputError(
                 "The keys and values of a cut cache cannot be taken out one by one: they do not say which tokens they "
                 "belong to. Copy the cache itself (copy.deepcopy, pickle), or read cache.layers[n].keys."
@@ -362,7 +360,7 @@ class CutCache:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; raises like `crop` of its cut layers, before any layer forgot."""
-        for layer in self.layers:
+        for layer in caches.layers_of(self):
             if isinstance(layer, CutLayer):
                 layer.count_to_crop(tokens_to_remove)
         super().crop(tokens_to_remove)  # type: ignore[misc]

@@ -5,26 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine.session import Session
-from mllm_squeeze.engine.taps import score_rows
+from mllm_squeeze.engine.taps import AttentionCall, score_rows
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.reducers.base import DecodeReducer
-from mllm_squeeze.upstream import caches
 
 
-def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_values: Any) -> None:
+def listen(session: Session, attention: Any, reducer: DecodeReducer, cache: Any) -> None:
     """Make the tap of the layer before choose which visual entries the later layers see in this step.
 
     The choice and the row it was made from live with the cache, so that steps, beams and copies of a cache stay apart.
     """
     holder = _holder(session, reducer.layer)
-    entries = kv.kept_entries(past_key_values, holder)
+    entries = kv.kept_entries(cache, holder)
     if entries is None or entries.visual is None:
         return
-    before = kv.kept_entries(past_key_values, session.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
+    before = kv.kept_entries(cache, session.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
     if before is None or before.columns.shape != entries.columns.shape:
         raise ConfigError(
             f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put "
@@ -32,10 +30,11 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, past_key_va
         )
     visual = entries.visual
 
-    def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        layer: Any = caches.layer_at(past_key_values, holder)
-        rows = query.new_full((query.shape[0], 1), query.shape[2] - 1, dtype=torch.long)
-        scores = score_rows(query, key, mask, kwargs, rows, torch.ones_like(rows, dtype=torch.float32))
+    def read(call: AttentionCall) -> bool:
+        layer: Any = kv.layer_at(cache, holder)
+        batch, _, queries, _ = call.query.shape
+        rows = call.query.new_full((batch, 1), queries - 1, dtype=torch.long)
+        scores = score_rows(call, rows, torch.ones_like(rows, dtype=torch.float32))
         row = scores[:, : visual.shape[1]]
         notes = layer.notes or {}
         kept, stored = reducer.refresh(row, notes.get("row"), notes.get("kept"), visual.to(row.device))

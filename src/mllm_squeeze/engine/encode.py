@@ -11,11 +11,12 @@ from torch import Tensor
 from mllm_squeeze.engine.encoder import EncoderMerge
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.spans import Features
-from mllm_squeeze.engine.taps import score_received, score_rows
+from mllm_squeeze.engine.taps import AttentionCall, score_received, score_rows
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.road import to_llm_tokens
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.outputs import projected
 
 
 class EncodeCall:
@@ -32,22 +33,22 @@ class EncodeCall:
         self._values: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     @marked("signal")
-    def read(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    def read(self, call: AttentionCall) -> bool:
         """Read one attention call of the feature layer; packed towers make one per segment."""
         lead = self.parts.lead
         if "saliency" in self._values:
-            self._values["saliency"].append(self._saliency(query, key, mask, kwargs)[:, lead:])
+            self._values["saliency"].append(self._saliency(call)[:, lead:])
         if "encoder_keys" in self._values:
-            self._values["encoder_keys"].append(key.float().mean(1)[:, lead:])
+            self._values["encoder_keys"].append(call.key.float().mean(1)[:, lead:])
         return False
 
-    def _saliency(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
-        heads = query.shape[1]
+    def _saliency(self, call: AttentionCall) -> Tensor:
+        batch, heads, _, _ = call.query.shape
         if not self.parts.lead:
-            return score_received(query, key, mask, kwargs)
-        first = torch.zeros(query.shape[0], 1, dtype=torch.long, device=query.device)
+            return score_received(call)
+        first = torch.zeros(batch, 1, dtype=torch.long, device=call.query.device)
         weights = torch.full_like(first, heads, dtype=torch.float32)
-        return score_rows(query, key, mask, kwargs, first, weights, causal=False)
+        return score_rows(call, first, weights, causal=False)
 
     @marked("signal")
     def features(self, inputs: Mapping[str, Any], output: Any) -> Features:
@@ -83,9 +84,7 @@ class EncodeCall:
 
 def item_lengths(output: Any) -> list[int] | None:
     """Return the tokens of each item of a feature method's output, None where the output does not tell."""
-    features = getattr(output, "pooler_output", None)
-    if isinstance(features, Tensor) and features.ndim == 3:
+    features = projected(output)
+    if isinstance(features, Tensor):
         return [features.shape[1]] * features.shape[0]
-    if isinstance(features, (list, tuple)) and all(isinstance(item, Tensor) for item in features):
-        return [item.numel() // item.shape[-1] for item in features]
-    return None
+    return None if features is None else [item.numel() // item.shape[-1] for item in features]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine.spans import PRUNED, SEPARATOR
+from mllm_squeeze.engine.taps import AttentionCall
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.road import to_llm_tokens
 from mllm_squeeze.family.structure import ModelParts
@@ -30,9 +31,9 @@ class EncoderMerge:
         self._source: Tensor | None = None
         self._schedule: Sequence[int] = ()
 
-    def read(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    def read(self, call: AttentionCall) -> bool:
         """Keep the keys of a block, mean over heads."""
-        self._keys = key.mean(1)[:, self.parts.lead :]
+        self._keys = call.key.mean(1)[:, self.parts.lead :]
         return False
 
     @property

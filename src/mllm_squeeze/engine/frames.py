@@ -20,6 +20,7 @@ from mllm_squeeze.engine.static_step import untraced
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.calls import TextCall
 from mllm_squeeze.upstream.prompts import MODALITIES, PromptCall
 
@@ -216,15 +217,14 @@ def real_tokens(mask: Any, past: int, width: int) -> Tensor | None:
     mask: what the inner model got: 2-D (B, tokens seen), or 4-D (B, 1, T, K), as generate() makes them for caches that
     can be compiled. In a 4-D mask a real token sees itself.
     """
-    if not isinstance(mask, Tensor):
+    # What cannot be read here is refused where it would have to be shortened.
+    if masks.form(mask) not in ("keys", "square"):
         return None
-    if mask.ndim == 2:
-        mask = mask[:, None].expand(-1, width, -1)
-    else:
-        mask = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
-    if mask.shape[-1] < past + width:
-        past = mask.shape[-1] - width
-    return mask[:, :, past : past + width].diagonal(dim1=1, dim2=2).bool()
+    opened = masks.is_open(mask)
+    opened = opened[:, None].expand(-1, width, -1) if opened.ndim == 2 else opened[:, 0]
+    if opened.shape[-1] < past + width:
+        past = opened.shape[-1] - width
+    return opened[:, :, past : past + width].diagonal(dim1=1, dim2=2)
 
 
 def _ids(parts: ModelParts, call: PromptCall) -> Tensor:

@@ -168,5 +168,5 @@ def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[En
     if not isinstance(found, CutKeysLayer):
         cut = CutKeysLayer.__new__(CutKeysLayer)
         cut.__dict__ = found.__dict__
-        cache.layers[layer] = found = cut
+        found = caches.put_layer(cache, layer, cut)
     found.upcoming, found.reader = kept, reader

@@ -14,8 +14,10 @@ from mllm_squeeze.engine import cutting
 from mllm_squeeze.engine.marks import marked
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.session import Session
+from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.upstream import masks
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,24 @@ def reduce_keys(
 def take_columns(mask: Tensor, rows: Tensor | None, kept: KeptKeys) -> tuple[Tensor, Tensor | None]:
     """Return a mask over the keys that are left, and which words still see a picture.
 
-    mask: (B, 1, T, K), added to the attention. rows: (B, 1, T, 1) or None, 0 where a word sees no picture; its row of
-    the mask is then open. A word whose tiles lost all their keys becomes such a word.
+    mask: (B, 1, T, K), of bools or added to the attention. rows: (B, 1, T, 1) or None, 0 where a word sees no picture;
+    its row of the mask is then open. A word whose tiles lost all their keys becomes such a word.
+
+    Raises:
+        UnsupportedInputError: a mask of another form.
     """
+    if masks.form(mask) != "square":
+        raise UnsupportedInputError(
+            f"The mask over the pictures' keys is of shape {tuple(mask.shape)}; expected (batch, 1, words, keys)."
+        )
     index = kept.index.to(mask.device)
     mask = mask.gather(-1, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
     closed = None if kept.valid is None else ~kept.valid.to(mask.device)[:, None, None]
     if rows is not None:
-        seen = mask == 0 if closed is None else (mask == 0) & ~closed
+        seen = masks.is_open(mask) if closed is None else masks.is_open(mask) & ~closed
         sees = seen.any(-1, keepdim=True)
-        mask, rows = mask.masked_fill(~sees, 0.0), rows * sees.type_as(rows)
-    return (mask if closed is None else mask.masked_fill(closed, torch.finfo(mask.dtype).min)), rows
+        mask, rows = masks.open_to(mask, ~sees), rows * sees.type_as(rows)
+    return (mask if closed is None else masks.close(mask, closed)), rows
 
 
 def open_mask(kept: KeptKeys, tokens: int, dtype: torch.dtype) -> Tensor | None:
@@ -98,4 +107,4 @@ def open_mask(kept: KeptKeys, tokens: int, dtype: torch.dtype) -> Tensor | None:
         return None
     shape = (kept.index.shape[0], 1, tokens, kept.index.shape[1])
     mask = torch.zeros(shape, dtype=dtype, device=kept.index.device)
-    return mask if kept.valid is None else mask.masked_fill(~kept.valid[:, None, None], torch.finfo(dtype).min)
+    return mask if kept.valid is None else masks.close(mask, ~kept.valid[:, None, None])

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.session import OneRow, Session
+from mllm_squeeze.engine.taps import AttentionCall
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, attention_arguments
+from mllm_squeeze.upstream.projections import is_offloaded, rowwise_projections
 
-# Projections whose output is needed for one row only, or not at all.
-_NARROW = ("q_proj", "v_proj")
-
-Reader = Callable[[Tensor, Tensor, dict[str, Any]], None]
+Reader = Callable[[AttentionCall], None]
 
 
 class _Enough(Exception):
@@ -29,12 +28,12 @@ def run_projections(
 
     attention: a tapped module. normed: (B, M, D). row: int64 (B, 1), the one row whose query is read, so that queries
     are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. session:
-    the pass that runs. read: gets query, key and the arguments of the attention function.
+    the pass that runs. read: gets what the attention function is called with.
     """
-    offloaded = _offloaded(attention)
+    offloaded = is_offloaded(attention)
 
-    def listener(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
-        read(query, key, kwargs)
+    def listener(read_at: AttentionCall) -> bool:
+        read(read_at)
         if offloaded:
             # Its hooks must run to the end, or weights stay where they are not meant to be.
             return True
@@ -51,10 +50,6 @@ def run_projections(
     finally:
         session.one_row.pop(attention, None)
         del session.listeners[attention]
-
-
-def _offloaded(module: nn.Module) -> bool:
-    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Session | None]) -> None:
@@ -80,8 +75,6 @@ def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Sessi
         wanted = one()
         return None if wanted is None else output.expand(-1, wanted.length, -1)
 
-    for name in _NARROW:
-        projection = getattr(attention, name, None)
-        if isinstance(projection, nn.Module):
-            fittings.before(projection, narrow)
-            fittings.after(projection, widen)
+    for projection in rowwise_projections(attention):
+        fittings.before(projection, narrow)
+        fittings.after(projection, widen)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from mllm_squeeze.engine import cache as kv
@@ -34,8 +32,12 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.upstream.attention import implementation
 from mllm_squeeze.upstream.calls import LayerCall, TextCall
 from mllm_squeeze.upstream.names import POSITIONS
+from mllm_squeeze.upstream.versions import installed
+
+R = TypeVar("R")
 
 
 class Runtime(HookOwner):
@@ -207,7 +209,7 @@ class Runtime(HookOwner):
         """True for a decode step in which no layer needs anything of us: one token, none padded, positions alike."""
         if call.width > 1 or self.plan.decode is not None:
             return False
-        if self._windowed or self.parts.text_config._attn_implementation == "eager":
+        if self._windowed or implementation(self.parts.text_config) == "eager":
             return False
         if not _is_open(call.mask, kv.tokens_seen(call.cache) + 1):
             return False
@@ -238,15 +240,16 @@ class Runtime(HookOwner):
         selfcheck.require_alike(self.parts, proof)
         self._verified = True
 
-    @contextmanager
-    def probing(self, session: Session | None) -> Iterator[None]:
-        """Run the text model alone with a session made by hand inside the block; with None it runs dense."""
-        # Ours sleeps while the block runs, in the frame that entered it.
-        probe = self._local.probes.enter((session,), sys._getframe(2))
+    def run_with(self, session: Session | None, function: Callable[[], R]) -> R:
+        """Call the text model with a session made by hand; with None it runs dense.
+
+        function: calls the text model.
+        """
+        entry = self._local.probes.enter((session,), sys._getframe())
         try:
-            yield
+            return function()
         finally:
-            self._local.probes.leave(probe)
+            self._local.probes.leave(entry)
 
     def prove(
         self, layer: int, layout: TokenLayout, features: Mapping[str, Features], call: TextCall
@@ -341,7 +344,7 @@ def _refuse_recomputed(parts: ModelParts) -> None:
     inside = type(layer).__call__ is not nn.Module.__call__
     if inside and torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
         raise UnsupportedInputError(
-            f"transformers {transformers.__version__} recomputes layers together with their hooks, so a squeezed model "
+            f"transformers {installed()} recomputes layers together with their hooks, so a squeezed model "
             "cannot be trained with gradient checkpointing. Call model.gradient_checkpointing_disable(), or install "
             "transformers 5.23 or newer."
         )

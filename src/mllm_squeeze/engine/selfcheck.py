@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from mllm_squeeze.engine.fittings import Fittings
 from mllm_squeeze.engine.frames import Local
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.sequence import is_flash
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
 from mllm_squeeze.layout import Tile, TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.upstream import masks
+from mllm_squeeze.upstream.attention import implementation, is_flash, using
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, TextCall
 from mllm_squeeze.upstream.outputs import hidden_of
 
@@ -150,16 +151,9 @@ def _masked_run(parts: ModelParts, fittings: Fittings, session: Session, layer: 
         fittings.remove()
 
 
-@contextmanager
-def _masks_allowed(config: Any) -> Iterator[None]:
+def _masks_allowed(config: Any) -> AbstractContextManager[None]:
     """Compute attention by SDPA where FlashAttention is set, which takes no mask of queries by keys."""
-    before = config._attn_implementation_internal
-    if is_flash(str(before)):
-        config._attn_implementation_internal = "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before
+    return using(config, "sdpa") if is_flash(implementation(config)) else nullcontext()
 
 
 def _survivors(session: Session, states: Tensor) -> Tensor:
@@ -191,7 +185,6 @@ def closing(kept: Tensor, layer: nn.Module) -> Any:
             mask = torch.ones(length, length, dtype=torch.bool, device=hidden.device)[None, None]
             mask = mask.tril() if causal else mask
         open_ = kept.to(hidden.device)[:, None, None, :] | itself
-        closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return call.replace(mask=mask.masked_fill(~open_, closed)).out()
+        return call.replace(mask=masks.close(mask, ~open_)).out()
 
     return close

@@ -10,6 +10,18 @@ from torch import Tensor
 
 from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.upstream import masks
+from mllm_squeeze.upstream.attention import is_flash, kind
+
+__all__ = [
+    "Rows",
+    "gather_positions",
+    "gather_rope",
+    "gather_rows",
+    "is_flash",
+    "shorten_mask",
+    "shorten_padding",
+]
 
 
 @dataclass(frozen=True)
@@ -70,55 +82,67 @@ def shorten_mask(mask: Any, rows: Rows, implementation: str, causal: bool = True
     where that says it of the short sequence too, else the same kind.
 
     Raises:
-        UnsupportedInputError: a mask of another kind (flex attention).
+        UnsupportedInputError: a mask of another form (flex attention), or none under an implementation of which nothing
+        is known that could say what None does not.
     """
-    if mask is None:
+    form = masks.form(mask)
+    if form == "none":
         return _mask_from_nothing(rows, implementation, causal)
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        raise UnsupportedInputError(
-            f"Attention masks of type {type(mask).__name__} ({implementation}) cannot be shortened. Load the model "
-            "with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
-        )
-    return _shorten_2d(mask, rows) if mask.ndim == 2 else _shorten_4d(mask, rows)
+    if form == "keys":
+        return _shorten_keys(mask, rows)
+    if form == "square":
+        return _shorten_square(mask, rows)
+    raise UnsupportedInputError(
+        f"Attention masks of type {type(mask).__name__} ({implementation}) cannot be shortened. Load the model "
+        "with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+    )
 
 
 def shorten_padding(mask: Any, rows: Rows) -> Tensor | None:
     """Return the padding mask (B, M) of a layer that mixes tokens without attention, None where all tokens are real."""
     if mask is None:
         return rows.query_valid
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if masks.form(mask) != "keys":
         raise UnsupportedInputError(
             f"A layer without attention got a mask of type {type(mask).__name__}; expected 2-D."
         )
-    return _shorten_2d(mask, rows)
-
-
-def is_flash(implementation: str) -> bool:
-    """True for the FlashAttention implementations, whose masks are 2-D or None."""
-    return "flash" in implementation
+    return _shorten_keys(mask, rows)
 
 
 def _mask_from_nothing(rows: Rows, implementation: str, causal: bool) -> Tensor | None:
     length, filled = rows.queries.shape[1], rows.keys.shape[1] - rows.ahead
     plain = rows.key_valid is None and rows.query_valid is None
-    if is_flash(implementation):
+    of = kind(implementation)
+    if of == "flash":
         return None if plain else rows.key_valid
+    # Eager attention adds what it is given and closes nothing by itself.
+    causal = causal and of != "eager"
     # SDPA reads no mask as: one query sees all keys; several see the first keys up to their own, if they are causal.
     if plain and (rows.ahead == 0 if length == 1 or not causal else length == filled):
         return None
+    if of not in ("sdpa", "eager"):
+        raise UnsupportedInputError(
+            f"The layers get no attention mask under '{implementation}', and the short sequence needs one, whose form "
+            "under this implementation is not known. Load the model with attn_implementation='sdpa', or register the "
+            "function that makes its masks: transformers.AttentionMaskInterface.register."
+        )
     # Slots for tokens to come are closed to all.
     latest = rows.queries if causal else torch.full_like(rows.queries, rows.width - 1)
     allowed = rows.keys[:, None, :] <= latest[:, :, None] + rows.past
-    return _close_invalid(allowed[:, None], rows)
+    mask = _close_invalid(allowed[:, None], rows)
+    if of == "sdpa":
+        return mask
+    # Eager attention adds its mask to the logits.
+    return masks.close(torch.zeros(mask.shape, device=mask.device), ~mask)
 
 
-def _shorten_2d(mask: Tensor, rows: Rows) -> Tensor | None:
+def _shorten_keys(mask: Tensor, rows: Rows) -> Tensor:
     columns, inside = _columns(rows, mask.shape[-1])
-    short = mask.expand(rows.keys.shape[0], -1).gather(1, columns).bool()
+    short = masks.is_open(mask.expand(rows.keys.shape[0], -1).gather(1, columns))
     return short & inside if rows.key_valid is None else short & inside & rows.key_valid
 
 
-def _shorten_4d(mask: Tensor, rows: Rows) -> Tensor:
+def _shorten_square(mask: Tensor, rows: Rows) -> Tensor:
     batch = rows.keys.shape[0]
     columns, inside = _columns(rows, mask.shape[-1])
     if columns.device != mask.device:
@@ -130,9 +154,7 @@ def _shorten_4d(mask: Tensor, rows: Rows) -> Tensor:
     mask = mask.expand(batch, -1, -1, -1)
     pick = torch.arange(batch, device=mask.device)[:, None, None]
     short = mask[pick, :, queries[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    short = short.masked_fill(~inside[:, None, None, :], closed)
-    return _close_invalid(short, rows)
+    return _close_invalid(masks.close(short, ~inside[:, None, None, :]), rows)
 
 
 def _columns(rows: Rows, width: int) -> tuple[Tensor, Tensor]:
@@ -143,14 +165,12 @@ def _columns(rows: Rows, width: int) -> tuple[Tensor, Tensor]:
 
 def _close_invalid(mask: Tensor, rows: Rows) -> Tensor:
     """Close padded keys; let padded queries see themselves, since a row without any key would be NaN."""
-    is_bool = mask.dtype == torch.bool
-    closed = False if is_bool else torch.finfo(mask.dtype).min
     if rows.key_valid is not None:
-        mask = mask.masked_fill(~rows.key_valid.to(mask.device)[:, None, None, :], closed)
+        mask = masks.close(mask, ~rows.key_valid.to(mask.device)[:, None, None, :])
     if rows.query_valid is not None:
         queries, keys = rows.queries.shape[1], rows.keys.shape[1]
         slot = torch.arange(queries, device=mask.device) + (keys - rows.ahead - queries)
         itself = torch.arange(keys, device=mask.device) == slot[:, None]
         lonely = itself[None, None] & ~rows.query_valid.to(mask.device)[:, None, :, None]
-        mask = mask.masked_fill(lonely, True if is_bool else 0.0)
+        mask = masks.open_to(mask, lonely)
     return mask

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,7 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.preview import run_projections
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.engine.spans import SpanTable
-from mllm_squeeze.engine.taps import score_rows
+from mllm_squeeze.engine.taps import AttentionCall, score_rows
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
 from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, Signals, TextTokens
@@ -37,18 +35,19 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
         return
 
     @marked("signal")
-    def read(query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+    def read(call: AttentionCall) -> bool:
         # A cache of fixed size hands out empty slots as well.
-        key = key[:, :, : session.held[number] + session.lengths[number]]
+        filled = call.replace(key=call.key[:, :, : session.held[number] + session.lengths[number]])
+        queries, keys = filled.query.shape[2], filled.key.shape[2]
         for need in needs:
             if need.name == "keys":
-                fresh = key[:, :, key.shape[2] - query.shape[2] :]
+                fresh = filled.key[:, :, keys - queries :]
                 session.read[planned, need] = fresh.transpose(1, 2).flatten(2)
             else:
                 rows, weights = _rows(session, planned, need)
-                scores = score_rows(query, key, mask, kwargs, rows, weights, is_causal(attention))
-                session.read[planned, need] = scores[:, scores.shape[1] - query.shape[2] :]
-        return False if others is None else others(query, key, mask, kwargs)
+                scores = score_rows(filled, rows, weights, is_causal(attention))
+                session.read[planned, need] = scores[:, keys - queries :]
+        return False if others is None else others(call)
 
     # Another step may cut at the same layer.
     others = session.listeners.get(attention)
@@ -160,8 +159,8 @@ def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, 
     out: list[Tensor] = []
 
     @marked("signal")
-    def read(query: Tensor, key: Tensor, extra: dict[str, Any]) -> None:
-        out.append(score_rows(query, key, session.present, extra, rows, weights, is_causal(attention)))
+    def read(call: AttentionCall) -> None:
+        out.append(score_rows(call.replace(mask=session.present), rows, weights, is_causal(attention)))
 
     one = rows if rows.shape[1] == 1 else None
     run_projections(attention, norm(hidden), one, given, session, read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.marks import marked
-from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.reducers.base import Reducer
 
@@ -85,7 +86,10 @@ def find_layout(
         spans += _spans_of(placeholder, found, modality in grouped)
     spans.sort(key=lambda span: (span.sample, span.start))
     if not bool(real.all()):
-        spans = [seen for span in spans if (seen := _without_holes(span, real[span.sample])) is not None]
+        there = [_without_holes(span, real[span.sample]) for span in spans]
+        if spans and not any(there):
+            warnings.warn("The attention mask hides all visual tokens; nothing was cut.", SqueezeWarning, stacklevel=2)
+        spans = [span for span in there if span is not None]
     return TokenLayout(ids.shape[0], ids.shape[1], tuple(spans), real, drafts)
 
 

@@ -14,6 +14,7 @@ from mllm_squeeze.engine.sequence import is_flash
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.calls import LayerCall, cache_of, is_one_token
 
 P = ParamSpec("P")
@@ -75,7 +76,7 @@ def serve_step(parts: ModelParts, number: int, call: LayerCall) -> LayerCall | N
 
 def _mask(layer: StaticCutLayer, mask: Any) -> Tensor:
     """Return the columns (B, H, 1, slots) of a mask (B, H, 1, all tokens) that the slots of a layer stand for."""
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
+    if masks.form(mask) != "square":
         raise UnsupportedInputError(
             f"A static cache was cut, and the mask of a decode step is a {type(mask).__name__}; expected 4-D. Load the "
             "model with attn_implementation='sdpa' or 'eager'."
@@ -84,5 +85,4 @@ def _mask(layer: StaticCutLayer, mask: Any) -> Tensor:
     short = mask.expand(columns.shape[0], -1, -1, -1).gather(-1, columns)
     if layer.open is None:
         return short
-    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return short.masked_fill(~layer.open[:, None, None, :], closed)
+    return masks.close(short, ~layer.open[:, None, None, :])

@@ -7,6 +7,7 @@ from torch import Tensor
 from mllm_squeeze.engine.cut_layers import KeptEntries
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.attention import implementation
 
 
 class Survivors:
@@ -42,4 +43,4 @@ class Survivors:
     @property
     def implementation(self) -> str:
         """Attention implementation of the text model."""
-        return str(self.parts.text_config._attn_implementation)
+        return implementation(self.parts.text_config)

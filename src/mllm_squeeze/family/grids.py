@@ -12,6 +12,7 @@ from mllm_squeeze.family.road import pack_anyres, tiles_per_image
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.upstream import configs, functions
+from mllm_squeeze.upstream.prompts import VIDEO_PIXELS
 
 
 def find_tiles(
@@ -26,7 +27,7 @@ def find_tiles(
     if rule == "thw":
         tiles = _thw(parts, inputs.get(f"{modality}_grid_thw"), inputs.get(f"{modality}_merge_sizes"))
     elif modality == "video" and rule == "anyres":
-        tiles = _frames(inputs["pixel_values_videos"].shape[1], lengths)
+        tiles = _frames(inputs[VIDEO_PIXELS].shape[1], lengths)
     elif rule == "rows":
         tiles = _rows(parts, inputs.get("image_sizes"))
     elif rule == "anyres":
@@ -51,7 +52,7 @@ def with_breaks(parts: ModelParts, modality: str, inputs: Mapping[str, Any], len
     if modality != "video" or not functions.pools_by_interpolation(parts.base):
         return list(lengths)
     half = math.ceil(configs.patch_grid(parts.config) / 2)
-    bare = inputs["pixel_values_videos"].shape[1] * half * half
+    bare = inputs[VIDEO_PIXELS].shape[1] * half * half
     return [length + 1 if length == bare else length for length in lengths]
 
 

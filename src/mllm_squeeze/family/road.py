@@ -13,6 +13,7 @@ from torch.nn import functional
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream import configs, functions
+from mllm_squeeze.upstream.prompts import VIDEO_PIXELS
 
 
 def to_llm_tokens(
@@ -55,6 +56,16 @@ def to_llm_tokens(
     return items
 
 
+def require_road(parts: ModelParts) -> None:
+    """Check that what this way needs of transformers is there.
+
+    Raises:
+        UnsupportedModelError: the order in which the encoder walks its tokens cannot be told.
+    """
+    if parts.row.road == "block_merge" and parts.tower is not None:
+        functions.window_function(parts.tower, parts.config.vision_config)
+
+
 def pack_anyres(parts: ModelParts, values: Tensor, inputs: Mapping[str, Any], fill: float) -> list[Tensor]:
     """Pack (tiles, N, C) values as LLaVA-NeXT packs features: overview, then the unpadded grid with row separators."""
     items = torch.split(values, tiles_per_image(parts, inputs), dim=0)
@@ -75,7 +86,7 @@ def tiles_per_image(parts: ModelParts, inputs: Mapping[str, Any]) -> list[int]:
 
 
 def _pool_frames(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor, fill: float) -> list[Tensor]:
-    batch = inputs["pixel_values_videos"].shape[0]
+    batch = inputs[VIDEO_PIXELS].shape[0]
     side = round(values.shape[1] ** 0.5)
     grid = values.reshape(-1, side, side, values.shape[-1]).permute(0, 3, 1, 2)
     if functions.pools_by_interpolation(parts.base):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
 from mllm_squeeze.family.handlers.cross_attention import has_cross_attention
 from mllm_squeeze.family.table import TABLE, FamilyRow
-from mllm_squeeze.upstream import configs, contract, layer_kinds, modules, rope
+from mllm_squeeze.upstream import configs, contract, functions, layer_kinds, modules, rope
 from mllm_squeeze.upstream.layer_kinds import LayerKind
 from mllm_squeeze.upstream.modules import attention_of as find_attention
 from mllm_squeeze.upstream.modules import is_causal
@@ -195,7 +195,9 @@ def _require_known(parts: ModelParts) -> None:
     # What a family has that nobody has tried is found out on its first call.
     encoded = () if row.by_runs or not row.verified else tuple(m for m in row.modalities if m != "audio")
     named = row.modalities if row.verified and not row.id_paths and not row.shared_id else ()
-    broken = check_structure(parts.model, parts.kinds, encoded=encoded, named=named, tried=row.verified)
+    broken = check_structure(parts, encoded=encoded, named=named, tried=row.verified)
+    if row.verified and "anyres" in (row.grid, row.road):
+        broken += functions.check_tiles(parts.base)
     contract.require(broken)
 
 

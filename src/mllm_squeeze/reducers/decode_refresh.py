@@ -39,10 +39,13 @@ class DecodeRefresh(DecodeReducer):
 
     DyCoke, arXiv 2411.15024, stage two. drop: fraction of the visual tokens left out. threshold: the choice of the
     step before stays while the attention over the visual tokens is at least this similar (cosine). The full cache is
-    retained, so tokens can come back.
+    retained, so tokens can come back. Separators (newlines) are no visual tokens here: they are always attended to, and
+    neither counted nor compared.
 
     Differs from the authors' code: similar steps reuse the choice, as the paper says (the code then attends to all);
-    the last visual token can be left out too; a batch decides row by row.
+    each prompt starts anew (the code's state outlives a prompt, so that its first steps may be compared with the last
+    ones of another); the number kept is exactly the whole part of V * (1 - drop) (the code's float falls short by one
+    where that is a whole number: 10 * (1 - 0.8) keeps 1); a batch decides row by row.
     """
 
     reads_text: ClassVar[bool] = True

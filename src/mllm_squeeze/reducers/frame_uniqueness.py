@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mllm_squeeze import ops
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.reach import warn_out_of_reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,10 @@ class FrameUniqueness(Reducer):
     the fraction of channels, of smallest variance, that is looked at: the code's filter (1 turns it off), not in the
     paper.
 
-    Differs from the authors' code: float32 instead of the model's dtype; batches; separators stay where they were
-    (where they compete they count to the first frame). A video whose frames are not known counts as one frame.
+    Differs from the authors' code: float32 instead of the model's dtype; the mean share is that of a budget in whole
+    tokens (the code scales each frame by the ratio as it is, so that a frame on the edge may round the other way);
+    batches; separators stay where they were (where they compete they count to the first frame). A video whose frames
+    are not known counts as one frame.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
@@ -65,6 +68,8 @@ class FrameUniqueness(Reducer):
         mask = tokens.mask
         per_tile = [[tile.frames for tile in tiles] for tiles in tokens.tiles] or [[]] * len(tokens.current)
         frames = max(1, *(sum(f) for f in per_tile))
+        for there, asked, count in zip(tokens.current, tokens.counts, map(sum, per_tile), strict=True):
+            warn_out_of_reach(f"Each of {count} frames keeps at least one token", asked, count, there)
         frame = ops.frame_ids(tokens.grid, per_tile).clamp(min=0).masked_fill(~mask, -1)
         v, f = typicality(tokens.features, frame, frames, self.channels)
         limit = frame_budgets(v, frame, tokens.budget, frames, self.temperature)

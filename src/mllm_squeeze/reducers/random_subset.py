@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import field_validator
+
 from mllm_squeeze import ops
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
 
@@ -23,12 +25,20 @@ def random_subset(mask: Tensor, budget: Tensor, current: tuple[int, ...], seed: 
 class RandomSubset(Reducer):
     """Keep a uniformly random subset of each span, the same at every call for a seed.
 
-    No paper; S spans at once, mask bool (S, N). Report the mean over several seeds.
+    No paper; S spans at once, mask bool (S, N). Report the mean over several seeds. seed: from -2**63 to 2**64 - 1,
+    as torch takes them.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector", "layer"})
 
     seed: int = 0
+
+    @field_validator("seed")
+    @classmethod
+    def _seed(cls, seed: int) -> int:
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"a seed is a whole number from -2**63 to 2**64 - 1; got {seed}")
+        return seed
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the drawn tokens of each span."""

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from mllm_squeeze import ops
 from mllm_squeeze.errors import ConfigError, UnsupportedInputError
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.reach import warn_out_of_reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +40,9 @@ class TemporalWindows(Reducer):
 
     DyCoke, arXiv 2411.15024, stage one (the paper speaks of merging, it drops). features (S, N, D), cosine in float32.
     The budget fixes the number kept in each of those frames, for whole windows the fraction (4 * kept - 1) / 3 (the
-    paper's 1 - K), at least 0, so that at most three quarters can be removed. variant: "official" leaves frame 2 of
-    the last window whole, as the loop bound of the authors' code does, and so keeps more than the budget.
+    paper's 1 - K), at least 0, so that at most three quarters can be removed, and less where the frames are no multiple
+    of four: half of two frames, nothing of one. A budget out of reach is said in a warning. variant: "official" leaves
+    frame 2 of the last window whole, as the loop bound of the authors' code does, and so keeps more than the budget.
 
     Differs from the authors' code: an odd last frame is not lost, up to four frames work, the tokens of a frame stay in
     raster order; ties take the lowest index; the number kept is solved from the budget. Frames without a whole window
@@ -95,6 +97,10 @@ class TemporalWindows(Reducer):
         spans = list(zip(tokens.current, tokens.counts, tokens.tiles, strict=True))
         sizes = [self._sizes(*span) for span in spans]
         shapes = [s[0] for s in sizes]
+        for (there, asked, _), ((frames, height, width), prunable, _) in zip(spans, sizes, strict=True):
+            least = there - prunable * height * width
+            rule = f"Of {frames} frames (as the model groups them) the first and every {WINDOW}th after it stay whole"
+            warn_out_of_reach(rule, asked, least, there)
         shape = (max(s[0] for s in shapes), max(s[1] for s in shapes), max(s[2] for s in shapes))
         frame = ops.frame_ids(tokens.grid, [[tile.frames for tile in tiles] for tiles in tokens.tiles])
         limits, spared = ops.on_device([[s[2] for s in sizes], [self._spared(f) for f, _, _ in shapes]], frame)

@@ -44,8 +44,10 @@ class TextRankRecycle(Reducer):
 
     Differs from the authors' code: the budget includes the clusters, kept + clusters equals it exactly; a cluster
     stands at the place of its centre, not behind all kept tokens; equal densities are ordered by index instead of by
-    noise; the token counts of a stage follow the recipe, not a table of four budgets; where no word is above average
-    all are raters (the code yields NaN). Version 2.0 is not offered.
+    noise; the token counts of a stage follow the recipe, not a table of four budgets; a word is a rater where it is
+    above average by more than a hundred-thousandth of it (the code lets rounding decide between words that are alike),
+    and where no word is, all are (the code yields NaN); raters and ranks are worked out in float32 (in bfloat16 the
+    code's own rounding moves 3 to 9 of 25 raters). Version 2.0 is not offered.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})

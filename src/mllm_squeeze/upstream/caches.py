@@ -43,6 +43,7 @@ __all__ = [
     "layers_of",
     "new_growing",
     "new_static",
+    "put_layer",
     "refuse_layer",
     "require_cache",
     "require_cuttable_kinds",
@@ -124,6 +125,12 @@ def ensure_layer(cache: Any, number: int) -> Any:
             )
         layers.append(cache.layer_class_to_replicate())
     return layers[number]
+
+
+def put_layer(cache: Any, number: int, layer: Any) -> Any:
+    """Put another KV layer where one is already, and return it."""
+    layers_of(cache)[number] = layer
+    return layer
 
 
 def tokens_seen(cache: Any) -> int:

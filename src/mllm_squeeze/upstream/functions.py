@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.upstream import configs
+from mllm_squeeze.upstream.broken import Broken
 
 _COUNT = ("image_size_to_num_patches", ("image_size", "grid_pinpoints", "patch_size"))
 _WINDOWS = (
@@ -63,15 +64,13 @@ def function_of(owner: nn.Module, name: str, parameters: tuple[str, ...] = ()) -
     Raises:
         UnsupportedModelError: the file has no such function, or it does not take these arguments.
     """
-    return _function(type(owner).__module__, name, parameters)
+    return _require(_in_file(owner, name), f"{type(owner).__module__}.{name}", parameters)
 
 
-@lru_cache(maxsize=64)
-def _function(path: str, name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    found = vars(sys.modules[path]).get(name)
-    if not callable(found):
-        raise _moved(path, name, "none of that name")
-    return _checked(found, path, name, parameters)
+def _in_file(owner: nn.Module, name: str) -> Any:
+    """Return what a name stands for in the file of a module's class, or in that of a class it is made from."""
+    files = (sys.modules.get(kind.__module__) for kind in type(owner).__mro__)
+    return next((vars(file)[name] for file in files if file is not None and name in vars(file)), None)
 
 
 def method_of(owner: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -80,27 +79,34 @@ def method_of(owner: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> 
     Raises:
         UnsupportedModelError: it has no such method, or it does not take these arguments.
     """
-    found = getattr(owner, name, None)
     kind = type(owner)
+    return _require(getattr(owner, name, None), f"{kind.__module__}.{kind.__name__}.{name}", parameters)
+
+
+def _require(found: Any, path: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
+    problem = _problem(found, parameters)
+    if problem:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} is not as expected: `{path}` should be a function, found "
+            f"{problem}. Use a release that mllm_squeeze was tested with, or a method that needs no encoder signal "
+            "(fastv, divprune)."
+        )
+    checked: Callable[..., Any] = found
+    return checked
+
+
+def _problem(found: Any, parameters: tuple[str, ...]) -> str:
+    """Return what is wrong with a function, "" where it takes these arguments."""
     if not callable(found):
-        raise _moved(kind.__module__, f"{kind.__name__}.{name}", "none of that name")
-    return _checked(found, kind.__module__, f"{kind.__name__}.{name}", parameters)
+        return "none of that name"
+    takes = _takes(getattr(found, "__func__", found))
+    lacking = [name for name in parameters if name not in takes]
+    return f"one that takes ({', '.join(takes)}), without {', '.join(lacking)}" if lacking else ""
 
 
-def _checked(found: Callable[..., Any], path: str, name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    takes = inspect.signature(found).parameters
-    lacking = [parameter for parameter in parameters if parameter not in takes]
-    if lacking:
-        raise _moved(path, name, f"one that takes ({', '.join(takes)}), without {', '.join(lacking)}")
-    return found
-
-
-def _moved(path: str, name: str, found: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"transformers {transformers.__version__} is not as expected: `{path}` should have a function `{name}`, found "
-        f"{found}. Use a release that mllm_squeeze was tested with, or a method that needs no encoder signal (fastv, "
-        "divprune)."
-    )
+@lru_cache(maxsize=64)
+def _takes(found: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(found).parameters)
 
 
 # What the families' pictures become
@@ -131,7 +137,7 @@ def pack_tiles(
         UnsupportedModelError: the inner model has no method that packs features so.
     """
     pack = method_of(base, *_PACK)
-    known = inspect.signature(pack).parameters
+    known = _takes(getattr(pack, "__func__", pack))
     more = {
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
         "vision_aspect_ratio": inputs.get("vision_aspect_ratio") or getattr(config, "vision_aspect_ratio", None),
@@ -159,9 +165,9 @@ def window_order(tower: nn.Module, config: Any, grids: Tensor) -> Tensor | None:
     Raises:
         UnsupportedModelError: the encoder has windows, and its file has no function that orders tokens by them.
     """
-    if not _has_windows(tower, config):
+    window = window_function(tower, config)
+    if window is None:
         return None
-    window = function_of(tower, *_WINDOWS)
     # It looks into `kwargs` for an order that was computed before.
     index, _ = window(
         grids,
@@ -173,8 +179,29 @@ def window_order(tower: nn.Module, config: Any, grids: Tensor) -> Tensor | None:
     return torch.as_tensor(index)
 
 
-def _has_windows(tower: nn.Module, config: Any) -> bool:
-    """Two witnesses, the config and the file: an encoder with windows must not be taken for one without."""
-    return _WINDOWS[0] in vars(sys.modules[type(tower).__module__]) or any(
-        getattr(config, word, None) for word in _WINDOW_WORDS
+def window_function(tower: nn.Module, config: Any) -> Callable[..., Any] | None:
+    """Return the function that orders tokens by the windows of an encoder, None for an encoder without windows.
+
+    There are two witnesses, the config and the file: an encoder with windows must not be taken for one without.
+
+    Raises:
+        UnsupportedModelError: the encoder has windows, and its file has no such function.
+    """
+    name, parameters = _WINDOWS
+    if _in_file(tower, name) is not None or any(getattr(config, word, None) for word in _WINDOW_WORDS):
+        return function_of(tower, name, parameters)
+    return None
+
+
+def check_tiles(base: nn.Module) -> list[Broken]:
+    """Return what an anyres family lacks of the functions that say what becomes of its tiles; base: the inner model."""
+    path = type(base).__module__
+    wanted = (
+        (f"{path}.{_COUNT[0]}", _in_file(base, _COUNT[0]), _COUNT[1]),
+        (f"{path}.{type(base).__name__}.{_PACK[0]}", getattr(base, _PACK[0], None), _PACK[1]),
     )
+    return [
+        Broken(where, f"a function that takes ({', '.join(parameters)})", problem)
+        for where, found, parameters in wanted
+        if (problem := _problem(found, parameters))
+    ]

@@ -32,7 +32,7 @@ def takes_cross_states(decoder: nn.Module) -> bool:
 
 def cross_layers(layers: nn.ModuleList) -> tuple[int, ...]:
     """Return the numbers of the decoder layers that attend to pictures."""
-    return tuple(number for number, layer in enumerate(layers) if hasattr(layer, CROSS_LAYER))
+    return tuple(number for number, layer in enumerate(layers) if CROSS_LAYER in layer._modules)
 
 
 def shown_tiles(inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:

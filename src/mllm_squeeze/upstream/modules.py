@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -155,26 +156,37 @@ def final_norm_of(decoder: nn.Module) -> nn.Module | None:
 
 def has_class_token(tower: nn.Module) -> bool:
     """Say whether an encoder puts a CLS token in front of its patches."""
-    return any(word in name for name in _own_weights(tower) for word in _CLASS_TOKENS)
+    return _names_class_token(_own_weights(tower, blocks_of(tower)))
 
 
-def position_rows(tower: nn.Module) -> int | None:
-    """Return how many places an encoder has learned positions (n, D) or (1, n, D) for, None where that is not told."""
+def patch_places(tower: nn.Module, blocks: nn.ModuleList | None) -> tuple[bool, int | None]:
+    """Return whether an encoder puts a CLS token in front of its patches, and how many places it has learned positions.
+
+    blocks: those of the encoder. The positions are (n, D) or (1, n, D); None where no weight is clearly theirs.
+    """
+    weights = _own_weights(tower, blocks)
     tables = [
         weight
-        for name, weight in _own_weights(tower).items()
-        if any(word in name for word in _POSITION_TABLES) and weight.ndim >= 2
+        for name, weight in weights.items()
+        if weight.ndim >= 2 and any(word in name for word in _POSITION_TABLES)
     ]
-    return int(tables[0].shape[-2]) if len(tables) == 1 else None
+    return _names_class_token(weights), int(tables[0].shape[-2]) if len(tables) == 1 else None
 
 
-def _own_weights(tower: nn.Module) -> dict[str, nn.Parameter]:
+def _names_class_token(weights: Iterable[str]) -> bool:
+    return any(word in name for name in weights for word in _CLASS_TOKENS)
+
+
+def _own_weights(tower: nn.Module, blocks: nn.ModuleList | None) -> dict[str, nn.Parameter]:
     """Return the weights of an encoder that are no part of its blocks, of which there may be hundreds."""
-    blocks = blocks_of(tower)
     found: dict[str, nn.Parameter] = {}
     waiting = [("", tower)]
     while waiting:
         path, module = waiting.pop()
         found.update({f"{path}{name}": weight for name, weight in module._parameters.items() if weight is not None})
-        waiting += [(f"{path}{name}.", child) for name, child in module.named_children() if child is not blocks]
+        waiting += [
+            (f"{path}{name}.", child)
+            for name, child in module._modules.items()
+            if child is not None and child is not blocks
+        ]
     return found

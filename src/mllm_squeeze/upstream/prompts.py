@@ -10,19 +10,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_squeeze.upstream.calls import named
+from mllm_squeeze.upstream.masks import widest
 from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK
 
+VIDEO_PIXELS = "pixel_values_videos"
 # Arguments that bring a modality into a prompt.
 _PIXELS = {
     "image": ("pixel_values", "image_pixel_values"),
-    "video": ("pixel_values_videos",),
+    "video": (VIDEO_PIXELS,),
     "audio": ("input_features", "audio_input_features", "input_values"),
 }
 _ENCODED, _TOKEN_TYPES = "mm_encoder_outputs", "mm_token_type_ids"
 # Names under which a forward collects what it has no name for.
 _CATCH_ALL = ("kwargs", "generate_kwargs")
-# A mask by the kind of layer has one for the layers that see all.
-_SEES_ALL = "full_attention"
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,7 @@ class PromptCall:
     def mask(self) -> Any:
         """The attention mask; where there is one by kind of layer, that of the layers that see all."""
         mask = self.inputs.get(MASK)
-        if not isinstance(mask, Mapping):
-            return mask
-        widest = max((m for m in mask.values() if isinstance(m, Tensor)), key=lambda m: m.shape[-1], default=None)
-        return mask.get(_SEES_ALL, widest)
+        return widest(mask) if isinstance(mask, Mapping) else mask
 
     @property
     def token_types(self) -> Tensor | None:
@@ -99,7 +96,7 @@ def vision_inputs(modality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the inputs of a feature method; one for videos may take them under the name of pictures."""
     inputs = dict(given)
     if modality == "video":
-        inputs.setdefault("pixel_values_videos", inputs.get("pixel_values"))
+        inputs.setdefault(VIDEO_PIXELS, inputs.get("pixel_values"))
     return inputs
 
 

@@ -7,7 +7,7 @@ each reading that has a second witness is compared with it at apply; no forward 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -24,26 +24,45 @@ _CROSS_LAYERS = "cross_attention_layers"
 _PIXELS = "pixel_values"
 
 
+class Parts(Protocol):
+    """The parts of a model as they were found; see `modules` and `layer_kinds`."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def base(self) -> nn.Module: ...
+    @property
+    def decoder(self) -> nn.Module: ...
+    @property
+    def layers(self) -> nn.ModuleList: ...
+    @property
+    def tower(self) -> nn.Module | None: ...
+    @property
+    def blocks(self) -> nn.ModuleList | None: ...
+    @property
+    def kinds(self) -> Sequence[LayerKind]: ...
+
+
 def check_structure(
-    model: nn.Module, kinds: Sequence[LayerKind], *, encoded: Collection[str], named: Collection[str], tried: bool
+    parts: Parts, *, encoded: Collection[str], named: Collection[str], tried: bool = True
 ) -> list[Broken]:
     """Return what does not fit together in a model.
 
-    model: without wrappers. kinds: of its decoder layers. encoded: modalities that it has feature methods for. named:
-    modalities that its config names placeholders of. tried: False for a family that must prove itself on its first
-    call, which may keep its attention under a name that we do not know.
+    encoded: modalities that it has feature methods for. named: modalities that its config names placeholders of. tried:
+    False for a family that must prove itself on its first call, which may keep its attention under a name that we do
+    not know.
     """
-    base = modules.base_of(model)
-    decoder, layers = modules.decoder_of(model)
-    whole: Any = model.config
-    text: Any = decoder.config
-    found = _check_rope(decoder, text)
-    found += _check_layers(layers, kinds) if tried else []
-    found += _check_injections(decoder, layers, text)
-    found += _check_borrowed(layers, text)
-    found += _check_temperature(layers, text)
-    found += _check_tower(base, whole)
-    return found + _check_features(base, decoder, whole, encoded, named)
+    whole: Any = parts.model.config
+    text: Any = parts.decoder.config
+    found = _check_rope(parts.decoder, text)
+    found += _check_layers(parts.layers, parts.kinds) if tried else []
+    found += _check_injections(parts.decoder, parts.layers, text)
+    found += _check_borrowed(parts.layers, text)
+    found += _check_temperature(parts.layers, text)
+    found += _check_feature_layer(parts.base, whole)
+    found += [] if parts.tower is None else _check_class_token(parts.tower, parts.blocks)
+    found += _check_methods(parts.base, parts.decoder, encoded)
+    return found + _check_placeholders(whole, named)
 
 
 def _check_rope(decoder: nn.Module, config: Any) -> list[Broken]:
@@ -122,41 +141,45 @@ def _check_borrowed(layers: nn.ModuleList, config: Any) -> list[Broken]:
 
 def _check_temperature(layers: nn.ModuleList, config: Any) -> list[Broken]:
     attention = modules.attention_of(layers[0])
-    has = [name for name in (*_TEMPERATURE, "attn_scale") if hasattr(attention, name)]
+    if attention is None or not any(name in vars(attention) for name in (*_TEMPERATURE, "attn_scale")):
+        return []
     lacking = [name for name in _TEMPERATURE if not hasattr(config, name)]
-    if not has or not lacking:
+    if not lacking:
         return []
     expected = f"`{'` and `'.join(_TEMPERATURE)}` in its config"
     return [Broken("the attention temperature of the text model", expected, f"no {', '.join(lacking)}")]
 
 
-def _check_tower(base: nn.Module, config: Any) -> list[Broken]:
-    tower = modules.tower_of(base)
-    if tower is None:
+def _check_feature_layer(base: nn.Module, config: Any) -> list[Broken]:
+    asked = [name for name in forward_parameters(base) if name.startswith("vision_feature_layer")]
+    if not asked or configs.names_feature_layers(config):
         return []
-    found = []
-    takes = forward_parameters(base)
-    asked = [name for name in takes if name.startswith("vision_feature_layer")]
-    if asked and not configs.names_feature_layers(config):
-        found.append(Broken("the encoder layer whose features the LLM gets", f"`{asked[0]}` in the config", "none"))
-    rows, patches = modules.position_rows(tower), configs.patches_of(getattr(tower, "config", None))
-    lead = int(modules.has_class_token(tower))
-    if rows is not None and patches is not None and rows - patches in (0, 1) and rows - patches != lead:
-        expected = f"{'one' if rows > patches else 'none'}, as it has {rows} positions for {patches} patches"
-        found.append(Broken(f"the CLS token of {_name(tower)}", expected, "one" if lead else "none"))
-    return found
+    return [Broken("the encoder layer whose features the LLM gets", f"`{asked[0]}` in the config", "none")]
 
 
-def _check_features(
-    base: nn.Module, decoder: nn.Module, config: Any, encoded: Collection[str], named: Collection[str]
-) -> list[Broken]:
-    found = []
+def _check_class_token(tower: nn.Module, blocks: nn.ModuleList | None) -> list[Broken]:
+    lead, rows = modules.patch_places(tower, blocks)
+    patches = configs.patches_of(getattr(tower, "config", None))
+    if rows is None or patches is None or rows - patches not in (0, 1) or rows - patches == int(lead):
+        return []
+    expected = f"{'one' if rows > patches else 'none'}, as it has {rows} positions for {patches} patches"
+    return [Broken(f"the CLS token of {_name(tower)}", expected, "one" if lead else "none")]
+
+
+def _check_methods(base: nn.Module, decoder: nn.Module, encoded: Collection[str]) -> list[Broken]:
     # Where the text model takes the pixels, or pictures as keys, no method of the inner model encodes them.
-    inside = injections.takes_cross_states(decoder) or any(_PIXELS in n for n in forward_parameters(decoder))
-    for modality in () if inside else encoded:
-        if not callable(getattr(base, f"get_{modality}_features", None)):
-            what = f"how {_name(base)} encodes what it gets as {modality}"
-            found.append(Broken(what, f"a method `get_{modality}_features`", _methods(base)))
+    takes = forward_parameters(decoder)
+    if injections.takes_cross_states(decoder) or any(_PIXELS in name for name in takes):
+        return []
+    return [
+        Broken(f"how {_name(base)} encodes {modality}s", f"a method `get_{modality}_features`", _methods(base))
+        for modality in encoded
+        if not callable(getattr(base, f"get_{modality}_features", None))
+    ]
+
+
+def _check_placeholders(config: Any, named: Collection[str]) -> list[Broken]:
+    found = []
     for modality in named:
         names = configs.placeholder_names(modality)
         if not any(hasattr(config, name) for name in names):
