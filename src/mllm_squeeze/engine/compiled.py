@@ -1,4 +1,4 @@
-"""Makes torch.compile look at a model again when hooks came or went: it does not guard the code that it made on that."""
+"""Makes torch.compile look at a model again when hooks came or went: its code is not guarded against that."""
 
 from __future__ import annotations
 
