@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
@@ -280,11 +281,8 @@ def test_pruning_inside_the_encoder(family: str, block: int | str, says_where: b
         with oracle.capture(t.model, [0]) as short:
             squeezed = oracle.run(t.model, inputs, forced)
         (cut,), (span,) = handle.cuts, handle.layout.spans
-    closed = close_pruned(t, list(seen))
-    with oracle.capture(t.model, [0]) as dense:
+    with pruned_closed(t, list(seen)), oracle.capture(t.model, [0]) as dense:
         expected = oracle.masked_logits(t.model, inputs, [cut], forced)
-    for hook in closed:
-        hook.remove()
     oracle.assert_close(short[0][0], dense[0][0, cut.kept[0]], "features")
     oracle.assert_steps(squeezed, expected, inputs, [cut], "pruned in the encoder")
     cells = sum(tile.cells for tile in span.tiles)
@@ -294,7 +292,8 @@ def test_pruning_inside_the_encoder(family: str, block: int | str, says_where: b
         assert kept == int(seen[-1].sum())
 
 
-def close_pruned(t: tiny.TinyModel, kept: list[Tensor]) -> list[Any]:
+@contextmanager
+def pruned_closed(t: tiny.TinyModel, kept: list[Tensor]) -> Iterator[None]:
     """Close in the encoder, from each block on in front of which patches were pruned, what is gone by then."""
     tower = t.model.get_submodule(t.family.tower).encoder.layers
     first = 1
@@ -305,7 +304,11 @@ def close_pruned(t: tiny.TinyModel, kept: list[Tensor]) -> list[Any]:
         last = len(tower) if number == first + len(kept) - 1 else number + 1
         for block in tower[number:last]:
             hooks.append(block.register_forward_pre_hook(_closing(alive), with_kwargs=True))
-    return hooks
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _closing(alive: Tensor) -> Any:
