@@ -252,6 +252,7 @@ def test_size_counts_the_tokens_that_each_survivor_stands_for(kind: str) -> None
             assert mine == [min(whole, length - start) for start in range(0, length, whole)]
 
 
+@pytest.mark.filterwarnings("ignore::mllm_squeeze.errors.SqueezeWarning")
 def test_size_behind_an_encoder_that_merged() -> None:
     t = tiny.load("llava_next")
     steps = [
@@ -374,7 +375,7 @@ def test_a_rule_that_leaves_clearly_more_than_asked_says_so() -> None:
     t = tiny.load("llava")
     step = {"reducer": "stubborn", "at": "projector", "ratio": 0.5}
     with squeeze.applied(t.model, recipe(step)) as handle, torch.no_grad():
-        with pytest.warns(SqueezeWarning, match="asked to leave 13 of the 25 tokens of a span, and left 24") as found:
+        with pytest.warns(SqueezeWarning, match="asked to leave 13 of the 25 tokens of a span, and leaves 24") as found:
             t.model(**t.inputs["image"])
         assert len(found) == 1
         with pytest.warns(SqueezeWarning) as found:
@@ -396,9 +397,20 @@ def test_dycoke_on_two_frames_says_so() -> None:
     with (
         matrix.applied(t.model, "dycoke", ratio=0.75),
         torch.no_grad(),
-        pytest.warns(SqueezeWarning, match=f"asked to leave {tokens // 2} of the {2 * tokens} tokens.*left {tokens}"),
+        pytest.warns(
+            SqueezeWarning,
+            match=f"asked to leave {tokens // 2} of the {2 * tokens} tokens.*leaves {tokens}: the first frame",
+        ),
     ):
         t.model(**inputs)
+
+
+@pytest.mark.parametrize("method", ["vidcom2", "avgpool"])
+def test_a_token_of_each_frame_above_the_budget_is_said(method: str) -> None:
+    t = tiny.load("llava_onevision")
+    says = "asked to leave 2 of the .* and leaves 8: each frame"
+    with matrix.applied(t.model, method, keep=2), torch.no_grad(), pytest.warns(SqueezeWarning, match=says):
+        t.model(**t.inputs["video"])
 
 
 def test_rounding_is_no_reason_to_warn() -> None:
