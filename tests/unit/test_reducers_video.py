@@ -10,7 +10,6 @@ from reference.build import chosen, circle, visual_tokens
 from mllm_squeeze.config import build_reducer, load_recipe
 from mllm_squeeze.errors import ConfigError, UnsupportedInputError
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.average_pool import AveragePool
 from mllm_squeeze.reducers.decode_refresh import DecodeRefresh
 from mllm_squeeze.reducers.frame_uniqueness import FrameUniqueness, frame_budgets
 from mllm_squeeze.reducers.temporal_windows import TemporalWindows
@@ -115,12 +114,6 @@ def test_dycoke_says_what_it_cannot_do():
     for tiles, current in [((), 16), ((Tile(4, 2, 2),), 12), ((Tile(2, 2, 2), Tile(2, 1, 4)), 16)]:
         with pytest.raises(UnsupportedInputError, match="whole frames of one size"):
             TemporalWindows().count(current, 8, tiles)
-
-
-@pytest.mark.parametrize("reducer", [FrameUniqueness(keep=8), AveragePool(keep=8)])
-def test_one_token_per_frame_within_the_budget_is_quiet(reducer, recwarn):
-    reducer.reduce(visual_tokens([torch.randn(32, 6)], [8], tiles=[(Tile(8, 2, 2),)]))
-    assert not recwarn
 
 
 def decode(drop=0.5):

@@ -64,6 +64,7 @@ class AveragePool(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector", "layer"})
+    why_more: ClassVar[str] = "each frame or tile keeps at least one token"
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
         """Return the number of windows."""

@@ -58,6 +58,7 @@ class FrameUniqueness(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
     known_count: ClassVar[bool] = False
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    why_more: ClassVar[str] = "each frame keeps at least one token"
 
     temperature: float = Field(default=0.01, gt=0)
     channels: float = Field(default=0.5, gt=0, le=1)

@@ -50,6 +50,7 @@ class TemporalWindows(Reducer):
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    why_more: ClassVar[str] = f"the first frame (as the model groups them) and every {WINDOW}th after it stay whole"
 
     variant: Literal["paper", "official"] = "paper"
 
