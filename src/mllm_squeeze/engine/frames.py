@@ -94,7 +94,12 @@ class Calls(Generic[T]):
     @property
     def top(self) -> T | None:
         """What belongs to the innermost call that runs, None where none does."""
-        return self._innermost() if self._entries else None
+        if not self._entries:
+            return None
+        # Layers ask in each decode step, which mostly needs nothing of us; whether its call runs makes no difference.
+        if len(self._entries) == 1 and self._entries[0].value is None:
+            return None
+        return self._innermost()
 
     @untraced
     def _innermost(self) -> T | None:

@@ -34,7 +34,10 @@ def _between(frame: FrameType) -> bool:
 
 def is_running(frame: FrameType) -> bool:
     """True while a frame is on the stack of this thread; a traceback may keep one that has ended."""
-    return any(found is frame for found in _stack(sys._getframe(1)))
+    found: FrameType | None = sys._getframe(1)
+    while found is not None and found is not frame:
+        found = found.f_back
+    return found is not None
 
 
 def _stack(frame: FrameType | None) -> Iterator[FrameType]:
