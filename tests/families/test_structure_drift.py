@@ -17,7 +17,7 @@ import tiny
 from families import proof
 from mllm_squeeze.family.structure import find_parts
 from mllm_squeeze.family.table import TABLE
-from mllm_squeeze.upstream import functions, modules
+from mllm_squeeze.upstream import modules
 from mllm_squeeze.upstream.configs import placeholder_names
 
 pytestmark = pytest.mark.quick
@@ -228,16 +228,6 @@ def test_an_encoder_with_windows_is_never_taken_for_one_without(gone: str, monke
     # What does not read the encoder needs neither.
     squeeze.apply(t.model, "divprune", ratio=0.5).remove()
     snapshot.assert_same(before, snapshot.snapshot(t.model))
-
-
-def test_symbols_are_there() -> None:
-    """The functions that are relied on, on the release that is installed."""
-    assert functions.SYMBOLS
-    for symbol in functions.SYMBOLS:
-        found: Any = __import__(symbol.module, fromlist=["x"])
-        for name in symbol.name.split("."):
-            found = getattr(found, name)
-        assert set(symbol.parameters) <= set(inspect.signature(found).parameters), symbol
 
 
 @pytest.mark.parametrize("family", proof.families())

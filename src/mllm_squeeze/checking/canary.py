@@ -44,11 +44,12 @@ _MATTERS = 3
 class Case:
     """One way to run a cut.
 
-    implementation: of attention. repack: survivors are renumbered. rows: of the batch, the second padded on the left.
-    static: the cache has a fixed size.
+    implementation: of attention. layer: first that runs short. repack: survivors are renumbered. rows: of the batch,
+    the second padded on the left. static: the cache has a fixed size.
     """
 
     implementation: str
+    layer: int
     repack: bool
     rows: int
     static: bool = False
@@ -57,7 +58,7 @@ class Case:
         batch = "one prompt" if self.rows == 1 else "a padded batch"
         positions = "new" if self.repack else "old"
         cache = "a static cache" if self.static else "a growing cache"
-        return f"{self.implementation}, {batch}, {positions} positions, {cache}"
+        return f"{self.implementation}, layer {self.layer}, {batch}, {positions} positions, {cache}"
 
 
 def cases_of(parts: ModelParts) -> list[Case]:
@@ -66,10 +67,13 @@ def cases_of(parts: ModelParts) -> list[Case]:
     ways = [how for how in ("sdpa", "eager") if _runs(parts, how)]
     # Without a mask, a text model that looks both ways sees tokens in one pass that decoding has yet to bring.
     batches = (1, 2) if all(parts.is_causal(n) for n in range(len(parts.layers))) else (2,)
-    found = [Case(how, repack, rows) for how in ways for repack in repacks for rows in batches]
+    inner = layer_to_cut(parts)
+    found = [Case(how, inner, repack, rows) for how in ways for repack in repacks for rows in batches]
+    # Where all layers hold the same entries, decode steps take a way of their own.
+    found += [Case(ways[0], 0, repack, rows) for repack in repacks for rows in batches if inner]
     plain = all(parts.has_entries(n) and parts.window(n) is None for n in range(len(parts.layers)))
     if plain and not parts.kv_sources:
-        found += [Case(ways[0], repack, rows, static=True) for repack in repacks for rows in batches]
+        found += [Case(ways[0], inner, repack, rows, static=True) for repack in repacks for rows in batches]
     return found
 
 
@@ -145,14 +149,14 @@ def _guarded(check: Any) -> str | None:
 
 def _decoding(parts: ModelParts, case: Case) -> str | None:
     """Prefill, decode, and compare the states of survivors and of each step with those of one masked pass."""
-    prompt, layer = trial_prompt(parts, case.rows), layer_to_cut(parts)
+    prompt, layer = trial_prompt(parts, case.rows), case.layer
     plan = Plan((selfcheck.probe_cut(layer),), repack=case.repack)
     with using(parts.text_config, case.implementation), _running(parts, plan) as runtime:
         run = _Run(parts, runtime, plan, prompt, case.static)
         run.prefill()
         for column in range(_PREFILL, LENGTH):
             run.step(column)
-        wrong = _cache_wrong(run, layer) or _crop_wrong(run)
+        wrong = _cache_wrong(run, layer) or _crop_wrong(run, layer)
     if wrong:
         return wrong
     with using(parts.text_config, case.implementation):
@@ -222,11 +226,11 @@ def _cache_wrong(run: _Run, layer: int) -> str | None:
     return None
 
 
-def _crop_wrong(run: _Run) -> str | None:
+def _crop_wrong(run: _Run, layer: int) -> str | None:
     """Forget the last token and decode it again; then try to forget tokens that were cut."""
     if kv.is_static(run.cache) or not all(run.parts.has_entries(n) for n in range(len(run.parts.layers))):
         return None
-    if any(run.parts.window(n) for n in range(layer_to_cut(run.parts))):
+    if any(run.parts.window(n) for n in range(layer)):
         return None
     run.cache.crop(-1)
     run.step(LENGTH - 1)

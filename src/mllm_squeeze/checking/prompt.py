@@ -65,11 +65,10 @@ def trial_prompt(parts: ModelParts, rows: int = 1) -> TrialPrompt:
     with torch.no_grad():
         states = decoder.embed_tokens(ids)
     prompt = TrialPrompt(rows, {})
-    given: dict[str, Any] = {EMBEDDINGS: states}
+    # generate() gives positions as well.
+    given: dict[str, Any] = {EMBEDDINGS: states, POSITIONS: _positions(parts.mrope, prompt.real).to(device)}
     if rows > 1:
         given[MASK] = prompt.real.long().to(device)
-    if parts.mrope or rows > 1:
-        given[POSITIONS] = _positions(parts.mrope, prompt.real).to(device)
     visual = prompt.layout().visual.to(device)
     features = [states[:, -(SIDE**2) :].flip(1).flatten(0, 1), states[:, : SIDE**2].flip(1).flatten(0, 1)]
     if has_deepstack(decoder):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -25,35 +24,6 @@ _WINDOWS = (
 _PACK = ("pack_image_features", ("image_features", "image_sizes", "image_newline"))
 # Words of an encoder's config that only one with windows has.
 _WINDOW_WORDS = ("window_size", "fullatt_block_indexes")
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """A function or method of transformers that is relied on, and arguments that it must take."""
-
-    module: str
-    name: str
-    parameters: tuple[str, ...]
-
-
-def _symbols(names: Sequence[str], name: str, parameters: tuple[str, ...]) -> tuple[Symbol, ...]:
-    found = []
-    for model in names:
-        folder, _, owner = model.partition(".")
-        path = f"transformers.models.{folder}.modeling_{folder}"
-        found.append(Symbol(path, f"{owner}.{name}" if owner else name, parameters))
-    return tuple(found)
-
-
-SYMBOLS: tuple[Symbol, ...] = (
-    *_symbols(("llava_next", "llava_next_video", "llava_onevision"), *_COUNT),
-    *_symbols(
-        ("llava_next.LlavaNextModel", "llava_next_video.LlavaNextVideoModel", "llava_onevision.LlavaOnevisionModel"),
-        *_PACK,
-    ),
-    *_symbols(("llava_onevision.LlavaOnevisionModel",), "apply_pooling", ()),
-    *_symbols(("qwen2_5_vl", "qwen2_5_omni"), *_WINDOWS),
-)
 
 
 def function_of(owner: nn.Module, name: str, parameters: tuple[str, ...] = ()) -> Callable[..., Any]:
