@@ -16,7 +16,9 @@ import oracle
 import snapshot
 import tiny
 from families import proof
-from mllm_squeeze.engine import runtime
+from mllm_squeeze.checking import canary, trial
+from mllm_squeeze.engine import runtime, selfcheck
+from mllm_squeeze.engine.arguments import LayerArguments
 from mllm_squeeze.family.standin import stand_in
 
 pytestmark = pytest.mark.quick
@@ -178,6 +180,36 @@ def test_half_precision_is_judged_by_its_own_rounding() -> None:
     assert said["on"] == "the model itself, bfloat16"
     # Processors differ in how they round: on some the two are equal to the bit.
     assert said["error"] < 5e-2
+
+
+def rounded(model: Any) -> Any:
+    """Return a model whose text model rounds weights and activations to 8 bits, by the largest in each tensor."""
+    text = oracle.text_model(model)
+    text.layers = torch.ao.quantization.quantize_dynamic(text.layers, {torch.nn.Linear}, dtype=torch.qint8)
+    return model
+
+
+def test_rounding_of_quantised_models_is_told_from_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are scaled by what runs beside them, so a cut changes them by more than float32 would explain."""
+    said = self_check(rounded(tiny.fresh("llava").model))
+    assert 1e-3 < said["error"] < 5e-2
+    assert said["result"] == "passed" and said["decoding"] == "exact", said
+    monkeypatch.setattr(selfcheck, "is_quantised", lambda model: False)
+    assert self_check(rounded(tiny.fresh("llava").model))["result"] == "failed"
+
+
+def test_a_fault_of_a_quantised_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut that rotates its survivors wrongly: small in a model that rounds, and far above its rounding."""
+    given = LayerArguments.given
+
+    def wrong(self: Any, layer: int, hidden: Any, call: Any) -> Any:
+        rope = tuple(table[:, : hidden.shape[1]] for table in call.rope)
+        return given(self, layer, hidden, call).replace(rope=rope)
+
+    monkeypatch.setattr(LayerArguments, "given", wrong)
+    monkeypatch.setattr(trial, "decoding_of", lambda parts: canary.Verdict())
+    said = self_check(rounded(tiny.fresh("llava").model))
+    assert said["result"] == "failed", said
 
 
 def empty(name: str, config: str, **changes: Any) -> Any:

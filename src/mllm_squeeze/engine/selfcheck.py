@@ -24,9 +24,12 @@ from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.attention import implementation, is_flash, using
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, TextCall
 from mllm_squeeze.upstream.outputs import hidden_of
+from mllm_squeeze.upstream.quantised import is_quantised
 
 # Relative error that rounding alone explains, by the bytes of one number.
 _TOLERANCE = {8: 1e-6, 4: 1e-3, 2: 5e-2}
+# Numbers of 8 bits and fewer are scaled by the largest beside them, and a cut takes some of those away.
+_QUANTISED = 5e-2
 
 
 class _EveryOther(Reducer):
@@ -101,7 +104,8 @@ def prove(
             masked = _masked_run(parts, fittings.nested(), session, layer, plain)
     finally:
         local.probes.leave(probe)
-    tolerance = _TOLERANCE.get(short.element_size(), 5e-2)
+    exact = not is_quantised(parts.model)
+    tolerance = _TOLERANCE.get(short.element_size(), _QUANTISED) if exact else _QUANTISED
     return Proof(_survivors(session, short), _survivors(session, masked), session, tolerance)
 
 
