@@ -49,6 +49,10 @@ class SqueezeWarning(UserWarning):
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return the sentence that lists the allowed names and points at the closest one."""
     names = sorted(allowed)
-    close = difflib.get_close_matches(given, names, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"Allowed: {', '.join(names) or 'none'}.{hint}"
+    return f"Allowed: {', '.join(names) or 'none'}.{closest(given, names)}"
+
+
+def closest(given: str, allowed: Iterable[str]) -> str:
+    """Return the question whether the closest of the allowed names was meant, with a space in front; "" without one."""
+    close = difflib.get_close_matches(given, list(allowed), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""

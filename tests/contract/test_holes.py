@@ -154,15 +154,16 @@ def test_merged_in_the_encoder(family: str) -> None:
     oracle.assert_steps(squeezed, expected, masked, cuts, "tome")
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("method", matrix.CORE)
-def test_generate_with_holes(method: str) -> None:
+def test_generate_with_holes(method: str, cache: str) -> None:
     """What generate answers is what a forward with the same mask does."""
     t = tiny.load("llava")
     forced = oracle.forced_tokens(3, STEPS)
     inputs = with_holes(t, t.batch().inputs, 4)
     with matrix.applied(t.model, method):
         steps = oracle.run(t.model, inputs, forced)
-        answers = oracle.generate(t.model, inputs, forced)
+        answers = oracle.generate(t.model, inputs, forced, cache_implementation=cache)
     oracle.assert_close(answers[:, 1:], steps.decode, method)
 
 

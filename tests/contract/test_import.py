@@ -28,6 +28,7 @@ import transformers.models.llava.modeling_llava as llava
 import transformers.models.llama.modeling_llama as llama
 import transformers.models.qwen3_vl.modeling_qwen3_vl as qwen3_vl
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 from torch import nn
 
 def classes():
@@ -45,7 +46,7 @@ def state():
         classes=classes(), environment=dict(os.environ), threads=torch.get_num_threads(), seed=torch.initial_seed(),
         random=random.getstate(), dtype=torch.get_default_dtype(), hook=sys.excepthook, path=list(sys.path),
         hooks={k: dict(v) for k, v in vars(nn.modules.module).items() if k.startswith("_global_") and "hooks" in k},
-        layers=dict(transformers.cache_utils.__dict__.get("LAYER_TYPE_CACHE_MAPPING", {})),
+        layers=[dict(DYNAMIC_LAYER_TYPE_MAPPING), dict(STATIC_LAYER_TYPE_MAPPING)],
     )
 
 before = state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
@@ -251,6 +252,7 @@ def test_size_counts_the_tokens_that_each_survivor_stands_for(kind: str) -> None
             assert mine == [min(whole, length - start) for start in range(0, length, whole)]
 
 
+@pytest.mark.filterwarnings("ignore::mllm_squeeze.errors.SqueezeWarning")
 def test_size_behind_an_encoder_that_merged() -> None:
     t = tiny.load("llava_next")
     steps = [
@@ -280,11 +282,8 @@ def test_pruning_inside_the_encoder(family: str, block: int | str, says_where: b
         with oracle.capture(t.model, [0]) as short:
             squeezed = oracle.run(t.model, inputs, forced)
         (cut,), (span,) = handle.cuts, handle.layout.spans
-    closed = close_pruned(t, list(seen))
-    with oracle.capture(t.model, [0]) as dense:
+    with pruned_closed(t, list(seen)), oracle.capture(t.model, [0]) as dense:
         expected = oracle.masked_logits(t.model, inputs, [cut], forced)
-    for hook in closed:
-        hook.remove()
     oracle.assert_close(short[0][0], dense[0][0, cut.kept[0]], "features")
     oracle.assert_steps(squeezed, expected, inputs, [cut], "pruned in the encoder")
     cells = sum(tile.cells for tile in span.tiles)
@@ -294,7 +293,8 @@ def test_pruning_inside_the_encoder(family: str, block: int | str, says_where: b
         assert kept == int(seen[-1].sum())
 
 
-def close_pruned(t: tiny.TinyModel, kept: list[Tensor]) -> list[Any]:
+@contextmanager
+def pruned_closed(t: tiny.TinyModel, kept: list[Tensor]) -> Iterator[None]:
     """Close in the encoder, from each block on in front of which patches were pruned, what is gone by then."""
     tower = t.model.get_submodule(t.family.tower).encoder.layers
     first = 1
@@ -305,7 +305,11 @@ def close_pruned(t: tiny.TinyModel, kept: list[Tensor]) -> list[Any]:
         last = len(tower) if number == first + len(kept) - 1 else number + 1
         for block in tower[number:last]:
             hooks.append(block.register_forward_pre_hook(_closing(alive), with_kwargs=True))
-    return hooks
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _closing(alive: Tensor) -> Any:
@@ -371,7 +375,7 @@ def test_a_rule_that_leaves_clearly_more_than_asked_says_so() -> None:
     t = tiny.load("llava")
     step = {"reducer": "stubborn", "at": "projector", "ratio": 0.5}
     with squeeze.applied(t.model, recipe(step)) as handle, torch.no_grad():
-        with pytest.warns(SqueezeWarning, match="asked to leave 13 of the 25 tokens of a span, and left 24") as found:
+        with pytest.warns(SqueezeWarning, match="asked to leave 13 of the 25 tokens of a span, and leaves 24") as found:
             t.model(**t.inputs["image"])
         assert len(found) == 1
         with pytest.warns(SqueezeWarning) as found:
@@ -393,9 +397,20 @@ def test_dycoke_on_two_frames_says_so() -> None:
     with (
         matrix.applied(t.model, "dycoke", ratio=0.75),
         torch.no_grad(),
-        pytest.warns(SqueezeWarning, match=f"asked to leave {tokens // 2} of the {2 * tokens} tokens.*left {tokens}"),
+        pytest.warns(
+            SqueezeWarning,
+            match=f"asked to leave {tokens // 2} of the {2 * tokens} tokens.*leaves {tokens}: the first frame",
+        ),
     ):
         t.model(**inputs)
+
+
+@pytest.mark.parametrize("method", ["vidcom2", "avgpool"])
+def test_a_token_of_each_frame_above_the_budget_is_said(method: str) -> None:
+    t = tiny.load("llava_onevision")
+    says = "asked to leave 2 of the .* and leaves 8: each frame"
+    with matrix.applied(t.model, method, keep=2), torch.no_grad(), pytest.warns(SqueezeWarning, match=says):
+        t.model(**t.inputs["video"])
 
 
 def test_rounding_is_no_reason_to_warn() -> None:

@@ -224,8 +224,7 @@ def test_cropping_a_static_cache(family: str, method: str, implementation: str) 
         mask, got = torch.ones(1, width, dtype=torch.long), []
         for n in range(STEPS):
             mask = torch.cat([mask, mask.new_ones(1, 1)], -1)
-            given = {"attention_mask": mask, "position_ids": where[..., n : n + 1]}
-            given |= cache_role.given(cache)
+            given = {"attention_mask": mask, "position_ids": where[..., n : n + 1], **cache_role.given(cache)}
             with torch.no_grad():
                 got.append(t.model(input_ids=forced[:, n : n + 1], **given).logits[:, -1])
     assert torch.equal(torch.stack(got, 1), expected)

@@ -42,14 +42,19 @@ def with_lora(model: nn.Module) -> nn.Module:
         return peft.get_peft_model(model, config).eval()
 
 
+def compiled(model: nn.Module) -> Any:
+    """Return the model in the wrapper of torch.compile; nothing of it runs, so no compiler is needed."""
+    return torch.compile(model, backend="eager")
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "peft": with_lora,
-    "compile": torch.compile,
+    "compile": compiled,
     "parallel": nn.DataParallel,
-    "compile of peft": lambda model: torch.compile(with_lora(model)),
-    "parallel of compile": lambda model: nn.DataParallel(torch.compile(model)),
-    "parallel of compile of peft": lambda model: nn.DataParallel(torch.compile(with_lora(model))),
-    "compile of parallel": lambda model: torch.compile(nn.DataParallel(model)),
+    "compile of peft": lambda model: compiled(with_lora(model)),
+    "parallel of compile": lambda model: nn.DataParallel(compiled(model)),
+    "parallel of compile of peft": lambda model: nn.DataParallel(compiled(with_lora(model))),
+    "compile of parallel": lambda model: compiled(nn.DataParallel(model)),
 }
 
 

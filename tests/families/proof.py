@@ -116,6 +116,12 @@ def marks(name: str) -> list[Any]:
     return out
 
 
+# Llama 4 in a test of its own.
+llama4 = pytest.mark.skipif(
+    not tiny.available("llama4"), reason=f"transformers {transformers.__version__} cannot run llama4 on pictures"
+)
+
+
 def shown(name: str) -> list[str]:
     """Return the kinds of prompt of a family that show or play something."""
     return [kind for kind in tiny.kinds(name) if kind != "text"]

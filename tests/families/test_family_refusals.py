@@ -83,6 +83,7 @@ def test_no_cut_behind_the_layers_that_lend_their_keys(family: str, last: int) -
 
 
 @pytest.mark.quick
+@proof.llama4
 def test_llama4_refuses_prompts_behind_its_floor() -> None:
     """The temperature of its layers without rope counts entries from `floor_scale` tokens on."""
     t = tiny.load("llama4")
@@ -185,6 +186,7 @@ def test_glm4v_cannot_show_an_image_and_a_video_at_once() -> None:
 
 @pytest.mark.quick
 @proof.recent
+@proof.llama4
 def test_llama4_itself_counts_padding_in_its_temperature() -> None:
     """With a small floor a left-padded row of the dense model differs from its single prompt."""
     t = tiny.load("llama4")

@@ -126,6 +126,7 @@ def test_windows_of_real_configs(family: str) -> None:
     assert [parts.has_entries(number) for number in range(len(found))] == [word != "conv" for word in words]
 
 
+@proof.llama4
 @pytest.mark.parametrize("method", ["divprune", "fastv"])
 def test_chunks_that_are_shorter_than_the_prompt(method: str) -> None:
     """A layer that sees one chunk of the prompt goes by the tokens that were, not by those that are left."""

@@ -176,7 +176,8 @@ def test_half_precision_is_judged_by_its_own_rounding() -> None:
     said = self_check(tiny.fresh("llava").model.to(torch.bfloat16))
     assert said["result"] == "passed", said
     assert said["on"] == "the model itself, bfloat16"
-    assert said["error"] > 1e-4
+    # Processors differ in how they round: on some the two are equal to the bit.
+    assert said["error"] < 5e-2
 
 
 def empty(name: str, config: str, **changes: Any) -> Any:

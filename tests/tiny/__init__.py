@@ -67,10 +67,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def available(name: str) -> bool:
-    """Say whether the installed transformers has this family, and whether the packages are here that it needs."""
+    """Say whether the installed transformers can run this family, and whether the packages are here that it needs."""
     family = FAMILIES[name]
     here = all(importlib.util.find_spec(module) for module in family.modules)
-    return here and (not family.wants or hasattr(transformers, family.wants))
+    there = not family.wants or hasattr(transformers, family.wants)
+    return here and there and transformers.__version__ not in family.broken
 
 
 # Those that the installed transformers has, with the packages that they need.

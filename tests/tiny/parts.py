@@ -34,7 +34,8 @@ class Family:
     along their last dim. derived: what else the model wants that follows from the ids (B, T) and the arrays. before:
     text in front of the first piece. lacks: kinds of prompt that the pieces permit but the library does not. wants:
     class that not every transformers has. modules: packages that it needs besides. types_from_start: in a later turn
-    the model wants the token types of the whole conversation, as it reads them by position.
+    the model wants the token types of the whole conversation, as it reads them by position. broken: releases of
+    transformers that cannot run it on pictures, squeezed or not (test_tiny_families.py shows it).
     """
 
     model: Callable[[], Any]
@@ -52,6 +53,7 @@ class Family:
     wants: str = ""
     modules: tuple[str, ...] = ()
     types_from_start: bool = False
+    broken: tuple[str, ...] = ()
 
 
 def build(cls: Any, config: Any, std: float = 0.12) -> Any:

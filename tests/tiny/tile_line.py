@@ -219,7 +219,7 @@ def _cross_mask(ids: Tensor, arrays: Mapping[str, Tensor]) -> Mapping[str, Tenso
 TILE_LINE = {
     "video_llama_3": Family(_video_llama_3, _video_llama_3_image, _video_llama_3_video, tower="model.vision_model"),
     "lfm2_vl": Family(_lfm2_vl, _lfm2_image),
-    "llama4": Family(_llama4, _llama4_image, tower="vision_model"),
+    "llama4": Family(_llama4, _llama4_image, tower="vision_model", broken=("5.24.0",)),
     "phi4_multimodal": Family(
         _phi4_multimodal,
         _phi4_image,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mllm_squeeze.bench import contest, models, profiling, results
@@ -381,6 +383,59 @@ def test_committed_results_can_be_read(path: Path) -> None:
     found = results.Results.load(path)
     assert found.rows[0].kind == "dense"
     assert results.markdown(found) == path.with_suffix(".md").read_text(), "write it again with Results.save"
+
+
+LONG = "oracle of pyramiddrop (ratio=0.75, layers=[8, 16, 24])"
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_the_tables_can_be_read_in_80_columns(long: bool) -> None:
+    """Nothing is cut off, no number is folded, and each row can be found by its contestant."""
+    found = results.Results.load(RESULTS / "cpu-300m.json")
+    if long:
+        found = found.model_copy(update={"rows": tuple(row.model_copy(update={"name": LONG}) for row in found.rows)})
+    for table in results.tables(found):
+        stream = io.StringIO()
+        Console(file=stream, width=80, color_system=None).print(table)
+        lines = stream.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80
+        text = " ".join(" ".join(lines).split())
+        assert "\N{HORIZONTAL ELLIPSIS}" not in text
+        for number, column in enumerate(table.columns):
+            # A header may stand on two lines, a number may not.
+            assert all(word in text for word in str(column.header).split())
+            if number:
+                assert all(
+                    any(str(cell) in line.split() or str(cell) in line for line in lines) for cell in column.cells
+                )
+        if not long:
+            for row in results.Results.load(RESULTS / "cpu-300m.json").rows:
+                assert sum(line.startswith(f"{row.name} ") for line in lines) <= 1
+    shown = {str(column.header).replace("\n", " ") for table in results.tables(found) for column in table.columns}
+    assert set(results.HEADERS) <= shown
+
+
+def test_the_command_shows_all_columns_in_a_pipe_and_says_what_it_does(tmp_path: Path) -> None:
+    """A pipe has 80 columns, and shows no spinner: a line per step goes to the error stream instead."""
+    words = ["bench", *map(str, SMALL), "--method", "fastv", "--clock", "cpu"]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "80", "NO_COLOR": "1"})
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines[1:]), done.stdout
+    for title in ("prefill", "decoding"):
+        assert any(line.startswith(title) for line in lines)
+    for name in ("dense", "fastv", "oracle of fastv"):
+        assert sum(line.startswith(f"{name} ") for line in lines) >= 2
+    said = done.stderr.splitlines()
+    for step in (
+        "building cpu-tiny",
+        "encoding the pictures",
+        "round 1 of 2: fastv",
+        "round 2 of 2: dense",
+        "memory: fastv",
+    ):
+        assert any(line.endswith(step) for line in said), done.stderr
+    assert not set(said) & set(lines)
 
 
 @torch.inference_mode()

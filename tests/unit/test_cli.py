@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from mllm_squeeze import __version__, registry
 from mllm_squeeze.cli import app
-from mllm_squeeze.errors import UnknownNameError
+from mllm_squeeze.config import load_recipe
+from mllm_squeeze.errors import UnknownNameError, UnsupportedInputError
 
 GROUPS = ("reducers", "methods", "families")
 
@@ -75,6 +77,28 @@ def test_describe_shows_recipe_params_and_facts(name: str) -> None:
     for param, value in told["params"].items():
         assert f"{param} = {value}" in output
     assert "# " in output, "the comments of the recipe are part of it"
+
+
+@pytest.mark.parametrize("name", registry.method_names())
+def test_describe_prints_yaml_that_loads(name: str, tmp_path: Path) -> None:
+    """In 80 columns too, as in a pipe: a folded comment or title is another recipe, or none."""
+    narrow = {"COLUMNS": "80", "NO_COLOR": "1"}
+    text = CliRunner().invoke(app, ["describe", name, "--yaml"], env=narrow).stdout
+    assert text == (registry.configs_dir() / f"{name}.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "again.yaml"
+    path.write_text(text)
+    assert load_recipe(path) == load_recipe(name)
+    assert text in CliRunner().invoke(app, ["describe", name], env=narrow).stdout
+
+
+def test_describe_prints_the_yaml_of_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"method": "mine", "steps": [{"reducer": "random_subset", "at": "projector", "ratio": 0.25}]}
+    monkeypatch.setattr(registry, "_own_methods", {"mine": data})
+    assert yaml.safe_load(call("describe", "mine", "--yaml").stdout)["steps"] == data["steps"]
+
+
+def test_describe_prints_one_thing() -> None:
+    assert "give one of them" in call("describe", "fastv", "--yaml", "--json", code=2).stderr
 
 
 def test_describe_reads_a_file(tmp_path: Path) -> None:
@@ -200,6 +224,30 @@ def test_check_names_what_cannot_be_loaded(tmp_path: Path) -> None:
     assert "llama" in call("check", tmp_path, code=2).stderr.lower()
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_check_takes_a_model_type(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = json.loads(call("check", kind, "--json").stdout)
+    assert told["family"] == kind
+    assert told["methods"]["divprune"] == "fits"
+    # In older releases the default config of Qwen2.5-VL lacks the mrope_section that its text model reads.
+    assert kind != "llava" or told["self_check"]["on"].startswith("its text model alone")
+
+
+def test_check_names_the_type_that_was_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    stderr = call("check", "qwen2_5_vll", code=2).stderr
+    assert "model type" in stderr and "Did you mean 'qwen2_5_vl'?" in stderr
+    assert "'llama' cannot be built as a multimodal model" in call("check", "llama", code=2).stderr
+
+
+def test_a_folder_comes_before_a_type(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "qwen2_5_vl").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(call("check", "qwen2_5_vl", "--json").stdout)["family"] == "llava"
+
+
 def ask(folder: Path, *words: object, code: int = 0) -> Result:
     picture = ["--image", folder / "picture.png"]
     return call("run", folder, *picture, "--prompt", "what is red ?", "--max-new-tokens", 2, *words, code=code)
@@ -237,6 +285,57 @@ def test_run_refuses_in_one_sentence(folder: Path, words: list[object], says: st
     stderr = ask(folder, *words, code=2).stderr
     assert says in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("content", [b"some words", b"", b"\x89PNG\r\n\x1a\n broken", b"\xff\xd8\xff broken"])
+def test_run_names_a_file_that_is_no_picture(folder: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    result = ask(folder, "--method", "fastv", "--image", path, code=2)
+    assert f"{path} is no picture that can be read" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_run_reads_what_pillow_reads(folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "picture.bmp"
+    Image.new("L", (40, 30)).save(path)
+    words = ["--prompt", "what ?", "--method", "random", "--ratio", 0.5, "--max-new-tokens", 2]
+    assert "196" in call("run", folder, "--image", path, *words).output
+
+
+def test_run_refuses_a_video_that_the_model_would_not_see(folder: Path, tmp_path: Path) -> None:
+    """Its chat template leaves the video out; the answer would be about nothing."""
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"film")
+    for words in (["--video", path], ["--video", path, "--image", folder / "picture.png"]):
+        stderr = call("run", folder, "--prompt", "what ?", "--method", "random", *words, code=2).stderr
+        assert "takes no video" in stderr and "Leave --video out" in stderr
+
+
+class Reader:
+    """A processor that shows everything to the model, with a decoder that fails as torchvision's does."""
+
+    video_processor: Any = object()
+
+    def apply_chat_template(self, chat: Any, tokenize: bool, **kwargs: Any) -> str:
+        if tokenize:
+            raise RuntimeError("cannot decode\nat line 5")
+        return str([part["type"] for part in chat[0]["content"]])
+
+
+def test_a_failing_decoder_is_one_message(tmp_path: Path) -> None:
+    from mllm_squeeze.cli import load
+
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"film")
+    with pytest.raises(UnsupportedInputError, match=r"refuses this prompt with .*film\.mp4: cannot decode$"):
+        load.prompt(Reader(), "what ?", [], [path], None)
+    blind = Reader()
+    blind.video_processor = None
+    with pytest.raises(UnsupportedInputError, match="takes no video"):
+        load.prompt(blind, "what ?", [], [path], None)
 
 
 def test_run_wants_a_picture(folder: Path) -> None:

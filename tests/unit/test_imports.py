@@ -17,7 +17,7 @@ NAME = "mllm_squeeze"
 # folder: what of the package a file in it may import (its own folder aside).
 ALLOWED = {
     "ops": set(),
-    "reducers": {"ops", "reducers.base", "reducers.reach", "errors", "layout"},
+    "reducers": {"ops", "reducers.base", "errors", "layout"},
     "upstream": {"errors"},
     "family": {"layout", "errors", "upstream"},
     # The parts of a model are found by the families' structural adapter; the engine knows no family by name (`table`).

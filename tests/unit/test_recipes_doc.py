@@ -81,6 +81,8 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"ratio": 1.5}),
     ({"step": {"reducer": "farthest_point", "at": {"cache": "decode"}}}, {}),
     ({"step": {"reducer": "atention_rank"}}, {}),
+    ({"params": {"ratio": None}}, {}),
+    ({}, {"ratio": None}),
 ]
 
 

@@ -8,9 +8,8 @@ from reference import rules
 from reference.build import chosen, circle, visual_tokens
 
 from mllm_squeeze.config import build_reducer, load_recipe
-from mllm_squeeze.errors import ConfigError, SqueezeWarning, UnsupportedInputError
+from mllm_squeeze.errors import ConfigError, UnsupportedInputError
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.average_pool import AveragePool
 from mllm_squeeze.reducers.decode_refresh import DecodeRefresh
 from mllm_squeeze.reducers.frame_uniqueness import FrameUniqueness, frame_budgets
 from mllm_squeeze.reducers.temporal_windows import TemporalWindows
@@ -115,44 +114,6 @@ def test_dycoke_says_what_it_cannot_do():
     for tiles, current in [((), 16), ((Tile(4, 2, 2),), 12), ((Tile(2, 2, 2), Tile(2, 1, 4)), 16)]:
         with pytest.raises(UnsupportedInputError, match="whole frames of one size"):
             TemporalWindows().count(current, 8, tiles)
-
-
-@pytest.mark.parametrize(
-    ("frames", "budget", "says"),
-    [
-        (2, 2, "Of 2 frames .*4 of 8 tokens stay, not 2"),
-        (1, 1, "Of 1 frames .*4 of 4 tokens stay, not 1"),
-        (5, 5, "Of 5 frames .*8 of 20 tokens stay, not 5"),
-    ],
-)
-def test_dycoke_says_that_a_short_video_cannot_meet_the_budget(frames, budget, says):
-    """One frame of four stays whole: 0.75 is out of reach where the frames are no multiple of four."""
-    tokens = visual_tokens([torch.randn(frames * 4, 6)], [budget], tiles=[(Tile(frames, 2, 2),)])
-    with pytest.warns(SqueezeWarning, match=says):
-        keep = TemporalWindows(ratio=0.75).reduce(tokens).keep
-    assert keep.sum() == -(-frames // 4) * 4
-
-
-@pytest.mark.parametrize("frames", [4, 8, 5])
-def test_dycoke_is_quiet_where_the_budget_can_be_met(frames, recwarn):
-    budget = max(frames, -(-frames // 4) * 4)
-    tokens = visual_tokens([torch.randn(frames * 4, 6)], [budget], tiles=[(Tile(frames, 2, 2),)])
-    TemporalWindows(ratio=0.75).reduce(tokens)
-    TemporalWindows().reduce(visual_tokens([torch.randn(4, 6)], [4], tiles=[(Tile(1, 2, 2),)]))
-    assert not recwarn
-
-
-@pytest.mark.parametrize("reducer", [FrameUniqueness(keep=3), AveragePool(keep=3)])
-def test_one_token_per_frame_above_the_budget_is_said(reducer):
-    tokens = visual_tokens([torch.randn(32, 6)], [3], tiles=[(Tile(8, 2, 2),)])
-    with pytest.warns(SqueezeWarning, match="Each of 8 frames .*8 of 32 tokens stay, not 3"):
-        assert reducer.reduce(tokens).keep.sum() == 8
-
-
-@pytest.mark.parametrize("reducer", [FrameUniqueness(keep=8), AveragePool(keep=8)])
-def test_one_token_per_frame_within_the_budget_is_quiet(reducer, recwarn):
-    reducer.reduce(visual_tokens([torch.randn(32, 6)], [8], tiles=[(Tile(8, 2, 2),)]))
-    assert not recwarn
 
 
 def decode(drop=0.5):

@@ -149,27 +149,48 @@ def _time(value: Spread, digits: int, spreads: bool) -> str:
     return f"{middle} ({low}-{high})" if spreads and value.count > 1 else middle
 
 
-def table(results: Results) -> Table:
-    """Return the rows as a table for a terminal."""
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title(results), title_justify="left")
-    for number, header in enumerate(HEADERS):
-        found.add_column(header, justify="left" if number == 0 else "right", no_wrap=number == 0)
+# The columns of each table, behind the contestant: side by side they are wider than most terminals, and than a pipe.
+_GROUPS = (("prefill", range(1, 7)), ("decoding, encoder, memory", range(7, len(HEADERS))))
+
+
+def tables(results: Results) -> list[Table]:
+    """Return the rows as tables for a terminal or a pipe, each of at most 80 columns."""
+    return [*(_group(results, name, columns) for name, columns in _GROUPS), _parts_table(results)]
+
+
+def _group(results: Results, name: str, columns: Sequence[int]) -> Table:
+    found = _table(name, [HEADERS[n] for n in columns])
     for row in results.rows:
         style = "bold" if row.kind == "ours" else "dim" if row.kind in ("oracle", "naive") else ""
-        found.add_row(*(Text(cell, style=style) for cell in cells(row, spreads=False)))
+        told = cells(row, spreads=False)
+        found.add_row(Text(row.name, style=style), *(Text(told[n], style=style) for n in columns))
     return found
 
 
-def parts_table(results: Results) -> Table:
-    """Return the rule's own work in milliseconds, by part."""
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="the rule's own work, ms", title_justify="left")
+def _parts_table(results: Results) -> Table:
     names = list(results.rows[0].rule)
-    for header in ("contestant", *names, "sum"):
-        found.add_column(header, justify="left" if header == "contestant" else "right")
+    found = _table("the rule's own work, ms", [*names, "sum"])
     for row in results.rows:
         if row.kind == "ours":
             values = [*row.rule.values(), sum(row.rule.values())]
-            found.add_row(Text(row.name, style="bold"), *(f"{1000 * value:.2f}" for value in values))
+            found.add_row(Text(row.name, style="bold"), *(Text(f"{1000 * value:.2f}") for value in values))
+    return found
+
+
+def _table(title: str, headers: Sequence[str]) -> Table:
+    """Return an empty table in which only names are folded where it gets narrow; long headers stand on two lines."""
+    found = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        title=f"\n{title}",
+        title_justify="left",
+    )
+    found.add_column(HEADERS[0], overflow="fold")
+    for header in headers:
+        first, _, rest = header.rpartition(" ")
+        found.add_column(f"{first}\n{rest}" if first else rest, justify="right", no_wrap=True)
     return found
 
 

@@ -24,7 +24,6 @@ from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
 from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
-from mllm_squeeze.layout import Tile
 from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
 from mllm_squeeze.upstream.attention import using
 from mllm_squeeze.upstream.caches import new_growing, new_static
@@ -290,6 +289,8 @@ class _Watching(Reducer):
     """Keeps all tokens, and what attention it was shown."""
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
+    known_count: ClassVar[bool] = False
+    decides: ClassVar[bool] = True
 
     source: Literal["current", "next"] = "next"
     _seen: list[Tensor] = PrivateAttr(default_factory=list)
@@ -302,9 +303,6 @@ class _Watching(Reducer):
     def needs(self) -> tuple[Need, ...]:
         return (Need("attention", rows="last", source=self.source),)
 
-    def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
-        return current
-
     def reduce(self, tokens: VisualTokens) -> Reduction:
         self.seen.append(tokens.signals["attention"])
         return Reduction(tokens.mask)
@@ -316,7 +314,7 @@ def _preview(parts: ModelParts) -> str | None:
     module = parts.layers[layer]
     if parts.row.stacked or find_attention(module) is None or find_pre_norm(module) is None:
         return None
-    before, inside = _Watching(ratio=0.5, source="next"), _Watching(ratio=0.5, source="current")
+    before, inside = _Watching(source="next"), _Watching(source="current")
     cuts = [PlannedCut(0, "canary", layer, before)]
     if layer + 1 < len(parts.layers):
         cuts.append(PlannedCut(1, "canary", layer + 1, inside))

@@ -118,14 +118,15 @@ def _device(wanted: str | None) -> str:
 def _run(setting: Any, out: Path | None, name: str) -> None:
     from mllm_squeeze.bench import contest, results
 
-    screen = output.console(error=True)
-    with screen.status("starting") as status:
+    with output.progress() as told:
         save = (lambda so_far: None) if out is None else (lambda so_far: so_far.save(out, name))
-        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), status.update, save)
-    output.console().print(results.table(found))
-    output.console().print(results.parts_table(found))
+        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), told, save)
+    screen = output.console()
+    screen.print(results.title(found), highlight=False, soft_wrap=True)
+    for table in results.tables(found):
+        screen.print(table)
     if out is not None:
-        output.console().print(f"written: {out / name}.json and .md", highlight=False, soft_wrap=True)
+        screen.print(f"written: {out / name}.json and .md", highlight=False, soft_wrap=True)
 
 
 def _profile(setting: Any, out: Path, name: str) -> None:
@@ -137,13 +138,14 @@ def _profile(setting: Any, out: Path, name: str) -> None:
     contest.check(setting)
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
-    with output.waiting(f"building {setting.model}"):
-        stage = contest.build(setting)
+    with output.progress() as told:
+        stage = contest.build(setting, told)
     for one in stage.contestants:
         if one.kind != "ours":
             continue
         path = out / f"{name}-{one.name.split(' ')[0]}-trace.json"
-        with output.waiting(f"profiling {one.name}"):
+        with output.progress() as told:
+            told(f"profiling {one.name}")
             found = profiling.trace(one, path)
         screen = output.console()
         screen.print(one.name, style="bold", highlight=False)

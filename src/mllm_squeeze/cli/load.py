@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+from PIL import Image, ImageOps
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
-from mllm_squeeze.errors import ConfigError, UnsupportedInputError, UnsupportedModelError
+from mllm_squeeze.errors import ConfigError, UnsupportedInputError, UnsupportedModelError, closest
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -16,16 +17,32 @@ _DTYPES = ("auto", "float32", "float16", "bfloat16")
 def skeleton(name: str) -> Any:
     """Build a model from its config alone, on the meta device: no weights, no memory.
 
+    name: a folder, a config.json, a hub id, or a model type like "qwen2_5_vl", whose config is its class's default.
+
     Raises:
         UnsupportedModelError: there is no config, or it is not that of a multimodal model.
     """
     path = Path(name)
+    if not path.exists() and name in CONFIG_MAPPING:
+        return _default(name)
     try:
         config = AutoConfig.from_pretrained(str(path.parent if path.name == "config.json" else name))
         with torch.device("meta"):
             return AutoModelForMultimodalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(name, error) from error
+        raise _not_loaded(name, error, f" A model type does as well.{closest(name, CONFIG_MAPPING)}") from error
+
+
+def _default(model_type: str) -> Any:
+    """Build a model of a type from the defaults of its config."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForMultimodalLM.from_config(AutoConfig.for_model(model_type))
+    except Exception as error:  # defaults that do not go together fail in any way
+        raise UnsupportedModelError(
+            f"The model type '{model_type}' cannot be built as a multimodal model from the defaults of its config: "
+            f"{_stopped(_first_line(error))} Give the folder of such a model, its config.json or its hub id."
+        ) from error
 
 
 def model(name: str, device: str | None = None, dtype: str = "auto") -> Any:
@@ -72,23 +89,62 @@ def prompt(reader: Any, text: str, images: list[Path], videos: list[Path], frame
             raise UnsupportedInputError(f"There is no file {path}.")
     if not images and not videos:
         raise UnsupportedInputError("Give at least one --image or --video: without one there is nothing to squeeze.")
-    content = [{"type": "image", "path": str(path)} for path in images]
+    content: list[dict[str, Any]] = [{"type": "image", "image": _picture(path)} for path in images]
     content += [{"type": "video", "path": str(path)} for path in videos]
-    chat = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+    content.append({"type": "text", "text": text})
     sampling = {} if frames is None or not videos else {"num_frames": frames}
     try:
+        _check_seen(reader, content)
         return reader.apply_chat_template(
-            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **sampling
+            _chat(content), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **sampling
         )
-    except (ValueError, TypeError, KeyError, OSError, ImportError, AttributeError) as error:
-        raise UnsupportedInputError(f"The model's processor refuses this prompt: {_first_line(error)}") from error
+    except UnsupportedInputError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, ImportError, AttributeError, RuntimeError) as error:
+        given = ", ".join(map(str, [*images, *videos]))
+        raise UnsupportedInputError(
+            f"The model's processor refuses this prompt with {given}: {_first_line(error)}"
+        ) from error
 
 
-def _not_loaded(name: str, error: Exception) -> UnsupportedModelError:
+def _picture(path: Path) -> Image.Image:
+    """Return the pixels of a picture, upright."""
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnsupportedInputError(
+            f"{path} is no picture that can be read: {_stopped(_first_line(error))} Give a PNG, JPEG or WebP file; "
+            "films go to --video."
+        ) from error
+
+
+def _chat(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+def _check_seen(reader: Any, content: list[dict[str, Any]]) -> None:
+    """Raise UnsupportedInputError where the prompt would be the same without its pictures, or without its videos."""
+    asked = reader.apply_chat_template(_chat(content), add_generation_prompt=True, tokenize=False)
+    for kind in sorted({part["type"] for part in content} - {"text"}):
+        rest = [part for part in content if part["type"] != kind]
+        unseen = reader.apply_chat_template(_chat(rest), add_generation_prompt=True, tokenize=False) == asked
+        if unseen or (kind == "video" and getattr(reader, "video_processor", None) is None):
+            raise UnsupportedInputError(
+                f"This model takes no {kind}: its processor leaves out what --{kind} gives, and the answer would be "
+                f"without it. Leave --{kind} out, or take a model for {kind}s."
+            )
+
+
+def _not_loaded(name: str, error: Exception, more: str = "") -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"'{name}' cannot be loaded as a multimodal model: {_first_line(error)} Give the folder of a HuggingFace "
-        "model, or a hub id that can be reached from here."
+        f"'{name}' cannot be loaded as a multimodal model: {_stopped(_first_line(error))} Give the folder of a "
+        f"HuggingFace model, or a hub id that can be reached from here.{more}"
     )
+
+
+def _stopped(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mllm_squeeze import config, registry
 from mllm_squeeze.cli import output
-from mllm_squeeze.errors import SqueezeError
+from mllm_squeeze.errors import ConfigError, SqueezeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,12 +57,19 @@ def _paper(paper: dict[str, Any] | None) -> str | None:
 
 
 def describe(
-    method: Annotated[str, typer.Argument(help="A method's name, or the path of a recipe file.")], as_json: Json = False
+    method: Annotated[str, typer.Argument(help="A method's name, or the path of a recipe file.")],
+    as_json: Json = False,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the recipe and nothing else.")] = False,
 ) -> None:
     """Show a method: its recipe, its parameters with their defaults, its steps, its paper and its facts."""
+    if as_json and as_yaml:
+        raise ConfigError("--json prints the facts, --yaml the recipe; give one of them.")
     told = config.describe(method)
     if as_json:
         output.as_json(told)
+        return
+    if as_yaml:
+        print(_text(method, told).rstrip("\n"))
         return
     from rich.syntax import Syntax
 
@@ -84,7 +91,9 @@ def describe(
             "modalities": facts["modalities"],
         }
     )
-    screen.print(Syntax(_text(method, told), "yaml", background_color="default", word_wrap=True))
+    # Folded lines would be another recipe, or none.
+    recipe = Syntax("", "yaml", background_color="default").highlight(_text(method, told).rstrip("\n"))
+    screen.print(recipe, soft_wrap=True)
 
 
 def _text(method: str, told: dict[str, Any]) -> str:
@@ -96,7 +105,7 @@ def _text(method: str, told: dict[str, Any]) -> str:
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="A local folder, a config.json or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A local folder, a config.json, a hub id, or a type: qwen2_5_vl.")],
     weights: Annotated[bool, typer.Option("--weights", help="Load the weights too, as run does.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +44,22 @@ def words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield what is told each step of long work: it moves in a terminal, and is a line with the seconds elsewhere.
+
+    On the error stream, so that the answer can be piped.
+    """
+    screen, begin = console(error=True), time.perf_counter()
+    if screen.is_terminal:
+        with screen.status("starting") as status:
+            yield status.update
+    else:
+        yield lambda text: screen.print(
+            f"{time.perf_counter() - begin:6.1f} s  {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 @contextmanager

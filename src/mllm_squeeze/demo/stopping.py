@@ -40,7 +40,7 @@ MADE_UP = (0, 5, 10, 20, 30, 40)
 HEAD = ("visual tokens", "kept", "background", "word right %", "stops %")
 NOTE = (
     "kept: visual tokens of a picture that are left, background: how many of them show none of the things in the "
-    "picture; word right: first word of the answer; stops: the model says </s> when it is given the right word"
+    "picture; word right: first word of the answer; stops: the model says `</s>` when it is given the right word"
 )
 
 

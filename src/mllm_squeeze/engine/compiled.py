@@ -9,11 +9,11 @@ from types import CodeType
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.versions import library_folder
 
 
 def refuse_wrapped(parts: ModelParts) -> None:
@@ -45,8 +45,7 @@ def _places(parts: ModelParts) -> tuple[str, ...]:
     """Return where the code is that runs when a model is called."""
     called: tuple[nn.Module, ...] = (parts.model, parts.base, parts.decoder, parts.layers[0])
     files = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in called}
-    packages = (Path(str(package.__file__)).parent for package in (transformers, nn))
-    return (*(str(package) for package in packages), *(file for file in files if file))
+    return (library_folder(), str(Path(str(nn.__file__)).parent), *(file for file in files if file))
 
 
 def _compiled_code() -> Iterator[CodeType]:

@@ -270,8 +270,8 @@ def _warn_left(session: Session, planned: PlannedCut, found: _Candidates, counts
         pieces = sum(tile.frames for tile in session.layout.spans[row].tiles)
         if left > asked + max((pieces + 1) // 2, 1, asked // 10):
             _warn(
-                f"'{planned.name}' was asked to leave {asked} of the {current} tokens of a span, and left {left}: its "
-                "rule cannot remove more of such an input. Give it more frames or tokens, or use another method."
+                f"'{planned.name}' was asked to leave {asked} of the {current} tokens of a span, and leaves {left}: "
+                f"{planned.reducer.why_more}. Ask for less, give more frames, or use a method that keeps any number."
             )
             return
 

@@ -156,9 +156,9 @@ class EncoderHooks(HookOwner):
         return None if merge is None else merge.restore(output)
 
     def _tap_saliency(self, fittings: Fittings) -> None:
-        block = self.parts.saliency_block
         if not self._signals:
             return
+        block = self.parts.saliency_block
         attention = None if block is None or self.parts.blocks is None else find_attention(self.parts.blocks[block])
         if attention is None:
             raise UnsupportedModelError(

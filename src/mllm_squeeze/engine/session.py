@@ -95,7 +95,9 @@ class Session(Survivors):
         self.text_place = place.to(device)
         self.text_mask = there.to(device)
         self.last_place = torch.tensor(layout.last, device=device)[:, None]
-        self.real, self.visual = real.to(device), self._pieces(visual.to(device))
+        self.real, self.visual = real.to(device), visual.to(device)
+        if self.plan.decode is not None:
+            self.visual = self._pieces(self.visual)
         padded = not bool(real.all())
         # Bool (B, M) where tokens are real now, None where all are.
         self.present = self.real if padded else None

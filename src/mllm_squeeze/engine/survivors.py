@@ -15,7 +15,7 @@ class Survivors:
 
     width: tokens of this pass before any cut. past: tokens seen before. index: int64 (B, M), the columns that are left,
     None while all are. valid: bool (B, M), False for padding, None where all are real. shift: int64 (B, M), how many
-    tokens are gone in front of each. visual: bool (B, M), True for pieces of a picture or video, not for separators.
+    tokens are gone in front of each. visual: bool (B, M); where steps cut while decoding, without separators.
     tail: tokens behind the last visual one.
     """
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mllm_squeeze import ops
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
-from mllm_squeeze.reducers.reach import warn_out_of_reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +64,7 @@ class AveragePool(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector", "layer"})
+    why_more: ClassVar[str] = "each frame or tile keeps at least one token"
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
         """Return the number of windows."""
@@ -77,12 +77,7 @@ class AveragePool(Reducer):
         """Return the first token of each window, with all its tokens assigned to it."""
         mask, tiles = tokens.mask, tokens.tiles
         spans = zip(tokens.current, tokens.counts, tiles or ((),) * len(tokens.current), strict=True)
-        plans = []
-        for there, asked, rectangles in spans:
-            plans.append(plan(there, asked, rectangles))
-            if plans[-1] is not None:
-                least = sum(tile.frames for tile in rectangles)
-                warn_out_of_reach(f"Each of {least} frames or tiles keeps at least one token", asked, least, there)
+        plans = [plan(*span) for span in spans]
         groups = windows(tokens.grid, ops.on_device(table(plans, tiles), mask))
         runs = (ops.local_index(mask) * tokens.budget[:, None]).div(
             mask.sum(1, keepdim=True).clamp(min=1), rounding_mode="floor"

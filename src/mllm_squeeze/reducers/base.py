@@ -121,9 +121,9 @@ class Reducer(BaseModel):
 
     places: where it may act. known_count: the number of survivors follows from the grid and the budget alone. decides:
     without a budget the rule itself says how many tokens stay; its budget is then all that is there, and the survivors
-    are counted. Every other reducer needs a budget. reads_text: the choice depends on the prompt's text. `ratio` is the
-    fraction of the visual tokens removed, `keep` the other way to say it: an int is tokens kept per span, a float the
-    fraction kept.
+    are counted. Every other reducer needs a budget. reads_text: the choice depends on the prompt's text. why_more: what
+    the warning says where the rule leaves clearly more than its budget. `ratio` is the fraction of the visual tokens
+    removed, `keep` the other way to say it: an int is tokens kept per span, a float the fraction kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -133,6 +133,7 @@ class Reducer(BaseModel):
     decides: ClassVar[bool] = False
     reads_text: ClassVar[bool] = False
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video", "audio"})
+    why_more: ClassVar[str] = "its rule cannot remove more of such an input"
 
     ratio: float | None = Field(default=None, ge=0, lt=1)
     keep: int | float | None = Field(default=None)

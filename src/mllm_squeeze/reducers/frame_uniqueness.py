@@ -8,7 +8,6 @@ from pydantic import Field
 
 from mllm_squeeze import ops
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
-from mllm_squeeze.reducers.reach import warn_out_of_reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +58,7 @@ class FrameUniqueness(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
     known_count: ClassVar[bool] = False
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    why_more: ClassVar[str] = "each frame keeps at least one token"
 
     temperature: float = Field(default=0.01, gt=0)
     channels: float = Field(default=0.5, gt=0, le=1)
@@ -68,8 +68,6 @@ class FrameUniqueness(Reducer):
         mask = tokens.mask
         per_tile = [[tile.frames for tile in tiles] for tiles in tokens.tiles] or [[]] * len(tokens.current)
         frames = max(1, *(sum(f) for f in per_tile))
-        for there, asked, count in zip(tokens.current, tokens.counts, map(sum, per_tile), strict=True):
-            warn_out_of_reach(f"Each of {count} frames keeps at least one token", asked, count, there)
         frame = ops.frame_ids(tokens.grid, per_tile).clamp(min=0).masked_fill(~mask, -1)
         v, f = typicality(tokens.features, frame, frames, self.channels)
         limit = frame_budgets(v, frame, tokens.budget, frames, self.temperature)

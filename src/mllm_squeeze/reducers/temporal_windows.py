@@ -9,7 +9,6 @@ from pydantic import model_validator
 from mllm_squeeze import ops
 from mllm_squeeze.errors import ConfigError, UnsupportedInputError
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
-from mllm_squeeze.reducers.reach import warn_out_of_reach
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +50,7 @@ class TemporalWindows(Reducer):
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
+    why_more: ClassVar[str] = f"the first frame (as the model groups them) and every {WINDOW}th after it stay whole"
 
     variant: Literal["paper", "official"] = "paper"
 
@@ -97,10 +97,6 @@ class TemporalWindows(Reducer):
         spans = list(zip(tokens.current, tokens.counts, tokens.tiles, strict=True))
         sizes = [self._sizes(*span) for span in spans]
         shapes = [s[0] for s in sizes]
-        for (there, asked, _), ((frames, height, width), prunable, _) in zip(spans, sizes, strict=True):
-            least = there - prunable * height * width
-            rule = f"Of {frames} frames (as the model groups them) the first and every {WINDOW}th after it stay whole"
-            warn_out_of_reach(rule, asked, least, there)
         shape = (max(s[0] for s in shapes), max(s[1] for s in shapes), max(s[2] for s in shapes))
         frame = ops.frame_ids(tokens.grid, [[tile.frames for tile in tiles] for tiles in tokens.tiles])
         limits, spared = ops.on_device([[s[2] for s in sizes], [self._spared(f) for f, _, _ in shapes]], frame)

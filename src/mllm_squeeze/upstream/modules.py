@@ -63,6 +63,8 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module
     # What torch.compile returns hands every other attribute on to the model inside, so it must be asked for first.
+    if not isinstance(model, nn.Module):
+        return None
     compiled = model._modules.get("_orig_mod")
     if compiled is not None:
         return compiled

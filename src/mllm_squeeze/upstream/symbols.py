@@ -3,9 +3,9 @@
     python -m mllm_squeeze.upstream.symbols            # what moved; exit status 1 where something did
     python -m mllm_squeeze.upstream.symbols --record   # the release passes its tests: add it to symbols.json
 
-Only source text is read: no weights, no model, nothing of transformers is imported. symbols.json says of each symbol what
-it looked like on the releases that were tested, `{since: signature}`. What looks like none of these has moved, and so has
-what nobody has looked at: a new method of a cache is how a crop once went past a cut.
+Only source text is read: no weights, no model, nothing of transformers is imported. symbols.json says of each symbol
+what it looked like on the releases that were tested, `{since: signature}`. What looks like none of these has moved, and
+so has what nobody has looked at: a new method of a cache is how a crop once went past a cut.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ABSENT = "nothing of this name"
 
 # file: which of its names, `Class.method` included, are relied on.
 _LIBRARY = {
-    "cache_utils.py": r"(Cache|DynamicCache|StaticCache|(CacheLayerMixin|(Dynamic|Static|LinearAttention|Dummy)\w*Layer)"
-    r"(\.[a-z]\w+)?)|Cache\.[a-z]\w+|(DYNAMIC|STATIC)_LAYER_TYPE_MAPPING",
+    "cache_utils.py": r"((|Dynamic|Static)Cache|\w*CacheLayerMixin|(Dynamic|Static|LinearAttention|Dummy)\w*Layer)"
+    r"(\.[a-z]\w+)?|(DYNAMIC|STATIC)_LAYER_TYPE_MAPPING",
     "configuration_utils.py": r"ALLOWED_ATTN_LAYER_TYPES",
     "generation/utils.py": r"GenerationMixin\.(generate|_expand_inputs_for_generation|get_compiled_call|_prefill)",
     "integrations/flash_attention.py": r"flash_attention_forward",
@@ -44,18 +44,18 @@ _LIBRARY = {
     "vision_utils.py": r"get_vision_window_index",
 }
 _MODEL = (
-    r"\w*((Decoder|Encoder|Vision)Layer|VisionBlock|TextModel|(?<!Vision)(?<!PreTrained)Model|QFormer\w*)\.forward"
+    r"\w*((Decoder|Encoder|Vision)Layer|VisionBlock|TextModel|(?<!Vision)(?<!PreTrained)Model|QFormer\w*(Layer|Model))\.forward"
     r"|\w+Model\.(get_(image|video|audio)_features|get_rope_index|get_per_layer_inputs|pack_image_features|apply_pooling"
     r"|_deepstack_process)"
     r"|image_size_to_num_patches|get_vision_window_index|eager_attention_forward"
 )
 # The folders of the families, then those of the text models and towers that they are made of.
 _MODELS = """
-    audioflamingo3 aya_vision blip_2 cohere2_vision deepseek_vl fast_vlm gemma3 gemma3n gemma4 glm46v glm4v glm4v_moe
-    granite4_vision granite_speech idefics2 idefics3 instructblip internvl kimi_k25 lfm2_vl lighton_ocr llama4 llava
-    llava_next llava_next_video llava_onevision minicpmv4_6 minicpmv4_7 mistral3 mllama molmo2 ovis2 paligemma
-    perception_lm phi4_multimodal qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe qwen3_vl
-    qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava voxtral
+    audioflamingo3 aya_vision blip_2 cohere2_vision deepseek_vl fast_vlm gemma3 gemma3n gemma4 glm46v glm4v
+    glm4v_moe granite4_vision granite_speech idefics2 idefics3 instructblip internvl kimi_k25 lfm2_vl lighton_ocr
+    llama4 llava llava_next llava_next_video llava_onevision minicpmv4_6 minicpmv4_7 mistral3 mllama molmo2 ovis2
+    paligemma perception_lm phi4_multimodal qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe
+    qwen3_omni_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava voxtral
     clip gemma gemma2 llama mistral opt pixtral qwen2 qwen3 siglip
 """.split()  # noqa: SIM905
 FILES: dict[str, str] = {**_LIBRARY, **{f"models/{name}/modeling_{name}.py": _MODEL for name in _MODELS}}
@@ -119,13 +119,13 @@ class Record:
     symbols: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path = RECORD) -> Record:
-        """Read a record; an empty one where there is no file."""
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else cls()
+    def read(cls) -> Record:
+        """Read the record; an empty one where there is no file."""
+        return cls(**json.loads(RECORD.read_text(encoding="utf-8"))) if RECORD.exists() else cls()
 
-    def write(self, path: Path = RECORD) -> None:
+    def write(self) -> None:
         """Write it."""
-        path.write_text(json.dumps(vars(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        RECORD.write_text(json.dumps(vars(self), indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     def add(self, release: str, forms: Mapping[str, str]) -> None:
         """Add a release that is newer than those in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import transformers
 
@@ -15,6 +16,11 @@ SWITCH = "MLLM_SQUEEZE_UPSTREAM"
 def installed() -> str:
     """Return the release that is installed."""
     return str(transformers.__version__)
+
+
+def library_folder() -> str:
+    """Return where the code of transformers is."""
+    return str(Path(transformers.__file__).parent)
 
 
 def is_tested() -> bool:
