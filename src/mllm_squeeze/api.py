@@ -13,7 +13,7 @@ from torch import nn
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
 from mllm_squeeze.config import Recipe, load_recipe
-from mllm_squeeze.engine.compiled import forget_compiled
+from mllm_squeeze.engine.compiled import forget_compiled, refuse_wrapped
 from mllm_squeeze.engine.running import require_idle
 from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.engine.session import Session
@@ -160,6 +160,7 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
     _check_order(model, method)
     recipe = load_recipe(method, **params)
     parts = _find(model)
+    refuse_wrapped(parts)
     present = _handle_of(parts.model)
     if present is not None:
         raise AlreadyAppliedError(

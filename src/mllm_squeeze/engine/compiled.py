@@ -11,8 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.versions import library_folder
+
+
+def refuse_wrapped(parts: ModelParts) -> None:
+    """Check that what torch.compile returned was not put in the place of the text model or the inner model.
+
+    Raises:
+        UnsupportedModelError: it was; hooks on it do not see what the module inside is called with.
+    """
+    for name, module in (("inner model", parts.base), ("text model", parts.decoder)):
+        if "_orig_mod" in module._modules:
+            raise UnsupportedModelError(
+                f"The {name} was replaced by what torch.compile returned ({type(module).__name__}). Put the module "
+                "back and compile it in place with its compile() method, or compile the whole model."
+            )
 
 
 def forget_compiled(parts: ModelParts) -> None:
