@@ -32,11 +32,7 @@ def previews(family: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_one_row_is_enough(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = previews(family, monkeypatch)
-<<<<<<< HEAD
     monkeypatch.setattr(preview, "rowwise_projections", lambda attention: ())
-=======
-    monkeypatch.setattr(preview, "rowwise_projections", lambda attention: [])
->>>>>>> life
     whole = previews(family, monkeypatch)
     assert len(narrow) == len(whole) == 3
     for one, other in zip(narrow, whole, strict=True):
