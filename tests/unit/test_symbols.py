@@ -15,6 +15,8 @@ from mllm_squeeze.upstream import symbols, versions
 INSTALLED = Path(transformers.__file__).parent
 LLAVA = "models/llava/modeling_llava.py"
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def drifted(tmp_path: Path) -> Path:
