@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mllm_squeeze.errors import (
         AlreadyAppliedError,
         ConfigError,
+        InUseError,
         NotAppliedError,
         SqueezeError,
         SqueezeWarning,
@@ -44,6 +45,7 @@ _HOMES = {
     "UnsupportedInputError": "errors",
     "AlreadyAppliedError": "errors",
     "NotAppliedError": "errors",
+    "InUseError": "errors",
     "SqueezeWarning": "errors",
     "register_method": "config",
     "register_reducer": "registry",
@@ -58,6 +60,7 @@ __all__ = [
     "ConfigError",
     "Cut",
     "Handle",
+    "InUseError",
     "NotAppliedError",
     "SqueezeError",
     "SqueezeWarning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -23,11 +24,9 @@ def hidden_of(output: Any) -> Tensor:
 
 def cache_of_output(output: Any) -> Any:
     """Return the cache that a model handed out, None without one."""
-    # Old names are properties that warn, so fields are asked for.
-    for name in CACHE_NAMES:
-        if name in output:
-            return output[name]
-    return None
+    # Other names than those of fields are properties that warn.
+    names = {field.name for field in fields(output)}
+    return next((getattr(output, name) for name in CACHE_NAMES if name in names), None)
 
 
 def projected(output: Any) -> Tensor | list[Tensor] | None:
