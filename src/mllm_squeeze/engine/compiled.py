@@ -13,6 +13,7 @@ from torch import nn
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.modules import inside_compiled
 from mllm_squeeze.upstream.versions import library_folder
 
 
@@ -23,7 +24,7 @@ def refuse_wrapped(parts: ModelParts) -> None:
         UnsupportedModelError: it was; hooks on it do not see what the module inside is called with.
     """
     for name, module in (("inner model", parts.base), ("text model", parts.decoder)):
-        if "_orig_mod" in module._modules:
+        if inside_compiled(module) is not None:
             raise UnsupportedModelError(
                 f"The {name} was replaced by what torch.compile returned ({type(module).__name__}). Put the module "
                 "back and compile it in place with its compile() method, or compile the whole model."

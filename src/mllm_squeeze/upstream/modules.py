@@ -74,6 +74,11 @@ def _inside(model: nn.Module) -> nn.Module | None:
     return first_of(model, ("thinker",))
 
 
+def inside_compiled(model: nn.Module) -> nn.Module | None:
+    """Return the module inside of what torch.compile returned, None where a module is none of these."""
+    return model._modules.get("_orig_mod")
+
+
 def first_of(root: nn.Module | None, paths: tuple[str, ...]) -> Any:
     """Return the first module that stands at one of these dotted paths, None where none does."""
     for path in paths:
