@@ -26,7 +26,7 @@ from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
 from mllm_squeeze.upstream.attention import using
-from mllm_squeeze.upstream.caches import new_growing, new_static
+from mllm_squeeze.upstream.caches import CROPS_STATIC, new_growing, new_static
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, with_cache
 from mllm_squeeze.upstream.names import USE_CACHE
 from mllm_squeeze.upstream.outputs import hidden_of
@@ -228,7 +228,9 @@ def _cache_wrong(run: _Run, layer: int) -> str | None:
 
 def _crop_wrong(run: _Run, layer: int) -> str | None:
     """Forget the last token and decode it again; then try to forget tokens that were cut."""
-    if kv.is_static(run.cache) or not all(run.parts.has_entries(n) for n in range(len(run.parts.layers))):
+    if not all(run.parts.has_entries(n) for n in range(len(run.parts.layers))):
+        return None
+    if kv.is_static(run.cache) and not CROPS_STATIC:
         return None
     if any(run.parts.window(n) for n in range(layer)):
         return None
@@ -342,25 +344,29 @@ def _preview(parts: ModelParts) -> str | None:
 
 
 def _rows(parts: ModelParts) -> str | None:
-    """Swap the rows of a cut cache, as beams do, and decode on."""
+    """Swap the rows of cut caches, as beams do, and decode on."""
     if not all(parts.has_entries(n) for n in range(len(parts.layers))):
         return None
-    layer, prompt = layer_to_cut(parts), trial_prompt(parts, 2)
-    plan = Plan((selfcheck.probe_cut(layer),), repack=False)
     swap = torch.tensor([1, 0])
-    swapped = TrialPrompt(2, prompt.swapped())
-    states = []
-    for order in (None, swap):
-        with _running(parts, plan) as runtime:
-            run = _Run(parts, runtime, plan, prompt, static=False)
-            run.prefill()
-            if order is not None:
-                run.cache.reorder_cache(order)
-                run.prompt = swapped
-            run.step(_PREFILL)
-            states.append(run.states[-1])
-    error = selfcheck.distance(states[1], states[0][swap])
-    return None if error <= _TOLERANCE else f"swapped rows differ by {error:.1e}"
+    for static in sorted({case.static for case in cases_of(parts)}):
+        here, there = (_behind_swap(parts, order, static) for order in (None, swap))
+        error = selfcheck.distance(there, here[swap])
+        if not error <= _TOLERANCE:
+            return f"swapped rows of {'a static' if static else 'a growing'} cache differ by {error:.1e}"
+    return None
+
+
+def _behind_swap(parts: ModelParts, order: Tensor | None, static: bool) -> Tensor:
+    """Return the states (2, 1, D) of one decode step behind a prefill, its rows swapped by `order` in between."""
+    prompt, plan = trial_prompt(parts, 2), Plan((selfcheck.probe_cut(layer_to_cut(parts)),), repack=False)
+    with _running(parts, plan) as runtime:
+        run = _Run(parts, runtime, plan, prompt, static)
+        run.prefill()
+        if order is not None:
+            run.cache.reorder_cache(order)
+            run.prompt = TrialPrompt(2, prompt.swapped())
+        run.step(_PREFILL)
+        return run.states[-1]
 
 
 @contextmanager
