@@ -173,14 +173,13 @@ def dispatch_to_disk(model: Any, folder: Path) -> None:
     accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
-WRAPS = (hook_root, offload_to_cpu, dispatch_to_disk)
+WRAPS = (pytest.param(hook_root, marks=pytest.mark.quick), offload_to_cpu, dispatch_to_disk)
 # Plain; with signals of the encoder, which the features carry; merged in the encoder.
 ENCODED = [
     (f, m) for f in ("llava", "qwen2_5_vl") for m in ("divprune", "visionzip", "tome") if matrix.fits(m, f, "image")
 ]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(("family", "method"), ENCODED)
 def test_generate_on_a_model_that_accelerate_hooked(
