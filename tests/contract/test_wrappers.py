@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import accelerate
 import peft
@@ -150,6 +154,71 @@ def test_weights_offloaded_by_accelerate(family: str, method: str) -> None:
     assert not [
         line for line in lines if "_parameters" not in line and "_buffers" not in line and "version" not in line
     ]
+
+
+def hook_root(model: Any, folder: Path) -> None:
+    """Hook the whole model only, as device_map="auto" does on several devices: inputs and outputs are rebuilt."""
+    add_hook_to_module(model, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+
+
+def offload_to_cpu(model: Any, folder: Path) -> None:
+    """Keep all weights in a state dict between calls."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), state_dict=state)
+
+
+def dispatch_to_disk(model: Any, folder: Path) -> None:
+    """Keep the weights of the text model in files."""
+    device_map = {"model.language_model": "disk", "": "cpu"}
+    accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+WRAPS = (pytest.param(hook_root, marks=pytest.mark.quick), offload_to_cpu, dispatch_to_disk)
+# Plain; with signals of the encoder, which the features carry; merged in the encoder.
+ENCODED = [
+    (f, m) for f in ("llava", "qwen2_5_vl") for m in ("divprune", "visionzip", "tome") if matrix.fits(m, f, "image")
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(("family", "method"), ENCODED)
+def test_generate_on_a_model_that_accelerate_hooked(
+    family: str, method: str, wrap: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    """generate() encodes the picture first, and what accelerate hands on of it is a copy."""
+    t, plain = tiny.fresh(family), tiny.load(family)
+    inputs, settings = t.inputs["two_images"], {"max_new_tokens": 5, "return_dict_in_generate": True}
+    with matrix.applied(plain.model, method) as handle:
+        expected = plain.model.generate(**inputs, **settings, output_logits=True)
+        cuts = handle.cuts
+    assert cuts
+    wrap(t.model, tmp_path)
+    with matrix.applied(t.model, method) as handle:
+        got = t.model.generate(**inputs, **settings, output_logits=True)
+        assert [c.kept[0].tolist() for c in handle.cuts] == [c.kept[0].tolist() for c in cuts]
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(torch.stack(got.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(("family", "method"), ENCODED)
+def test_features_of_the_caller_on_a_model_that_accelerate_hooked(
+    family: str, method: str, wrap: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    t, plain = tiny.fresh(family), tiny.load(family)
+    if "mm_encoder_outputs" not in inspect.signature(type(t.model.model).forward).parameters:
+        pytest.skip("this release of transformers takes no features in its forward")
+    inputs = t.inputs["two_images"]
+    pictures = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
+    words = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    with matrix.applied(plain.model, method), torch.no_grad():
+        expected = plain.model(**inputs).logits
+    wrap(t.model, tmp_path)
+    with matrix.applied(t.model, method) as handle, torch.no_grad():
+        features = t.model.get_image_features(**pictures, return_dict=True)
+        logits = t.model(**words, mm_encoder_outputs={"image": features}).logits
+        assert handle.cuts
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -53,6 +53,31 @@ def test_a_row_of_a_left_padded_batch_is_the_prompt_alone(
             oracle.assert_close(joint[b : b + 1], alone, f"row {b}")
 
 
+@pytest.mark.parametrize("positions", ["keep", "repack"])
+@pytest.mark.parametrize("family", proof.families())
+def test_generate_equals_masked_recomputation(family: str, positions: str) -> None:
+    """Greedy answers, free of what either run says, after cuts before and inside the LLM, in both numberings."""
+    t = tiny.load(family)
+    places = (("projector", 0.4), ({"layer": 2}, 0.7))
+    steps = [{"reducer": "uniform_stride", "at": at, "ratio": ratio} for at, ratio in places]
+    inputs = {k: v.clone() for k, v in t.inputs[tiny.kinds(family)[0]].items()}
+    settings = SETTINGS | {"max_new_tokens": 6}
+    with squeeze.applied(t.model, {"method": "mine", "positions": positions, "steps": steps}) as handle:
+        mine = t.model.generate(**inputs, **settings)
+        # Positions of three axes are always kept.
+        cuts, repack = handle.cuts, proof.repacks(handle)
+    assert [c.layer for c in cuts] == [0, 2]
+    said = mine.sequences[:, -6:]
+    if oracle.recurrent(t.model):
+        expected = oracle.dropped_logits(t.model, proof.followed(t, inputs, said[:, :-1]), cuts, repack)[:, -6:]
+    else:
+        with oracle.masked(t.model, inputs["input_ids"].shape[1], cuts, repack=repack):
+            dense = t.model.generate(**inputs, **settings)
+        assert torch.equal(said, dense.sequences[:, -6:])
+        expected = torch.stack(dense.logits, 1)
+    oracle.assert_close(torch.stack(mine.logits, 1), expected, positions)
+
+
 def beams() -> list[Any]:
     """Return (family, kind): the first and the last thing that a family can be shown."""
     out = []
