@@ -6,34 +6,26 @@ and random weights tells, in a second or less, whether a cut is still what it wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PrivateAttr
-from torch import Tensor, nn
+from torch import Tensor
 
 from mllm_squeeze.checking.prompt import BEFORE, LENGTH, SIDE, TrialPrompt, layer_to_cut, trial_prompt
+from mllm_squeeze.checking.runs import PREFILL, STEPS, Run, dense_states, expected_states, running
 from mllm_squeeze.checking.small import first_line, small_parts
 from mllm_squeeze.engine import cache as kv
 from mllm_squeeze.engine import selfcheck
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.runtime import Runtime
-from mllm_squeeze.engine.session import Session
 from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
 from mllm_squeeze.upstream.attention import using
-from mllm_squeeze.upstream.caches import CROPS_STATIC, new_growing, new_static
-from mllm_squeeze.upstream.calls import Arguments, LayerCall, with_cache
-from mllm_squeeze.upstream.names import USE_CACHE
-from mllm_squeeze.upstream.outputs import hidden_of
+from mllm_squeeze.upstream.caches import CROPS_STATIC
 
-# Tokens that are decoded one by one; what is in front of them is the prefill.
-_STEPS = 3
-_PREFILL = LENGTH - _STEPS
 # Relative error that rounding alone explains in float32.
 _TOLERANCE = 1e-4
 # Masking must change this many times more than that, or equality says nothing.
@@ -81,7 +73,7 @@ def _runs(parts: ModelParts, implementation: str) -> bool:
     """Return whether the dense text model runs with an attention implementation; some cannot do with SDPA."""
     try:
         with torch.no_grad(), using(parts.text_config, implementation):
-            _dense(parts, trial_prompt(parts))
+            dense_states(parts, trial_prompt(parts))
     # What a text model says where it is not made for an implementation differs from class to class.
     except Exception:
         return False
@@ -151,21 +143,21 @@ def _decoding(parts: ModelParts, case: Case) -> str | None:
     """Prefill, decode, and compare the states of survivors and of each step with those of one masked pass."""
     prompt, layer = trial_prompt(parts, case.rows), case.layer
     plan = Plan((selfcheck.probe_cut(layer),), repack=case.repack)
-    with using(parts.text_config, case.implementation), _running(parts, plan) as runtime:
-        run = _Run(parts, runtime, plan, prompt, case.static)
+    with using(parts.text_config, case.implementation), running(parts, plan) as runtime:
+        run = Run(parts, runtime, plan, prompt, case.static)
         run.prefill()
-        for column in range(_PREFILL, LENGTH):
+        for column in range(PREFILL, LENGTH):
             run.step(column)
         wrong = _cache_wrong(run, layer) or _crop_wrong(run, layer)
     if wrong:
         return wrong
     with using(parts.text_config, case.implementation):
-        expected, dense = _reference(parts, run, layer, case), _dense(parts, prompt)
+        expected, dense = expected_states(parts, run, layer, case.repack), dense_states(parts, prompt)
     kept = run.kept()
     ours, theirs = torch.cat(run.states, 1)[kept], expected[kept]
     error = selfcheck.distance(ours, theirs)
     if not error <= _TOLERANCE:
-        steps = [selfcheck.distance(state, expected[:, _PREFILL + n, None]) for n, state in enumerate(run.states[1:])]
+        steps = [selfcheck.distance(state, expected[:, PREFILL + n, None]) for n, state in enumerate(run.states[1:])]
         words = ", ".join(f"{step:.0e}" for step in steps)
         return f"a cut differs from masking the same tokens by {error:.1e} (decode steps: {words})"
     if not selfcheck.distance(dense[kept], theirs) > _MATTERS * error:
@@ -173,48 +165,14 @@ def _decoding(parts: ModelParts, case: Case) -> str | None:
     return None
 
 
-class _Run:
-    """A squeezed prefill and its decode steps; `states` are what each of them gave."""
-
-    def __init__(self, parts: ModelParts, runtime: Runtime, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
-        self.parts, self.runtime, self.prompt = parts, runtime, prompt
-        self.cache = new_static(parts.text_config, LENGTH) if static else new_growing(parts.text_config)
-        self.session = Session(plan, parts, prompt.layout(_PREFILL), {}, _PREFILL, 0)
-        self.states: list[Tensor] = []
-
-    def prefill(self) -> None:
-        """Run the tokens in front of those that are decoded."""
-        self.session.prepare(torch.device("cpu"))
-        self.states.append(self.runtime.run_with(self.session, lambda: self._pass(0, _PREFILL)))
-
-    def step(self, column: int) -> None:
-        """Decode one token."""
-        self.states.append(self._pass(column, column + 1))
-
-    def _pass(self, start: int, stop: int) -> Tensor:
-        given = with_cache(self.parts.decoder, self.prompt.columns(start, stop), self.cache)
-        return hidden_of(self.parts.decoder(**given, **{USE_CACHE: True}))
-
-    def kept(self) -> Tensor:
-        """Return bool (B, LENGTH): survivors of the prefill, and all tokens behind it."""
-        index = self.session.index
-        assert index is not None
-        kept = torch.zeros(self.prompt.rows, LENGTH, dtype=torch.bool)
-        kept[:, _PREFILL:] = True
-        rows = torch.arange(self.prompt.rows)[:, None].expand_as(index)
-        good = torch.ones_like(index, dtype=torch.bool) if self.session.valid is None else self.session.valid
-        kept[rows[good], index[good]] = True
-        return kept
-
-
-def _cache_wrong(run: _Run, layer: int) -> str | None:
+def _cache_wrong(run: Run, layer: int) -> str | None:
     """Return what is wrong with what the cache says of itself."""
     if run.session.index is None or not kv.is_cut(run.cache):
         return "nothing was cut"
     seen = kv.tokens_seen(run.cache)
     if seen != LENGTH:
         return f"the cache says that it saw {seen} tokens, and {LENGTH} went through"
-    survivors = run.session.index.shape[1] + _STEPS
+    survivors = run.session.index.shape[1] + STEPS
     for number in range(len(run.parts.layers)):
         if number in run.parts.kv_sources or not run.parts.has_entries(number):
             continue
@@ -226,7 +184,7 @@ def _cache_wrong(run: _Run, layer: int) -> str | None:
     return None
 
 
-def _crop_wrong(run: _Run, layer: int) -> str | None:
+def _crop_wrong(run: Run, layer: int) -> str | None:
     """Forget the last token and decode it again; then try to forget tokens that were cut."""
     if not all(run.parts.has_entries(n) for n in range(len(run.parts.layers))):
         return None
@@ -244,48 +202,6 @@ def _crop_wrong(run: _Run, layer: int) -> str | None:
     except SqueezeError:
         return None
     return "a crop into the part that was cut is not refused"
-
-
-# What it is compared with
-
-
-def _dense(parts: ModelParts, prompt: TrialPrompt) -> Tensor:
-    return hidden_of(parts.decoder(**prompt.given, **{USE_CACHE: False}))
-
-
-def _reference(parts: ModelParts, run: _Run, layer: int, case: Case) -> Tensor:
-    """Return the states (B, LENGTH, D) of one pass without a cache.
-
-    Where layers mix tokens without attention, masking has no meaning; then it is a cut without a cache.
-    """
-    if selfcheck.layers_without_attention(parts, layer):
-        plan = run.session.plan
-        with _running(parts, plan) as runtime:
-            session = Session(plan, parts, run.prompt.layout(), {}, LENGTH, 0)
-            session.prepare(torch.device("cpu"))
-            return runtime.run_with(session, lambda: _dense(parts, run.prompt))
-    kept = run.kept()
-    hooks = []
-    for number in range(layer, len(parts.layers)):
-        module = parts.layers[number]
-        hooks.append(module.register_forward_pre_hook(selfcheck.closing(kept, module), with_kwargs=True))
-        if case.repack:
-            places = (kept & run.prompt.real).long().cumsum(1) - 1
-            hook = _renumbering(parts, number, places.clamp(min=0))
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
-        return _dense(parts, run.prompt)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _renumbering(parts: ModelParts, number: int, places: Tensor) -> Any:
-    def renumber(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        call = LayerCall.read(args, kwargs)
-        return call.replace(rope=parts.rotate(number, call.hidden, places)).out()
-
-    return renumber
 
 
 # Preview and rows
@@ -325,13 +241,13 @@ def _preview(parts: ModelParts) -> str | None:
     if layer + 1 < len(parts.layers):
         cuts.append(PlannedCut(1, "canary", layer + 1, inside))
     plan = Plan(tuple(cuts), repack=False)
-    with _running(parts, plan) as runtime:
-        run = _Run(parts, runtime, plan, trial_prompt(parts), static=False)
+    with running(parts, plan) as runtime:
+        run = Run(parts, runtime, plan, trial_prompt(parts), static=False)
         run.prefill()
     for number in range(len(parts.layers)):
-        held = kv.held_entries(run.cache, number, _PREFILL)
-        if number not in parts.kv_sources and parts.has_entries(number) and held > _PREFILL:
-            return f"layer {number} holds {held} entries of {_PREFILL} tokens: the preview wrote into the cache"
+        held = kv.held_entries(run.cache, number, PREFILL)
+        if number not in parts.kv_sources and parts.has_entries(number) and held > PREFILL:
+            return f"layer {number} holds {held} entries of {PREFILL} tokens: the preview wrote into the cache"
     if len(before.seen) != 1 or len(inside.seen) != len(cuts) - 1:
         return "the attention was not read"
     # A preview looks past a sliding window, which its layer does not.
@@ -359,24 +275,14 @@ def _rows(parts: ModelParts) -> str | None:
 def _behind_swap(parts: ModelParts, order: Tensor | None, static: bool) -> Tensor:
     """Return the states (2, 1, D) of one decode step behind a prefill, its rows swapped by `order` in between."""
     prompt, plan = trial_prompt(parts, 2), Plan((selfcheck.probe_cut(layer_to_cut(parts)),), repack=False)
-    with _running(parts, plan) as runtime:
-        run = _Run(parts, runtime, plan, prompt, static)
+    with running(parts, plan) as runtime:
+        run = Run(parts, runtime, plan, prompt, static)
         run.prefill()
         if order is not None:
             run.cache.reorder_cache(order)
             run.prompt = TrialPrompt(2, prompt.swapped())
-        run.step(_PREFILL)
+        run.step(PREFILL)
         return run.states[-1]
-
-
-@contextmanager
-def _running(parts: ModelParts, plan: Plan) -> Iterator[Runtime]:
-    runtime = Runtime(parts, plan, lambda session: None)
-    try:
-        runtime.attach()
-        yield runtime
-    finally:
-        runtime.detach()
 
 
 def in_words(broken: Sequence[str]) -> str:

@@ -1,0 +1,110 @@
+"""A squeezed run of a text model with a cache, step by step, and one pass without a cache that must give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_squeeze.checking.prompt import LENGTH, TrialPrompt
+from mllm_squeeze.engine import selfcheck
+from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.runtime import Runtime
+from mllm_squeeze.engine.session import Session
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.caches import new_growing, new_static
+from mllm_squeeze.upstream.calls import Arguments, LayerCall, with_cache
+from mllm_squeeze.upstream.names import USE_CACHE
+from mllm_squeeze.upstream.outputs import hidden_of
+
+# Tokens that are decoded one by one; what is in front of them is the prefill.
+STEPS = 3
+PREFILL = LENGTH - STEPS
+
+
+@contextmanager
+def running(parts: ModelParts, plan: Plan) -> Iterator[Runtime]:
+    """Hook a text model for a plan inside the block."""
+    runtime = Runtime(parts, plan, lambda session: None)
+    try:
+        runtime.attach()
+        yield runtime
+    finally:
+        runtime.detach()
+
+
+class Run:
+    """A squeezed prefill and its decode steps; `states` are what each of them gave."""
+
+    def __init__(self, parts: ModelParts, runtime: Runtime, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
+        self.parts, self.runtime, self.prompt = parts, runtime, prompt
+        self.cache = new_static(parts.text_config, LENGTH) if static else new_growing(parts.text_config)
+        self.session = Session(plan, parts, prompt.layout(PREFILL), {}, PREFILL, 0)
+        self.states: list[Tensor] = []
+
+    def prefill(self) -> None:
+        """Run the tokens in front of those that are decoded."""
+        self.session.prepare(torch.device("cpu"))
+        self.states.append(self.runtime.run_with(self.session, lambda: self._pass(0, PREFILL)))
+
+    def step(self, column: int) -> None:
+        """Decode one token."""
+        self.states.append(self._pass(column, column + 1))
+
+    def _pass(self, start: int, stop: int) -> Tensor:
+        given = with_cache(self.parts.decoder, self.prompt.columns(start, stop), self.cache)
+        return hidden_of(self.parts.decoder(**given, **{USE_CACHE: True}))
+
+    def kept(self) -> Tensor:
+        """Return bool (B, LENGTH): survivors of the prefill, and all tokens behind it."""
+        index = self.session.index
+        assert index is not None
+        kept = torch.zeros(self.prompt.rows, LENGTH, dtype=torch.bool)
+        kept[:, PREFILL:] = True
+        rows = torch.arange(self.prompt.rows)[:, None].expand_as(index)
+        good = torch.ones_like(index, dtype=torch.bool) if self.session.valid is None else self.session.valid
+        kept[rows[good], index[good]] = True
+        return kept
+
+
+def dense_states(parts: ModelParts, prompt: TrialPrompt) -> Tensor:
+    """Return the states (B, LENGTH, D) of one pass of the text model as it is."""
+    return hidden_of(parts.decoder(**prompt.given, **{USE_CACHE: False}))
+
+
+def expected_states(parts: ModelParts, run: Run, layer: int, repack: bool) -> Tensor:
+    """Return the states (B, LENGTH, D) of one pass without a cache.
+
+    Where layers mix tokens without attention, masking has no meaning; then it is a cut without a cache.
+    """
+    if selfcheck.layers_without_attention(parts, layer):
+        plan = run.session.plan
+        with running(parts, plan) as runtime:
+            session = Session(plan, parts, run.prompt.layout(), {}, LENGTH, 0)
+            session.prepare(torch.device("cpu"))
+            return runtime.run_with(session, lambda: dense_states(parts, run.prompt))
+    kept = run.kept()
+    hooks = []
+    for number in range(layer, len(parts.layers)):
+        module = parts.layers[number]
+        hooks.append(module.register_forward_pre_hook(selfcheck.closing(kept, module), with_kwargs=True))
+        if repack:
+            places = (kept & run.prompt.real).long().cumsum(1) - 1
+            hook = _renumbering(parts, number, places.clamp(min=0))
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        return dense_states(parts, run.prompt)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _renumbering(parts: ModelParts, number: int, places: Tensor) -> Any:
+    def renumber(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        call = LayerCall.read(args, kwargs)
+        return call.replace(rope=parts.rotate(number, call.hidden, places)).out()
+
+    return renumber
