@@ -68,7 +68,7 @@ import mllm_squeeze as squeeze
 from mllm_squeeze import errors
 kinds = (errors.SqueezeError, UserWarning)
 found = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, kinds)}
-assert len(found) == 8, found
+assert len(found) == 9, found
 for name in found:
     assert getattr(squeeze, name) is getattr(errors, name)
     assert name in squeeze.__all__ and name in dir(squeeze)
