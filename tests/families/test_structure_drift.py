@@ -23,7 +23,7 @@ from mllm_squeeze.upstream.configs import placeholder_names
 pytestmark = pytest.mark.quick
 
 Patch = pytest.MonkeyPatch
-SHOWN = "not as expected"
+SHOWN = "not as the library expects"
 
 
 def rename_child(module: nn.Module, old: str, new: str) -> None:
@@ -194,7 +194,7 @@ def test_what_was_renamed_is_refused(rename: Any, family: str, pattern: str, mon
     with pytest.raises(squeeze.SqueezeError) as caught:
         squeeze.apply(t.model, "divprune", ratio=0.5)
     said = str(caught.value)
-    assert SHOWN in said and f"'{t.model.config.model_type}'" in said
+    assert SHOWN in said
     assert re.search(pattern, said), said
     snapshot.assert_same(before, snapshot.snapshot(t.model))
 

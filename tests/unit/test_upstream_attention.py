@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,8 @@ def attention_modules(t: tiny.TinyModel) -> list[nn.Module]:
 
 @pytest.fixture
 def llava() -> Iterator[tiny.TinyModel]:
+    # Squeezed models of other tests that are gone, but for the collector.
+    gc.collect()
     yield tiny.fresh("llava")
     assert TAP not in REGISTRY
 
@@ -309,6 +312,16 @@ class TestScores:
         call = random_call(softcap=0.3, scaling=2.0)
         torch.testing.assert_close(score_rows(call, self.ROWS, self.ONE), dense(call, self.CAUSAL)[:, 5])
         torch.testing.assert_close(score_received(call), dense(call, torch.ones_like(self.CAUSAL)).sum(1) * 2)
+
+
+def test_a_model_that_goes_takes_its_tap_with_it() -> None:
+    gc.collect()
+    model = tiny.fresh("llava").model
+    squeeze.apply(model, "fastv")
+    assert TAP in REGISTRY
+    del model
+    gc.collect()
+    assert TAP not in REGISTRY
 
 
 class TestKinds:

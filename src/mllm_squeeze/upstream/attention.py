@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -113,12 +114,15 @@ class Tap:
         tapped._attn_implementation_internal = TAP
         tapped._squeeze_tap = self
         _register(self._registry)
+        # A model that goes while it is squeezed takes its tap with it.
+        self._unregister = weakref.finalize(module, _unregister, self._registry)
+        self._unregister.atexit = False
         module.config = tapped
 
     def close(self) -> None:
         """Put the module's config back."""
         self.module.config = self.original
-        _unregister(self._registry)
+        self._unregister()
 
     @property
     def implementation(self) -> str:
