@@ -57,6 +57,8 @@ def cases_of(parts: ModelParts) -> list[Case]:
     """Return the ways in which a text model can be run."""
     repacks = [False] if parts.mrope or parts.kv_sources or parts.rotary is None else [False, True]
     ways = [how for how in ("sdpa", "eager") if _runs(parts, how)]
+    if not ways:
+        return []
     # Without a mask, a text model that looks both ways sees tokens in one pass that decoding has yet to bring.
     batches = (1, 2) if all(parts.is_causal(n) for n in range(len(parts.layers))) else (2,)
     inner = layer_to_cut(parts)
@@ -116,9 +118,10 @@ def broken_ways(parts: ModelParts) -> list[str]:
 
     parts: of a text model alone, in float32 on the CPU.
     """
-    found = []
+    cases = cases_of(parts)
+    found = [] if cases else ["the text model runs neither with sdpa nor with eager attention"]
     with torch.no_grad():
-        for case in cases_of(parts):
+        for case in cases:
             wrong = _guarded(lambda case=case: _decoding(parts, case))
             found += [f"{case}: {wrong}"] if wrong else []
         for what, check in (("a preview beside a filled cache", _preview), ("rows of a cache", _rows)):
