@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.cache_utils import DynamicLayer
 
 import mllm_squeeze as squeeze
@@ -106,6 +107,13 @@ def test_a_new_mutator_of_a_cache(model: Any, monkeypatch: Patch) -> None:
         monkeypatch.undo()
         caches.check_caches.cache_clear()
     squeeze.apply(model, "divprune").remove()
+
+
+def test_a_registry_of_attention_that_changed(model: Any, monkeypatch: Patch) -> None:
+    """Also for methods that read no attention: what masks look like is told by the registry of their makers."""
+    monkeypatch.delattr(masking_utils, "sdpa_mask")
+    with pytest.raises(squeeze.SqueezeError, match="sdpa_mask"):
+        squeeze.apply(model, "divprune")
 
 
 def test_an_unknown_kind_of_layer(model: Any) -> None:

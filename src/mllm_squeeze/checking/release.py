@@ -8,15 +8,17 @@ from mllm_squeeze.checking.canary import decoding_of, in_words
 from mllm_squeeze.errors import SqueezeWarning
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.upstream import contract, versions
+from mllm_squeeze.upstream.attention import check_registry
 from mllm_squeeze.upstream.broken import Broken
 from mllm_squeeze.upstream.caches import check_caches
 
 
 def broken_expectations(parts: ModelParts) -> list[Broken]:
-    """Return what does not hold of the caches and the calls of a model; runs nothing."""
-    attentions = (find_attention(layer) for layer in parts.layers)
+    """Return what does not hold of the caches, the calls and the attention registry of a model; runs nothing."""
+    attentions = contract.one_of_each_class(find_attention(layer) for layer in parts.layers)
     calls = contract.check_calls(parts.decoder, parts.layers, attentions, strict=parts.row.verified)
-    return [*check_caches(), *calls]
+    registry = [broken for attention in attentions for broken in check_registry(attention)]
+    return [*check_caches(), *calls, *registry]
 
 
 def require_release(parts: ModelParts) -> None:

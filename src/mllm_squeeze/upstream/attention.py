@@ -158,6 +158,15 @@ class _ModuleView:
         return getattr(self._module, name)
 
 
+def check_registry(module: nn.Module) -> list[Broken]:
+    """Return what does not hold of how a decoder's attention is chosen and masked, tapped or not; runs no forward.
+
+    A module that computes its attention by itself relies on nothing of it.
+    """
+    config = getattr(module, "config", None)
+    return [] if config is None or not _reads_registry(type(module)) else check_attention(config, module)
+
+
 def check_attention(config: Any, module: nn.Module) -> list[Broken]:
     """Return what does not hold of what a tap on an attention module relies on; runs no forward.
 
