@@ -114,7 +114,7 @@ class LayerCall:
             cache_of(kwargs),
             args[1:],
             kwargs,
-            bool(args),
+            len(args) > 0,
         )
 
     def replace(self, **changes: Any) -> LayerCall:
