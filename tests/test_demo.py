@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -256,6 +257,16 @@ def test_committed_pages_are_those_of_the_committed_numbers() -> None:
     data = committed("stopping")
     study = stopping.Study(**{**data, "rows": [stopping.Row(**row) for row in data["rows"]]})
     assert (RESULTS / "stopping.md").read_text(encoding="utf-8") == study.to_markdown()
+
+
+def test_the_table_is_whole_in_80_columns() -> None:
+    """In a pipe, or on a slow machine whose times have four digits."""
+    data = committed("answers")
+    entries = [contest.Entry(**{**entry, "seconds": 2.468}) for entry in data["entries"]]
+    screen = Console(width=80, record=True, file=io.StringIO())
+    screen.print(compare._table(compare.Comparison(**{**data, "repeats": 1, "entries": entries})))
+    shown = screen.export_text()
+    assert "…" not in shown and shown.count(" 2468") == len(entries)
 
 
 def test_both_committed_runs_heard_the_same_first_words() -> None:
