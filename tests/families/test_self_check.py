@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+import matrix
 import mllm_squeeze as squeeze
 import oracle
 import snapshot
@@ -218,6 +219,15 @@ def empty(name: str, config: str, **changes: Any) -> Any:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     with torch.device("meta"):
         return getattr(transformers, name)(getattr(transformers, config)(**changes))
+
+
+def test_three_axes_that_only_the_inner_model_tells() -> None:
+    """The default config names no sections, and the small text model stands alone."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(transformers.Qwen2_5_VLConfig())
+    said = self_check(model)
+    assert said["result"] == "not run" or (said["result"], said["decoding"]) == ("passed", "exact"), said
+    assert said["result"] == "passed" or not matrix.RECENT, said
 
 
 # Class, config, layers that are left and how many of them borrow keys, hidden size that is left.

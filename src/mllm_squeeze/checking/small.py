@@ -47,7 +47,10 @@ def small_parts(parts: ModelParts) -> Small:
 def _parts_of(parts: ModelParts, decoder: nn.Module) -> ModelParts:
     layers: Any = decoder.layers
     nothing: dict[str, Any] = {"tower": None, "blocks": None, "projector": None}
-    return replace(parts, model=decoder, base=decoder, decoder=decoder, layers=layers, **nothing)
+    found = replace(parts, model=decoder, base=decoder, decoder=decoder, layers=layers, **nothing)
+    # The inner model, which is not there any more, may be all that tells of positions with three axes.
+    found.__dict__["mrope"] = parts.mrope
+    return found
 
 
 def first_line(error: Exception) -> str:
