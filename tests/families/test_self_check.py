@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -186,7 +187,10 @@ def test_half_precision_is_judged_by_its_own_rounding() -> None:
 def rounded(model: Any) -> Any:
     """Return a model whose text model rounds weights and activations to 8 bits, by the largest in each tensor."""
     text = oracle.text_model(model)
-    text.layers = torch.ao.quantization.quantize_dynamic(text.layers, {torch.nn.Linear}, dtype=torch.qint8)
+    with warnings.catch_warnings():
+        # torch means to move it to another package.
+        warnings.simplefilter("ignore")
+        text.layers = torch.ao.quantization.quantize_dynamic(text.layers, {torch.nn.Linear}, dtype=torch.qint8)
     return model
 
 
