@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def untested(monkeypatch: Patch) -> None:
 def renamed(monkeypatch: Patch, cls: Any, old: tuple[str, ...], new: str) -> None:
     """Give a forward another name for one of its arguments."""
     forward = cls.forward
-    names = oracle.inspect.signature(forward).parameters
+    names = inspect.signature(forward).parameters
     before = next(name for name in old if name in names)
     body = ", ".join("**kwargs" if one.kind is one.VAR_KEYWORD else _default(name, one) for name, one in names.items())
     body = body.replace(f"{before}=None", f"{new}=None")
