@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
             report = handle.report()
             cost = f"{100 * report.flops / report.flops_dense:.0f} %" if report.flops and report.flops_dense else "-"
             if options.picture and method == options.methods[-1]:
-                from mllm_squeeze import viz
+                from mllm_squeeze.reporting import pictures as viz
 
                 viz.handle_figure(handle, item.picture, options.picture)
             with handle.disabled():

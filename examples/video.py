@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         span = handle.layout.spans[0]
         print(f"\nframes x height x width, in tokens: {span.grid}")
         if options.picture:
-            from mllm_squeeze import viz
+            from mllm_squeeze.reporting import pictures as viz
 
             viz.handle_figure(handle, video, options.picture)
 

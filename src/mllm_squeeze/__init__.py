@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm_squeeze.api import Handle, applied, apply, check, families, remove
-    from mllm_squeeze.config import describe, register_method
     from mllm_squeeze.engine.trace import Cut
     from mllm_squeeze.errors import (
         AlreadyAppliedError,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedInputError,
         UnsupportedModelError,
     )
+    from mllm_squeeze.recipe.recipe import describe, register_method
     from mllm_squeeze.registry import method_names as methods
     from mllm_squeeze.registry import register_reducer, unregister_method, unregister_reducer
 
@@ -36,7 +36,7 @@ _HOMES = {
     "families": "api",
     "Handle": "api",
     "methods": "registry",
-    "describe": "config",
+    "describe": "recipe.recipe",
     "Cut": "engine.trace",
     "SqueezeError": "errors",
     "ConfigError": "errors",
@@ -47,7 +47,7 @@ _HOMES = {
     "NotAppliedError": "errors",
     "InUseError": "errors",
     "SqueezeWarning": "errors",
-    "register_method": "config",
+    "register_method": "recipe.recipe",
     "register_reducer": "registry",
     "unregister_method": "registry",
     "unregister_reducer": "registry",

@@ -12,20 +12,20 @@ from torch import nn
 
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
-from mllm_squeeze.config import Recipe, load_recipe
-from mllm_squeeze.engine.compiled import forget_compiled, refuse_wrapped
-from mllm_squeeze.engine.running import require_idle
-from mllm_squeeze.engine.runtime import Runtime
-from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.hooks.attachment import Runtime
+from mllm_squeeze.engine.hooks.compiled import forget_compiled, refuse_wrapped
+from mllm_squeeze.engine.hooks.running import require_idle
+from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.trace import Cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
-from mllm_squeeze.planner import make_plan, why_not
-from mllm_squeeze.recording import Prefill, prefill_of, record
+from mllm_squeeze.planning.fit import make_plan, why_not
+from mllm_squeeze.recipe.recipe import Recipe, load_recipe
 from mllm_squeeze.registry import family_plugins, method_names
-from mllm_squeeze.report import Report
+from mllm_squeeze.reporting.record import Prefill, prefill_of, record
+from mllm_squeeze.reporting.report import Report
 from mllm_squeeze.upstream.modules import unwrap
 
 # By the inner model, so that a PEFT wrapper and the model inside it share one handle. The hooks on the model keep the

@@ -18,7 +18,7 @@ import matrix
 import mllm_squeeze as squeeze
 import oracle
 import tiny
-from mllm_squeeze.engine.arguments import LayerArguments
+from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 
 METHODS = ["random", *matrix.CORE, "visionzip"]
 STEPS = 4

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-LIGHT = "import mllm_squeeze, mllm_squeeze.config, mllm_squeeze.registry, mllm_squeeze.errors, mllm_squeeze.layout"
+LIGHT = (
+    "import mllm_squeeze, mllm_squeeze.recipe.recipe, mllm_squeeze.registry, mllm_squeeze.errors, mllm_squeeze.layout"
+)
 
 NOTHING_LOADED = f"""
 import sys
@@ -50,8 +52,8 @@ def state():
     )
 
 before = state()
-import mllm_squeeze, mllm_squeeze.api, mllm_squeeze.engine.runtime, mllm_squeeze.ops
-import mllm_squeeze.engine.cache as engine_cache
+import mllm_squeeze, mllm_squeeze.api, mllm_squeeze.engine.hooks.attachment, mllm_squeeze.ops
+import mllm_squeeze.engine.kv.ask as engine_cache
 [getattr(mllm_squeeze, name) for name in mllm_squeeze.__all__]
 mllm_squeeze.methods()
 after = state()

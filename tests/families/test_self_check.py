@@ -19,9 +19,10 @@ import snapshot
 import tiny
 from families import proof
 from mllm_squeeze.checking import canary, trial
-from mllm_squeeze.engine import runtime, selfcheck
-from mllm_squeeze.engine.arguments import LayerArguments
-from mllm_squeeze.family.standin import stand_in
+from mllm_squeeze.checking.stand_in import stand_in
+from mllm_squeeze.engine.hooks import attachment as runtime
+from mllm_squeeze.engine.hooks import self_check as selfcheck
+from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 
 pytestmark = pytest.mark.quick
 # What cannot be compared with masking, and a word of the reason.

@@ -20,7 +20,7 @@ from mllm_squeeze.bench.measure import Race, Times, order, paired, part_seconds,
 from mllm_squeeze.bench.memory import TensorMemory, peak_bytes
 from mllm_squeeze.bench.shapes import SHAPES, Shape, find_shape
 from mllm_squeeze.cli import app
-from mllm_squeeze.engine.marks import PARTS, marked, timed
+from mllm_squeeze.engine.timing import PARTS, marked, timed
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 
 NAIVE = Path(__file__).parents[2] / "benchmarks" / "naive.py"

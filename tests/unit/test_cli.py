@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from mllm_squeeze import __version__, registry
 from mllm_squeeze.cli import app
-from mllm_squeeze.config import load_recipe
 from mllm_squeeze.errors import UnknownNameError, UnsupportedInputError
+from mllm_squeeze.recipe.recipe import load_recipe
 
 GROUPS = ("reducers", "methods", "families")
 

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Literal
 import pytest
 import yaml
 
-from mllm_squeeze import registry, template
-from mllm_squeeze.config import (
+from mllm_squeeze import registry
+from mllm_squeeze.errors import ConfigError, UnknownNameError
+from mllm_squeeze.recipe import template
+from mllm_squeeze.recipe.recipe import (
     Recipe,
     build_reducer,
     describe,
@@ -20,9 +22,8 @@ from mllm_squeeze.config import (
     register_method,
     resolve_steps,
 )
-from mllm_squeeze.errors import ConfigError, UnknownNameError
+from mllm_squeeze.recipe.steps import At, Step, resolve_layers
 from mllm_squeeze.reducers.base import DecodeReducer, Place, Reducer
-from mllm_squeeze.steps import At, Step, resolve_layers
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from mllm_squeeze.engine import cache as kv
-from mllm_squeeze.engine.cut_layers import CutCache, CutLayer, KeptEntries, as_cut
+from mllm_squeeze.engine.kv import ask as kv
+from mllm_squeeze.engine.kv.layers import CutCache, CutLayer, KeptEntries, as_cut
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream import caches
 

@@ -66,7 +66,7 @@ def test_only_errors_and_types_stand_below_everything():
 
 
 def test_reducers_and_recipes_load_without_torch():
-    modules = [NAME, f"{NAME}.ops", f"{NAME}.config", f"{NAME}.registry", f"{NAME}.ops.budget"]
+    modules = [NAME, f"{NAME}.ops", f"{NAME}.recipe.recipe", f"{NAME}.registry", f"{NAME}.ops.budget"]
     modules += [f"{NAME}.reducers.{p.stem}" for p in (PACKAGE / "reducers").glob("*.py") if p.stem != "__init__"]
     code = (
         f"import sys, importlib\n[importlib.import_module(m) for m in {modules}]\n"

@@ -42,8 +42,8 @@ def test_an_unpacked_wheel_finds_its_recipes(wheel: Path, tmp_path: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (
-        "import mllm_squeeze; from mllm_squeeze import config, registry\n"
-        "print(registry.configs_dir()); print(*registry.method_names()); config.load_recipe('fastv')"
+        "import mllm_squeeze; from mllm_squeeze import registry; from mllm_squeeze.recipe import recipe\n"
+        "print(registry.configs_dir()); print(*registry.method_names()); recipe.load_recipe('fastv')"
     )
     environment = {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

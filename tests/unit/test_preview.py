@@ -9,7 +9,8 @@ import torch
 
 import mllm_squeeze as squeeze
 import tiny
-from mllm_squeeze.engine import preview, signals
+from mllm_squeeze.engine.signals import gather as signals
+from mllm_squeeze.engine.signals import preview
 
 
 def previews(family: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from mllm_squeeze import registry
-from mllm_squeeze.config import load_recipe
 from mllm_squeeze.errors import SqueezeError
+from mllm_squeeze.recipe.recipe import load_recipe
 
 TEXT = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mllm_squeeze import registry
-from mllm_squeeze.config import build_reducer, describe, load_recipe
 from mllm_squeeze.ops import kept_count
+from mllm_squeeze.recipe.recipe import build_reducer, describe, load_recipe
 
 # method: (tokens of 576 kept by default, where, positions, reads the text, known count)
 TABLE = {

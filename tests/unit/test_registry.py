@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import pytest
 
 from mllm_squeeze import registry
-from mllm_squeeze.config import load_recipe, register_method
 from mllm_squeeze.errors import ConfigError, UnknownNameError
+from mllm_squeeze.recipe.recipe import load_recipe, register_method
 from mllm_squeeze.reducers.base import Place, Reducer
 
 
@@ -197,8 +197,8 @@ def test_missing_recipes_are_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_names_and_recipes_load_without_torch() -> None:
     code = (
-        "import sys; import mllm_squeeze; from mllm_squeeze import config, registry\n"
-        "for name in registry.method_names(): config.describe(name)\n"
+        "import sys; import mllm_squeeze; from mllm_squeeze import registry; from mllm_squeeze.recipe import recipe\n"
+        "for name in registry.method_names(): recipe.describe(name)\n"
         "for name in registry.reducer_names(): registry.reducer_class(name)\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from mllm_squeeze.dims import ModelDims
-from mllm_squeeze.report import KeyRecord, PrefillRecord, Report, SpanRecord, StageRecord
+from mllm_squeeze.reporting.dims import ModelDims
+from mllm_squeeze.reporting.report import KeyRecord, PrefillRecord, Report, SpanRecord, StageRecord
 
 # D = 4, H = 2 heads and G = 1 grouped head of size 3, I = 5, V = 7.
 SMALL = ModelDims(layers=2, hidden=4, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=7)
@@ -202,6 +202,7 @@ def test_dict_and_json_say_the_same() -> None:
 
 
 def test_importing_needs_neither_torch_nor_transformers() -> None:
-    code = "import sys, mllm_squeeze.report, mllm_squeeze.viz; print({'torch', 'matplotlib', 'PIL'} & set(sys.modules))"
+    modules = "mllm_squeeze.reporting.report, mllm_squeeze.reporting.pictures"
+    code = f"import sys, {modules}; print({{'torch', 'matplotlib', 'PIL'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

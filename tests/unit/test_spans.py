@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mllm_squeeze.engine.spans import Features, find_layout, first_table
+from mllm_squeeze.engine.tokens.spans import Features, find_layout, first_table
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.layout import Tile, TokenLayout
 

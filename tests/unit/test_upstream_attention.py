@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 import mllm_squeeze as squeeze
 import snapshot
 import tiny
-from mllm_squeeze.engine.taps import score_received, score_rows
+from mllm_squeeze.engine.signals.rows import score_received, score_rows
 from mllm_squeeze.errors import UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_parts
 from mllm_squeeze.upstream import attention

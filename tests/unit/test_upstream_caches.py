@@ -17,8 +17,8 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from mllm_squeeze.engine import cache as kv
-from mllm_squeeze.engine.cut_layers import as_cut
+from mllm_squeeze.engine.kv import ask as kv
+from mllm_squeeze.engine.kv.layers import as_cut
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream import caches
 

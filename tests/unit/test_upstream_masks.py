@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlamaConfig, masking_utils
 
 import mllm_squeeze as squeeze
-from mllm_squeeze.engine.keys import KeptKeys, take_columns
-from mllm_squeeze.engine.sequence import Rows, shorten_mask, shorten_padding
+from mllm_squeeze.engine.keys.kept import KeptKeys, take_columns
+from mllm_squeeze.engine.sequence.shorten import Rows, shorten_mask, shorten_padding
 from mllm_squeeze.upstream import masks
 
 PADDING = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])

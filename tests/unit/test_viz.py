@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("matplotlib", reason="drawing needs the extra `viz`")
 from PIL import Image
 
-from mllm_squeeze import viz
 from mllm_squeeze.errors import ConfigError, SqueezeError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.reporting import pictures as viz
 
 RED, BLUE = (250, 10, 10), (10, 10, 250)
 

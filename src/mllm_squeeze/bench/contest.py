@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from mllm_squeeze import config
 from mllm_squeeze.bench import models, results
 from mllm_squeeze.bench.contestants import Contestant, Ideal, Squeezed, oracle_of
 from mllm_squeeze.bench.measure import CLOCKS, Race, Times
 from mllm_squeeze.bench.models import Prompt
 from mllm_squeeze.bench.shapes import find_shape
 from mllm_squeeze.errors import ConfigError
+from mllm_squeeze.recipe.recipe import load_recipe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHES = ("dynamic", "static", "compiled")
@@ -103,7 +103,7 @@ def check(setting: Setting) -> None:
     if setting.clock == "cpu" and not setting.device.startswith("cpu"):
         raise ConfigError("clock 'cpu' counts time on the CPU's cores; on another device use 'wall'.")
     for method, params in setting.entries:
-        config.load_recipe(method, **params)
+        load_recipe(method, **params)
 
 
 def label(method: str, params: Mapping[str, Any]) -> str:

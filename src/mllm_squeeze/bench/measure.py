@@ -13,7 +13,7 @@ import torch
 
 from mllm_squeeze.bench.contestants import Contestant
 from mllm_squeeze.bench.memory import peak_bytes
-from mllm_squeeze.engine.marks import PARTS, Clock, timed
+from mllm_squeeze.engine.timing import PARTS, Clock, timed
 
 CLOCKS = ("wall", "cpu")
 

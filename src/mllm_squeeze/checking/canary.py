@@ -17,8 +17,8 @@ from torch import Tensor
 from mllm_squeeze.checking.prompt import BEFORE, LENGTH, SIDE, TrialPrompt, layer_to_cut, trial_prompt
 from mllm_squeeze.checking.runs import PREFILL, STEPS, Run, dense_states, expected_states, running
 from mllm_squeeze.checking.small import first_line, small_parts
-from mllm_squeeze.engine import cache as kv
-from mllm_squeeze.engine import selfcheck
+from mllm_squeeze.engine.hooks import self_check as selfcheck
+from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm

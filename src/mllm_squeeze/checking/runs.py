@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.checking.prompt import LENGTH, TrialPrompt
-from mllm_squeeze.engine import selfcheck
+from mllm_squeeze.engine.hooks import self_check as selfcheck
+from mllm_squeeze.engine.hooks.attachment import Runtime
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.runtime import Runtime
-from mllm_squeeze.engine.session import Session
+from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.caches import new_growing, new_static
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, with_cache

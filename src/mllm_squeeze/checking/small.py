@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mllm_squeeze.checking.prompt import trial_prompt
+from mllm_squeeze.checking.stand_in import stand_in
 from mllm_squeeze.errors import SqueezeError
-from mllm_squeeze.family.standin import stand_in
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.names import USE_CACHE
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mllm_squeeze.checking.canary import decoding_of, in_words
 from mllm_squeeze.checking.prompt import layer_to_cut, trial_prompt
 from mllm_squeeze.checking.small import first_line, small_parts
-from mllm_squeeze.engine import selfcheck
+from mllm_squeeze.engine.hooks import self_check as selfcheck
+from mllm_squeeze.engine.hooks.attachment import Runtime
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.runtime import Runtime
 from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.calls import TextCall

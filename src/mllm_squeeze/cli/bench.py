@@ -133,7 +133,7 @@ def _profile(setting: Any, out: Path, name: str) -> None:
     import torch
 
     from mllm_squeeze.bench import contest, profiling
-    from mllm_squeeze.engine.marks import PARTS
+    from mllm_squeeze.engine.timing import PARTS
 
     contest.check(setting)
     if setting.threads is not None:

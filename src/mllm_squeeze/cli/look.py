@@ -10,9 +10,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mllm_squeeze import config, registry
+from mllm_squeeze import registry
 from mllm_squeeze.cli import output
 from mllm_squeeze.errors import ConfigError, SqueezeError
+from mllm_squeeze.recipe.recipe import describe as describe_method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +43,7 @@ def methods(as_json: Json = False) -> None:
 
 def _summary(name: str) -> dict[str, Any]:
     try:
-        told = config.describe(name)
+        told = describe_method(name)
     except SqueezeError as error:
         # One broken recipe of another package must not hide the others.
         return {"method": name, "error": str(error)}
@@ -64,7 +65,7 @@ def describe(
     """Show a method: its recipe, its parameters with their defaults, its steps, its paper and its facts."""
     if as_json and as_yaml:
         raise ConfigError("--json prints the facts, --yaml the recipe; give one of them.")
-    told = config.describe(method)
+    told = describe_method(method)
     if as_json:
         output.as_json(told)
         return

@@ -13,9 +13,9 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from mllm_squeeze import config
 from mllm_squeeze.cli import output
 from mllm_squeeze.errors import ConfigError
+from mllm_squeeze.recipe.recipe import load_recipe
 
 
 def demo(
@@ -29,7 +29,7 @@ def demo(
     names = None if methods in (None, "all") else [name.strip() for name in str(methods).split(",") if name.strip()]
     for name in names or []:
         for value in ratio or [0.5]:
-            config.load_recipe(name, ratio=value)
+            load_recipe(name, ratio=value)
     compare = _compare()
     compare.main(
         names or (compare.image_methods() if methods == "all" else compare.METHODS),
@@ -66,7 +66,7 @@ def run(
 ) -> None:
     """Ask a model a question about pictures or videos, with a method applied."""
     params = _params(ratio, keep, param or [])
-    config.load_recipe(method, **params)  # a slip shows before the weights load
+    load_recipe(method, **params)  # a slip shows before the weights load
     from mllm_squeeze import api
     from mllm_squeeze.cli import load
 

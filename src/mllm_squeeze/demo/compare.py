@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm_squeeze as squeeze
-from mllm_squeeze import viz
+from mllm_squeeze.reporting import pictures as viz
 
 from . import folder
 from .contest import DENSE, Contender, Entry, hit, line_up, measure_accuracy, measure_time, summarise

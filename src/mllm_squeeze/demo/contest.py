@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 
 import mllm_squeeze as squeeze
-from mllm_squeeze.report import Report
+from mllm_squeeze.reporting.report import Report
 
 from .evaluate import answers, prompt
 from .questions import Item

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from mllm_squeeze.family.road import pack_anyres, tiles_per_image
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.family.tower_to_llm import pack_anyres, tiles_per_image
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.upstream import configs, functions
 from mllm_squeeze.upstream.prompts import VIDEO_PIXELS

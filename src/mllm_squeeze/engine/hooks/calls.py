@@ -1,0 +1,105 @@
+"""Notes which calls of a model run now: of generate(), of the whole model, and of the inner one that takes pictures."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mllm_squeeze.engine.decode.static_step import is_traced_step
+from mllm_squeeze.engine.hooks.current import Frame, Local, Whole
+from mllm_squeeze.engine.hooks.encoder import recorded
+from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall, flat, wanted_tail
+
+
+class CallHooks(HookOwner):
+    """Keeps `local` told of the calls that run in this thread, with their inputs.
+
+    enabled: says whether the handle is switched on now.
+    """
+
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
+        self.parts, self.plan = parts, plan
+        self._local, self._enabled = local, enabled
+
+    def attach(self, fittings: Fittings) -> None:
+        """Put the hooks on."""
+        self._override_generate(fittings)
+        fittings.around(self.parts.model, self._enter_model, self._leave_model)
+        fittings.around(self.parts.base, self._enter_base, self._leave_base)
+
+    def _override_generate(self, fittings: Fittings) -> None:
+        original: Any = getattr(self.parts.model, "generate", None)
+        if original is None:
+            return
+
+        # Assisted decoding feeds prompt and guesses in one pass; only generate() knows where the prompt ends.
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            call = GenerateCall(flat(original, args, kwargs))
+            if self._enabled():
+                _refuse_chunks(self.parts.model, call)
+            here = sys._getframe()
+            prompt = self._local.prompts.enter(call.prompt_length, here)
+            frames = self._local.frames
+            frame = frames.enter(Frame(PromptCall(call.given)), here) if self.parts.row.own_generate else None
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._local.prompts.leave(prompt)
+                if frame is not None:
+                    frames.leave(frame)
+
+        fittings.override(self.parts.model, "generate", generate)
+
+    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_traced_step(kwargs):
+            return
+        call = PromptCall.read(module, args, kwargs)
+        encoded = {m: recorded(self.plan, output) for m, output in call.encoded.items()} if self._enabled() else {}
+        known = {modality: found for modality, found in encoded.items() if found is not None}
+        self._local.wholes.enter(Whole(wanted_tail(module, kwargs), known))
+
+    def _leave_model(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not is_traced_step(kwargs):
+            self._local.wholes.leave()
+
+    def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_traced_step(kwargs):
+            return
+        frame = Frame(PromptCall.read(module, args, kwargs))
+        self._local.frames.enter(frame)
+        for modality, output in frame.call.encoded.items() if self._enabled() else ():
+            found = recorded(self.plan, output) or self._brought(modality)
+            if found is None:
+                raise UnsupportedInputError(
+                    f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "
+                    "in chunks. Encode them after squeeze.apply, and leave prefill_chunk_size unset."
+                )
+            if not self.parts.row.by_runs:
+                frame.features[modality] = found
+
+    def _brought(self, modality: str) -> Features | None:
+        """Return what the call of the whole model knew of its features: accelerate rebuilds them on their way here."""
+        whole = self._local.wholes.top
+        return None if whole is None else whole.encoded.get(modality)
+
+    def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not is_traced_step(kwargs):
+            self._local.frames.leave()
+
+
+def _refuse_chunks(model: nn.Module, call: GenerateCall) -> None:
+    if call.in_chunks(model):
+        raise UnsupportedInputError(
+            "A prompt that is prefilled in chunks cannot be squeezed: no pass holds all of a picture. Leave "
+            "prefill_chunk_size unset."
+        )

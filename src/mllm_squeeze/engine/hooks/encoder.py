@@ -1,0 +1,171 @@
+"""Hooks on the encoders of a model: what they give is recorded, scored, and merged on the way where a method asks."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mllm_squeeze.engine.encoder.call import EncodeCall
+from mllm_squeeze.engine.encoder.merging import EncoderMerge
+from mllm_squeeze.engine.hooks.current import Local
+from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.signals.rows import Listener
+from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
+from mllm_squeeze.family.structure import ModelParts, find_attention
+from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Reducer
+from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
+from mllm_squeeze.upstream.prompts import flat, vision_inputs
+
+# Attribute under which a feature method's output carries what was recorded about it.
+MARK = "mllm_squeeze_features"
+
+
+def recorded(plan: Plan, output: Any) -> Features | None:
+    """Return what was recorded about a feature method's output, None where nothing was.
+
+    Raises:
+        UnsupportedInputError: it was encoded under a method that asked the encoder for something else.
+    """
+    found: Features | None = getattr(output, MARK, None)
+    if found is None:
+        return None
+    lacking = [name for name in ENCODER_SIGNALS if plan.needs(name) and name not in found.signals]
+    if (lacking and found.lengths is not None) or found.merged_by != _merger(plan):
+        raise UnsupportedInputError(
+            f"The {found.modality} features of this call were encoded while another method was applied, which asked "
+            "the encoder for something else. Encode the pictures anew after squeeze.apply."
+        )
+    return found
+
+
+def _merger(plan: Plan) -> Reducer | None:
+    return None if plan.encoder is None else plan.encoder.reducer
+
+
+class EncoderHooks(HookOwner):
+    """Records each call of a family's feature methods.
+
+    enabled: says whether the handle is switched on now.
+    """
+
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
+        self.parts, self.plan = parts, plan
+        self._local, self._enabled = local, enabled
+        self._signals = frozenset(name for name in ENCODER_SIGNALS if plan.needs(name))
+
+    def attach(self, fittings: Fittings) -> None:
+        """Put the hooks on.
+
+        Raises:
+            UnsupportedModelError: a part that the plan needs was not found, or was patched by other code.
+        """
+        self._override_features(fittings)
+        self._hook_blocks(fittings)
+        self._tap_saliency(fittings)
+
+    def _override_features(self, fittings: Fittings) -> None:
+        # Audio needs no override: it is encoded in each forward, and a run of placeholders is one recording.
+        for modality in (modality for modality in self.parts.ids if modality != "audio"):
+            name = f"get_{modality}_features"
+            original = getattr(self.parts.base, name, None)
+            if original is not None:
+                fittings.override(self.parts.base, name, self._recording(modality, original))
+
+    def _recording(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        # generate() reads the signature, which `wraps` keeps.
+        @functools.wraps(original)
+        def record(*args: Any, **kwargs: Any) -> Any:
+            # Some families encode videos through their image method: the outer call is the one that counts.
+            if not self._enabled() or self._local.encode is not None:
+                return original(*args, **kwargs)
+            inputs = vision_inputs(modality, flat(original, args, kwargs))
+            call = EncodeCall(self.parts, modality, self._signals, self._merge_for(modality))
+            entry = self._local.encodings.enter(call, sys._getframe())
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._local.encodings.leave(entry)
+            if isinstance(output, tuple):
+                return output
+            # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.
+            found = recorded(self.plan, output)
+            if found is None:
+                found = replace(call.features(inputs, output), merged_by=_merger(self.plan))
+                setattr(output, MARK, found)
+            if self._local.frame is not None and not self.parts.row.by_runs:
+                self._local.frame.features[modality] = found
+            return output
+
+        return record
+
+    def _merge_for(self, modality: str) -> EncoderMerge | None:
+        last = self.parts.feature_block
+        if self.plan.encoder is None or last is None:
+            return None
+        if modality == "video" and self.parts.row.road != "identity":
+            warnings.warn(
+                f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
+                "tokens behind the encoder; use vidcom2 or dycoke for them.",
+                SqueezeWarning,
+                stacklevel=2,
+            )
+            return None
+        blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
+        return EncoderMerge(self.parts, self.plan.encoder.reducer, blocks)
+
+    def _hook_blocks(self, fittings: Fittings) -> None:
+        last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector
+        if self.plan.encoder is None or blocks is None or projector is None or last is None:
+            return
+        for number in (block - 1 for block in self.plan.encoder_blocks or range(1, last + 1)):
+            attention = find_attention(blocks[number])
+            if attention is None:
+                raise UnsupportedModelError(
+                    f"Block {number} of the vision encoder has no attention whose keys can be read."
+                )
+            fittings.tap(attention, self._merge_listener)
+            before = functools.partial(self._before_block, number + 1)
+            fittings.before(blocks[number + 1], before)
+        fittings.after(projector, self._after_projector)
+
+    def _merge_listener(self) -> Listener | None:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        return None if merge is None else merge.read
+
+    def _before_block(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        if merge is None:
+            return None
+        call = LayerCall.read(args, kwargs)
+        hidden, bias = merge.merge(number, call.hidden), merge.bias
+        call = call.replace(hidden=hidden)
+        return (call if bias is None else with_block_mask(call, bias.to(hidden.dtype))).out()
+
+    def _after_projector(self, module: nn.Module, args: Any, output: Any) -> Any:
+        merge = None if self._local.encode is None else self._local.encode.merge
+        return None if merge is None else merge.restore(output)
+
+    def _tap_saliency(self, fittings: Fittings) -> None:
+        if not self._signals:
+            return
+        block = self.parts.saliency_block
+        attention = None if block is None or self.parts.blocks is None else find_attention(self.parts.blocks[block])
+        if attention is None:
+            raise UnsupportedModelError(
+                f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a "
+                "method that needs no encoder signal (fastv, divprune)."
+            )
+        fittings.tap(attention, self._encoder_listener)
+
+    def _encoder_listener(self) -> Listener | None:
+        return None if self._local.encode is None else self._local.encode.read

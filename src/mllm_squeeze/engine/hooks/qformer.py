@@ -1,0 +1,73 @@
+"""The hook on a Q-Former: the image features that its queries attend to get fewer (BLIP-2, InstructBLIP)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.keys.kept import KeptKeys, reduce_keys
+from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.trace import Attended
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.upstream.attended import QueryCall
+
+
+class QueryHooks(HookOwner):
+    """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them.
+
+    enabled: says whether the handle is switched on now.
+    """
+
+    def __init__(
+        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session | None], None]
+    ) -> None:
+        self.parts, self.plan = parts, plan
+        self._enabled, self._publish = enabled, publish
+
+    def attach(self, fittings: Fittings) -> None:
+        """Put the hook on."""
+        assert self.parts.queries is not None
+        fittings.before(self.parts.queries, self._before)
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = QueryCall.read(kwargs)
+        if call.states is None or not self._enabled():
+            return None
+        layout = _layout(call.states, call.mask)
+        session, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
+        session.attended = Attended((), 0, call.states.shape[1], short.shape[1])
+        self._publish(session)
+        if kept is None:
+            return None
+        return args, {**kwargs, **QueryCall(short, _mask(call.mask, kept)).arguments()}
+
+
+def _layout(states: Tensor, mask: Tensor | None) -> TokenLayout:
+    """One span per row, which is an image: a CLS token and the patches, without what the mask closes."""
+    batch, length, _ = states.shape
+    side = math.isqrt(length - 1)
+    whole = (Tile(1, side, side, frame_lead=1),) if side * side == length - 1 else ()
+    real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    spans = []
+    for row, columns in enumerate(real):
+        if bool(columns.all()):
+            spans.append(Span(row, "image", row, ((0, length),), whole))
+        elif bool(columns.any()):
+            spans.append(Span(row, "image", row, tuple((n, 1) for n in columns.nonzero().flatten().tolist())))
+    return TokenLayout(batch, length, tuple(spans), real, keys=True)
+
+
+def _mask(mask: Tensor | None, kept: KeptKeys) -> Tensor | None:
+    if mask is None:
+        return None if kept.valid is None else kept.valid.long()
+    taken = mask.gather(1, kept.index.to(mask.device))
+    return taken if kept.valid is None else taken * kept.valid.to(taken.device).type_as(taken)

@@ -1,0 +1,1 @@
+"""What is left of pictures that are keys to somebody else."""

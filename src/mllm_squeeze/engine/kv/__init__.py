@@ -1,0 +1,1 @@
+"""What a layer of the KV cache holds once tokens were cut."""

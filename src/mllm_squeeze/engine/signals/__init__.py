@@ -1,0 +1,1 @@
+"""What a rule may read, taken from queries and keys without an attention map."""

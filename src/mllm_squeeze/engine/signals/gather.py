@@ -1,0 +1,167 @@
+"""Signals for a cut inside the language model: chosen attention rows, keys, normed states, encoder signals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mllm_squeeze.engine.plan import PlannedCut
+from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.signals.preview import run_projections
+from mllm_squeeze.engine.signals.rows import AttentionCall, score_rows
+from mllm_squeeze.engine.timing import marked
+from mllm_squeeze.engine.tokens.spans import SpanTable
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
+from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, Signals, TextTokens
+from mllm_squeeze.upstream.calls import LayerCall
+
+
+def mean_weights(mask: Tensor) -> Tensor:
+    """Return float32 weights (B, R) that average over the True rows."""
+    weights = mask.float()
+    return weights / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+def listen(session: Session, planned: PlannedCut, number: int) -> None:
+    """Make the tap of the layer before a cut, which is the layer of this number, read what the cut will need."""
+    attention = find_attention(session.parts.layers[number])
+    if attention is None:
+        return
+    needs = [need for need in planned.reducer.needs() if _from_layer_before(need)]
+    # Rows that were not chosen at layer 0 are those of a cut that has nothing to do.
+    needs = [need for need in needs if need.rows != "chosen" or planned.step in session.row_weights]
+    if not needs:
+        return
+
+    @marked("signal")
+    def read(call: AttentionCall) -> bool:
+        # A cache of fixed size hands out empty slots as well.
+        filled = call.replace(key=call.key[:, :, : session.held[number] + session.lengths[number]])
+        queries, keys = filled.query.shape[2], filled.key.shape[2]
+        for need in needs:
+            if need.name == "keys":
+                fresh = filled.key[:, :, keys - queries :]
+                session.read[planned, need] = fresh.transpose(1, 2).flatten(2)
+            else:
+                rows, weights = _rows(session, planned, need)
+                scores = score_rows(filled, rows, weights, is_causal(attention))
+                session.read[planned, need] = scores[:, keys - queries :]
+        return False if others is None else others(call)
+
+    # Another step may cut at the same layer.
+    others = session.listeners.get(attention)
+    session.listeners[attention] = read
+
+
+def _from_layer_before(need: Need) -> bool:
+    return need.name == "keys" or (need.name == "attention" and need.source == "current")
+
+
+def _rows(session: Session, planned: PlannedCut, need: Need) -> tuple[Tensor, Tensor]:
+    """Return the rows (B, R) whose attention is read, as they stand now, and their weights."""
+    if need.rows == "last":
+        return session.last_place, torch.ones_like(session.last_place, dtype=torch.float32)
+    if need.rows == "chosen":
+        return session.text_place, session.row_weights[planned.step]
+    return session.text_place, mean_weights(session.text_mask)
+
+
+def gather(
+    session: Session,
+    planned: PlannedCut,
+    needs: tuple[Need, ...],
+    hidden: Tensor,
+    call: LayerCall | None,
+    table: SpanTable,
+    place: Tensor,
+    origin: Tensor,
+    size: Tensor,
+    rows: list[int],
+) -> tuple[Signals, TextTokens | None]:
+    """Return the signals of the candidates, and the text of each span's sample.
+
+    place, origin: int64 (S, N), where the candidates stand now and stood in their spans. size: float32 (S, N), tokens
+    that each stands for. rows: their spans.
+    """
+    sample = table.sample[:, None]
+    found: dict[Need, Tensor] = {}
+    # Of keys and normed states the text gets its rows too.
+    whole: dict[str, Tensor] = {}
+    for need in dict.fromkeys(needs):
+        if need.name in ENCODER_SIGNALS:
+            found[need] = _encoder_signal(session, need.name, origin, rows)
+        elif need.name == "size":
+            found[need] = size
+        else:
+            whole[need.name] = _of_all_tokens(session, planned, need, hidden, call).to(hidden.device)
+            found[need] = whole[need.name][sample, place]
+    text = None
+    if session.text is not None:
+        text = TextTokens(session.text[0][table.sample], session.text[1][table.sample])
+    elif planned.reducer.reads_text or {"keys", "normed"} & set(whole):
+        columns = session.text_place[table.sample]
+        text = TextTokens(
+            features=hidden[sample, columns],
+            mask=session.text_mask[table.sample],
+            keys=whole["keys"][sample, columns] if "keys" in whole else None,
+            normed=whole["normed"][sample, columns] if "normed" in whole else None,
+        )
+    return Signals(found), text
+
+
+def _of_all_tokens(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
+    """Return a signal of the whole sequence: (B, M), or (B, M, D)."""
+    if need.name == "attention" and need.source == "next":
+        return _preview(session, planned, need, hidden, call)
+    if need.name == "normed":
+        return _normed(session, hidden)
+    return session.read.pop((planned, need))
+
+
+def _normed(session: Session, hidden: Tensor) -> Tensor:
+    norm = session.parts.final_norm
+    if norm is None:
+        raise UnsupportedModelError(
+            f"{type(session.parts.decoder).__name__} has no final norm that could be found; use a method that does not "
+            "read normed states."
+        )
+    normed: Tensor = norm(hidden)
+    return normed
+
+
+def _encoder_signal(session: Session, name: str, origin: Tensor, rows: list[int]) -> Tensor:
+    """Return an encoder signal for each candidate, by its place in the span before any cut."""
+    assert session.layout is not None
+    parts: list[Tensor] = []
+    for row in rows:
+        span = session.layout.spans[row]
+        items = session.features[span.modality].signals[name]
+        parts.append(torch.cat([items[span.item + n] for n in range(span.items)]).to(origin.device))
+    padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    if padded.ndim == 2:
+        return padded.gather(1, origin)
+    return padded.gather(1, origin[..., None].expand(-1, -1, padded.shape[-1]))
+
+
+def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
+    """Return the attention that the layer behind the cut would give: its norm and projections, one chosen row."""
+    layer = session.parts.layers[planned.layer]
+    attention, norm = find_attention(layer), find_pre_norm(layer)
+    if attention is None or norm is None:
+        raise UnsupportedModelError(
+            f"The projections of {type(layer).__name__} cannot be previewed; use the attention of the layer before: "
+            "source: current in the recipe."
+        )
+    assert call is not None
+    given = session.arguments.given(planned.layer, hidden, call)
+    rows, weights = _rows(session, planned, need)
+    out: list[Tensor] = []
+
+    @marked("signal")
+    def read(call: AttentionCall) -> None:
+        out.append(score_rows(call.replace(mask=session.present), rows, weights, is_causal(attention)))
+
+    one = rows if rows.shape[1] == 1 else None
+    run_projections(attention, norm(hidden), one, given, session, read)
+    return out[0]

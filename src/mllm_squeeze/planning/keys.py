@@ -1,0 +1,94 @@
+"""Plans the steps that reduce keys which are attended to from outside, and says which steps cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mllm_squeeze.engine.plan import PlannedCut
+from mllm_squeeze.errors import ConfigError, UnsupportedModelError
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.recipe.recipe import Recipe, build_reducer
+from mllm_squeeze.recipe.steps import Step
+from mllm_squeeze.reducers.base import Reducer
+
+_FITTING = "(divprune, avgpool, random, uniform)"
+
+
+def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]]) -> tuple[PlannedCut, ...]:
+    """Return the cuts of a recipe all of whose steps act on keys.
+
+    places: decoder layers of each step. In cross-attention the keys are what stands in front of the LLM, so a step at
+    the projector or at layer 0 acts on them; a Q-Former is named by `keys`, as the LLM gets its queries.
+
+    Raises:
+        ConfigError: a recipe acts on the keys of a Q-Former and elsewhere.
+        UnsupportedModelError: nothing attends to image features from outside, or a step cannot act on them.
+    """
+    cuts = []
+    for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
+        reducer = build_reducer(step)
+        check_modality(recipe, reducer, parts)
+        if parts.cross_attention:
+            _check_crossed(recipe, step, layers, reducer, parts)
+        else:
+            _check_queried(recipe, step, reducer, parts)
+        cuts.append(PlannedCut(number, recipe.method, 0, reducer, 0, 1, step.kept))
+    return tuple(cuts)
+
+
+def check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None:
+    """Check that a reducer takes something that the model takes; raises UnsupportedModelError."""
+    if not reducer.modalities & set(parts.row.modalities):
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reduces {', '.join(sorted(reducer.modalities))} tokens; '{parts.row.model_type}' takes "
+            f"{', '.join(parts.row.modalities)}. Use a method for those (fastv, divprune)."
+        )
+
+
+def _check_crossed(recipe: Recipe, step: Step, layers: Sequence[int], reducer: Reducer, parts: ModelParts) -> None:
+    does = ""
+    needs = [need.name for need in reducer.needs()]
+    if step.at.encoder is not None:
+        does = "merges tokens inside the vision encoder"
+    elif step.at.cache is not None:
+        does = "chooses entries of the cache while decoding"
+    elif tuple(layers) != (0,):
+        does = f"cuts at decoder layer {', '.join(map(str, layers))}"
+    elif needs:
+        does = f"reads {' and '.join(_SIGNALS[name] for name in needs)}"
+    if does:
+        raise UnsupportedModelError(
+            f"'{recipe.method}' {does}, which does not fit '{parts.row.model_type}': its pictures are no part of the "
+            "LLM's sequence but keys of cross-attention layers, computed once from what the encoder gave. Use a method "
+            f"that acts in front of the LLM (at the projector or layer 0) and reads nothing of it {_FITTING}."
+        )
+
+
+def _check_queried(recipe: Recipe, step: Step, reducer: Reducer, parts: ModelParts) -> None:
+    if parts.queries is None:
+        raise UnsupportedModelError(
+            f"'{recipe.method}' acts on keys, and in '{parts.row.model_type}' the visual tokens stand in the LLM's "
+            "sequence: nothing attends to them from outside. Write at: projector."
+        )
+    if not step.at.keys:
+        raise ConfigError(
+            f"'{recipe.method}' acts on the keys of the Q-Former and at {step.at}, which cuts its queries. Make two "
+            "recipes of it, and apply one."
+        )
+    needs = [_SIGNALS[need.name] for need in reducer.needs()]
+    if needs or reducer.reads_text:
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reads {' and '.join(needs) or 'the words of the prompt'}, which is not known in front "
+            f"of the Q-Former of '{parts.row.model_type}'. Use a reducer that looks at the features alone "
+            "(farthest_point, average_pool, random_subset, uniform_stride)."
+        )
+
+
+_SIGNALS = {
+    "attention": "the attention of the LLM",
+    "keys": "the keys of the LLM",
+    "normed": "normed states of the LLM",
+    "saliency": "the attention of the vision encoder",
+    "encoder_keys": "the keys of the vision encoder",
+    "size": "how many patches were merged",
+}

@@ -1,0 +1,1 @@
+"""What the YAML says: template, steps, budgets, rules of validation."""

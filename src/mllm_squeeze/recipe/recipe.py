@@ -1,0 +1,218 @@
+"""A method is a YAML file: this reads it, fills in its parameters, checks it and writes it back, without torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from pydantic import Field, ValidationError, model_validator
+
+from mllm_squeeze import registry
+from mllm_squeeze.errors import ConfigError, SqueezeError, UnknownNameError
+from mllm_squeeze.recipe import template
+from mllm_squeeze.recipe.rules import Strict, explain
+from mllm_squeeze.recipe.steps import Step, check_order, check_totals, resolve_layers
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer
+
+_STEP_KEYS = ("reducer", "at", "kept")
+_PROVENANCE = ("source", "raw")
+
+
+class Paper(Strict):
+    """The publication that a method comes from."""
+
+    title: str
+    arxiv: str | None = None
+    venue: str | None = None
+
+
+class Recipe(Strict):
+    """A method: its parameters, filled in, and its steps in the order in which they run.
+
+    source: the method name or path it was loaded from, or "dict". raw: the same recipe with its `${...}` references.
+    """
+
+    method: str
+    summary: str = ""
+    paper: Paper | None = None
+    positions: Literal["keep", "repack"] = "keep"
+    params: dict[str, Any] = Field(default_factory=dict)
+    steps: tuple[Step, ...] = Field(min_length=1)
+    source: str = Field(default="dict", exclude=True, repr=False)
+    raw: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Recipe:
+        check_order([step.at for step in self.steps])
+        check_totals(self.steps)
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        # Where a recipe was found is no part of what it says.
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a dict that `load_recipe` reads back; what was a `${...}` reference still is."""
+        if self.raw:
+            return copy.deepcopy(self.raw)
+        out = self.model_dump(exclude={"steps", "params"}, exclude_none=True)
+        out["steps"] = [_flat(step) for step in self.steps]
+        return out
+
+    def to_yaml(self) -> str:
+        """Return the text of a recipe file that loads as an equal recipe."""
+        return str(OmegaConf.to_yaml(OmegaConf.create(self.to_dict())))
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], /, **params: Any) -> Recipe:
+    """Load, fill in and check a recipe: a method name, the path of a YAML file or a dict; `params` override its own.
+
+    Raises ConfigError for anything that is not valid and UnknownNameError for an unknown method or reducer.
+    """
+    raw, where, origin = _read(source)
+    raw = template.override(raw, params, where)
+    plain = template.resolve(raw, where)
+    steps = []
+    for number, entry in enumerate(plain.pop("steps"), 1):
+        step = _step(entry, f"{where}, step {number}")
+        build_reducer(step)
+        steps.append(step)
+    try:
+        return Recipe(**{**plain, "steps": tuple(steps)}, source=origin, raw=raw)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, Recipe, plain, hide=_PROVENANCE)) from None
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
+    """Return `template.read`, with its shape checked."""
+    raw, where, origin = template.read(source)
+    template.check_shape(raw, [name for name in Recipe.model_fields if name not in _PROVENANCE], where)
+    return raw, where, origin
+
+
+def register_method(name: str, source: registry.Source) -> None:
+    """Add a method for this process, after it was read and checked.
+
+    name: what `apply` and the others call it. source: the path of a recipe file, or a dict.
+
+    Raises:
+        ConfigError: the name is taken or cannot be asked for, or the recipe is not valid. UnknownNameError: it names an
+            unknown reducer.
+    """
+    source = registry.check_method(name, source)
+    # What was checked is what stays: a dict may be changed later, a relative path means another file elsewhere.
+    source = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else Path(source).absolute()
+    try:
+        raw, _, _ = _read(source)
+        if not template.required(raw):  # what has no default cannot be filled in yet
+            load_recipe(source)
+    except SqueezeError as error:
+        raise type(error)(f"The method '{name}' cannot be registered: {error}") from None
+    registry.add_method(name, source)
+
+
+def build_reducer(step: Step) -> Reducer:
+    """Return the reducer of a step, with its options; raises ConfigError or UnknownNameError that names the step."""
+    where = step.where or f"reducer '{step.reducer}'"
+    try:
+        cls = registry.reducer_class(step.reducer)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{where}: {error}") from None
+    _check_place(step, cls, where)
+    budget = sorted({"ratio", "keep"} & set(step.options))
+    if budget and issubclass(cls, DecodeReducer):
+        raise ConfigError(f"{where}: {budget[0]} has no effect on '{step.reducer}', whose own parameters say how much.")
+    try:
+        reducer = cls(**step.options)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, cls, step.options, also=_STEP_KEYS)) from None
+    _check_budget(step, reducer, where)
+    return reducer
+
+
+def resolve_steps(recipe: Recipe, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Return `resolve_layers` of each step, () for encoder steps; raises ConfigError where a step starts too early."""
+    out: list[tuple[int, ...]] = []
+    last = 0
+    for step in recipe.steps:
+        layers = () if step.at.place == "encoder" else _layers(step, num_layers)
+        if layers and layers[0] < last:
+            raise ConfigError(
+                f"{step.where}: steps run in ascending order of place, but in this model of {num_layers} layers it "
+                f"starts at layer {layers[0]}, behind the step before, which reaches layer {last}."
+            )
+        last = layers[-1] if layers else last
+        out.append(layers)
+    return tuple(out)
+
+
+def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
+    try:
+        return resolve_layers(step.at, num_layers)
+    except ConfigError as error:
+        raise ConfigError(f"{step.where}: {error}" if step.where else str(error)) from None
+
+
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """Return what tools ask of a method: `places`, `known_count`, `reads_text` and `modalities`."""
+    classes = [registry.reducer_class(step.reducer) for step in recipe.steps]
+    modalities = frozenset.intersection(*(cls.modalities for cls in classes))
+    return {
+        "places": [str(step.at) for step in recipe.steps],
+        "known_count": all(cls.known_count for cls in classes),
+        "reads_text": any(cls.reads_text for cls in classes),
+        "modalities": [name for name in ("image", "video", "audio") if name in modalities],
+    }
+
+
+def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method's recipe and facts as plain data; raises like `load_recipe`."""
+    recipe = load_recipe(source)
+    plain = recipe.model_dump(include={"method", "summary", "paper", "positions", "params"})
+    steps = [_flat(step) for step in recipe.steps]
+    return {**plain, "steps": steps, "facts": facts(recipe), "source": recipe.source, "yaml": recipe.to_yaml()}
+
+
+def _flat(step: Step) -> dict[str, Any]:
+    kept = {} if step.kept is None else {"kept": list(step.kept)}
+    return {"reducer": step.reducer, "at": step.at.to_yaml(), **kept, **step.options}
+
+
+def _step(entry: Mapping[str, Any], where: str) -> Step:
+    known = {key: value for key, value in entry.items() if key in _STEP_KEYS}
+    options = {key: value for key, value in entry.items() if key not in _STEP_KEYS}
+    try:
+        return Step(**known, options=options, where=where)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, Step, entry, hide=("options", "where"))) from None
+
+
+def _check_budget(step: Step, reducer: Reducer, where: str) -> None:
+    """Raise ConfigError where nothing says how much a step leaves: its reducer would never be called."""
+    if getattr(reducer, "decides", False) or isinstance(reducer, DecodeReducer):
+        return
+    if reducer.ratio is None and reducer.keep is None and step.kept is None:
+        raise ConfigError(
+            f"{where}: '{step.reducer}' has no budget. Give ratio (the fraction removed), keep (tokens or fraction "
+            "kept) or, at several layers, kept; to let the user choose, add it to params and write ratio: ${ratio}."
+        )
+
+
+def _check_place(step: Step, cls: type[Reducer], where: str) -> None:
+    allowed: set[str] = set(cls.places)
+    if step.at.layer == 0 and isinstance(step.at.layer, int) and "projector" in allowed:
+        # Layer 0 is the projector said otherwise: the cut is the same.
+        allowed.add("layer")
+    if step.at.place not in allowed:
+        raise ConfigError(
+            f"{where}: the reducer '{step.reducer}' cannot act at {step.at}. "
+            f"Its places are: {', '.join(sorted(cls.places))}."
+        )
+    if step.at.cache is not None and (step.at.cache == "decode") != issubclass(cls, DecodeReducer):
+        when = (
+            "while decoding: write {cache: decode}" if issubclass(cls, DecodeReducer) else "at the end of the prefill"
+        )
+        raise ConfigError(f"{where}: the reducer '{step.reducer}' cannot act at {step.at}; it acts {when}.")

@@ -1,0 +1,201 @@
+"""A step of a method: which reducer, where it acts and how much it leaves; and the order that steps keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import Field, StrictFloat, StrictInt, model_validator
+
+from mllm_squeeze.errors import ConfigError
+from mllm_squeeze.recipe.rules import RATIO_RULE, Strict, check_budget, check_kept, check_layers
+from mllm_squeeze.reducers.base import Place
+
+
+class At(Strict):
+    """Where a step acts: exactly one of `encoder`, `keys`, `projector`, `layer`, `layers` and `cache`.
+
+    encoder: "all" or the zero-based index of a block of the vision encoder. keys: on image features that are attended
+    to from outside, by the queries of a Q-Former or by the text in cross-attention layers. layer, layers: the
+    zero-based index of the first decoder layer that runs short, or a fraction of the depth, a float between 0 and 1.
+    """
+
+    encoder: Literal["all"] | StrictInt | None = None
+    keys: Literal[True] | None = None
+    projector: Literal[True] | None = None
+    layer: StrictInt | StrictFloat | None = None
+    layers: tuple[StrictInt | StrictFloat, ...] | None = None
+    cache: Literal["prefill", "decode"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        if value in ("projector", "keys"):
+            return {value: True}
+        if isinstance(value, Mapping):
+            return value
+        raise ValueError(
+            "give 'projector', 'keys' or one of {encoder: all}, {encoder: 3}, {layer: 2}, {layers: [0.25, 0.5]}, "
+            f"{{cache: prefill}} and {{cache: decode}}; got {value!r}"
+        )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> At:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of encoder, keys, projector, layer, layers and cache; got "
+                + (" and ".join(given) or "none")
+            )
+        if isinstance(self.encoder, int) and self.encoder < 0:
+            raise ValueError(f"encoder is 'all' or the zero-based index of a block; got {self.encoder}")
+        check_layers((self.layer,) if self.layer is not None else self.layers)
+        return self
+
+    @property
+    def place(self) -> Place:
+        """The kind of place, in the words of `Reducer.places`."""
+        if self.encoder is not None:
+            return "encoder"
+        if self.cache is not None:
+            return "cache"
+        return "projector" if self.projector or self.keys else "layer"
+
+    def to_yaml(self) -> str | dict[str, Any]:
+        """Return the value of `at` as a recipe says it."""
+        if self.projector or self.keys:
+            return "projector" if self.projector else "keys"
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in self if v is not None}
+
+    def __str__(self) -> str:
+        value = self.to_yaml()
+        if isinstance(value, str):
+            return value
+        ((name, where),) = value.items()
+        return f"{name} {', '.join(map(str, where)) if isinstance(where, list) else where}"
+
+
+class Step(Strict):
+    """One reducer at one place.
+
+    kept: the fractions of the original tokens left after each of `at.layers`. options: the parameters of the reducer's
+    class. where: which step of which recipe this is, for messages.
+    """
+
+    reducer: str
+    at: At
+    kept: tuple[float, ...] | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    where: str = Field(default="", exclude=True, repr=False)
+
+    @model_validator(mode="after")
+    def _budgets(self) -> Step:
+        check_budget(self.options)
+        if self.kept is not None:
+            check_kept(self.kept, self.at.layers, self.options)
+        return self
+
+
+def resolve_layers(at: At, num_layers: int) -> tuple[int, ...]:
+    """Return the layer indices of a place in a decoder, or a vision encoder, of `num_layers` layers; () for the cache.
+
+    A fraction of the depth is rounded half up, is at least 1, at most the last layer, and in a list more than the one
+    before. Raises ConfigError where a layer is out of range.
+    """
+    if at.encoder == "all":
+        return tuple(range(num_layers))
+    given: Sequence[int | float] = at.layers or ()
+    if at.projector or at.keys:
+        given = (0,)
+    elif at.layer is not None or isinstance(at.encoder, int):
+        given = (at.layer if at.layer is not None else at.encoder,)  # type: ignore[assignment]
+    out: list[int] = []
+    for layer in given:
+        index = layer
+        if isinstance(layer, float):
+            index = min(max(1, math.floor(round(layer * num_layers, 9) + 0.5)), num_layers - 1)
+            index = max(index, out[-1] + 1) if out else index
+        if index >= num_layers or (out and index <= out[-1]):
+            raise ConfigError(_out_of_range(at, layer, out, num_layers))
+        out.append(int(index))
+    return tuple(out)
+
+
+def _out_of_range(at: At, layer: int | float, before: Sequence[int], num_layers: int) -> str:
+    """Return why `layer`, the next one after those of `before`, is none in a stack of `num_layers` layers."""
+    stack = "encoder" if at.encoder is not None else "decoder"
+    if isinstance(layer, float):
+        return f"this model's {stack} of {num_layers} layers are too few for {at}. Give fewer layers, or others."
+    if layer < num_layers:
+        return (
+            f"layers ascend, but in this model's {stack} of {num_layers} layers, of {at} layer {layer} is not behind "
+            f"layer {before[-1]}. Give other layers."
+        )
+    return (
+        f"this model's {stack} has {num_layers} layers, so {'layer' if at.encoder is None else 'encoder'} is an index "
+        f"from 0 to {num_layers - 1}; got {layer}"
+        + ("." if at.encoder is not None else ". A float between 0 and 1 is a fraction of the depth.")
+    )
+
+
+def check_order(places: Sequence[At]) -> None:
+    """Raise ValueError unless places ascend from encoder over projector and layers to cache; equal ones may repeat."""
+    for place in ("encoder", "cache"):
+        if sum(at.place == place for at in places) > 1:
+            raise ValueError(f"at most one step may act in the {place}; merge them into one")
+    for number, (before, after) in enumerate(pairwise(places), 2):
+        stage, _, last = _extent(before)
+        next_stage, first, _ = _extent(after)
+        # An index and a fraction compare only once the depth of the model is known; see resolve_steps.
+        known = type(first) is type(last) or first == 0
+        if next_stage < stage or (next_stage == stage and known and first < last):
+            raise ValueError(
+                f"steps run in ascending order of place (encoder, projector, layers, cache prefill, cache decode), but "
+                f"step {number} acts at {after}, after {before}; swap them"
+            )
+
+
+def check_totals(steps: Sequence[Step]) -> None:
+    """Raise ValueError where a later step asks for more tokens than an earlier one leaves; budgets are cumulative."""
+    left: dict[type, float] = {}
+    for number, step in enumerate(steps, 1):
+        if step.at.place == "cache":
+            continue
+        kept = _left(step)
+        if kept is None:
+            continue
+        before = left.get(type(kept))
+        if before is not None and kept > before + 1e-9:
+            raise ValueError(
+                f"budgets count from the original tokens, so a later step leaves no more than an earlier one; "
+                f"step {number} keeps {_short(kept)}, after a step that keeps {_short(before)}. {RATIO_RULE}"
+            )
+        left[type(kept)] = kept
+
+
+def _left(step: Step) -> int | float | None:
+    """Return what a step leaves of the original tokens: an int is tokens, a float a fraction."""
+    if step.kept is not None:
+        return float(step.kept[-1])
+    keep, ratio = step.options.get("keep"), step.options.get("ratio")
+    if keep is not None:
+        return keep
+    return None if ratio is None else 1.0 - float(ratio)
+
+
+def _extent(at: At) -> tuple[int, int | float, int | float]:
+    """Return the stage of a place, and the first and last index in it."""
+    if at.encoder is not None:
+        return (0, 0, 0) if at.encoder == "all" else (0, at.encoder, at.encoder)
+    if at.cache is not None:
+        return (2, 0, 0) if at.cache == "prefill" else (2, 1, 1)
+    if at.layers is not None:
+        return 1, at.layers[0], at.layers[-1]
+    layer = at.layer or 0
+    return 1, layer, layer
+
+
+def _short(kept: float) -> str:
+    return f"{kept:.4g}"

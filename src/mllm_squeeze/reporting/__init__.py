@@ -1,0 +1,1 @@
+"""What a method did: tokens, FLOPs, times, pictures."""

@@ -1,0 +1,120 @@
+"""Keeps what a session did once it ended, and turns it into the plain record that the report is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from mllm_squeeze.engine.plan import PlannedCut
+from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.recipe.recipe import Recipe
+from mllm_squeeze.reporting.dims import ModelDims
+from mllm_squeeze.reporting.report import KeyRecord, PrefillRecord, SpanRecord, StageRecord
+from mllm_squeeze.upstream.configs import text_sizes
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What is left of a session once it ended: no part of the model, no activations.
+
+    layers: decoder layers of the model. lengths, held: columns and earlier cache entries of each layer that was hooked.
+    """
+
+    layout: TokenLayout
+    cuts: tuple[Cut, ...]
+    traces: tuple[StageTrace, ...]
+    encoder: PlannedCut | None
+    attended: Attended | None
+    lengths: Mapping[int, int]
+    held: Mapping[int, int]
+    past: int
+    layers: int
+    dims: ModelDims | None
+    element_bytes: int
+
+
+def prefill_of(session: Session) -> Prefill:
+    """Return what a session did; times are read from the device only when a record is made of it."""
+    parts, layout = session.parts, session.layout
+    assert layout is not None
+    return Prefill(
+        layout=layout,
+        cuts=tuple(session.cuts),
+        traces=tuple(session.traces),
+        encoder=session.plan.encoder,
+        attended=session.attended,
+        lengths=dict(session.lengths),
+        held=dict(session.held),
+        past=session.past,
+        layers=len(parts.layers),
+        dims=model_dims(parts),
+        element_bytes=next(parts.decoder.parameters()).element_size(),
+    )
+
+
+def record(recipe: Recipe, prefill: Prefill) -> PrefillRecord:
+    """Return what a prefill did, in plain numbers."""
+    if prefill.attended is not None:
+        return _of_keys(recipe, prefill, prefill.attended)
+    layout = prefill.layout
+    lengths = tuple(prefill.lengths.get(n, layout.length) for n in range(prefill.layers))
+    return PrefillRecord(
+        method=recipe.method,
+        layout_length=layout.length,
+        batch=layout.batch,
+        spans=_spans(layout),
+        stages=_stages(recipe, prefill),
+        layer_lengths=lengths,
+        dims=prefill.dims,
+        element_bytes=prefill.element_bytes,
+        past=prefill.past,
+        cache_lengths=tuple(n + prefill.held.get(layer, prefill.past) for layer, n in enumerate(lengths)),
+    )
+
+
+def _of_keys(recipe: Recipe, prefill: Prefill, attended: Attended) -> PrefillRecord:
+    """Return what a prefill did whose pictures are keys: no layer of the LLM runs on fewer tokens."""
+    layout = prefill.layout
+    layers = prefill.layers if attended.layers else 0
+    return PrefillRecord(
+        method=recipe.method,
+        layout_length=attended.tokens,
+        batch=layout.batch,
+        spans=_spans(layout),
+        stages=_stages(recipe, prefill),
+        layer_lengths=(attended.tokens,) * layers,
+        dims=prefill.dims if attended.layers else None,
+        element_bytes=prefill.element_bytes,
+        past=prefill.past,
+        keys=KeyRecord(attended.layers, attended.before, attended.after, attended.held_before, attended.held_after),
+    )
+
+
+def _spans(layout: TokenLayout) -> tuple[SpanRecord, ...]:
+    return tuple(SpanRecord(span.sample, span.modality, span.length) for span in layout.spans)
+
+
+def _stages(recipe: Recipe, prefill: Prefill) -> tuple[StageRecord, ...]:
+    place = "layer" if prefill.attended is None else "keys"
+    return tuple(
+        StageRecord(
+            layer=trace.layer,
+            place="encoder" if trace.cut is prefill.encoder else place,
+            reducer=recipe.steps[trace.cut.step].reducer,
+            before=trace.before,
+            after=trace.after,
+            sequence_before=trace.sequence_before,
+            sequence_after=trace.sequence_after,
+            seconds=trace.seconds,
+        )
+        for trace in prefill.traces
+    )
+
+
+def model_dims(parts: ModelParts) -> ModelDims | None:
+    """Return the sizes of the language model, None where its config does not name them."""
+    sizes = text_sizes(parts.text_config)
+    return None if sizes is None else ModelDims(layers=len(parts.layers), **asdict(sizes))
