@@ -16,6 +16,7 @@ import tiny
 from families import keyed, proof
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need
 from mllm_squeeze.registry import unregister_reducer
 
 pytestmark = pytest.mark.quick
@@ -40,7 +41,9 @@ class ReadsWords(Reducer):
     """Keeps the first tokens; remembers the words that it was shown."""
 
     places = frozenset({"projector"})
-    reads_text = True
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Features(), Features("text"))
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         SHOWN.append(tokens)
