@@ -45,7 +45,7 @@ class StageRecord:
     layer: first decoder layer that ran short. place: "encoder", "keys", "projector", "layer" or "cache". before,
     after: tokens of each span, in tokens of the language model also for a step in the encoder. sequence_before,
     sequence_after: columns of the padded batch, or of its keys. seconds: time the rule took, None where it was not
-    measured.
+    measured. asked: tokens each span was asked to keep, None where the rule decided.
     """
 
     layer: int
@@ -56,6 +56,7 @@ class StageRecord:
     sequence_before: int
     sequence_after: int
     seconds: float | None = None
+    asked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -243,10 +244,12 @@ class Report:
         spans = self.record.spans
         if not spans:
             return ""
-        rows = [["span", "sample", "kind", "tokens"]]
+        rows = [["span", "sample", "kind", "tokens", "asked"]]
         for i, span in enumerate(spans[:SPANS_SHOWN]):
-            rows.append([str(i), str(span.sample), span.modality, _chain([step[i] for step in self.span_tokens])])
-        table = _table(rows, left=(2, 3))
+            kept = _chain([step[i] for step in self.span_tokens])
+            asked = _chain([None if stage.asked is None else stage.asked[i] for stage in self.record.stages])
+            rows.append([str(i), str(span.sample), span.modality, kept, asked])
+        table = _table(rows, left=(2, 3, 4))
         hidden = len(spans) - SPANS_SHOWN
         return f"\n{table}" + (f"\n  ... and {hidden} more" if hidden > 0 else "")
 
@@ -255,11 +258,12 @@ class Report:
         if not stages:
             return ""
         columns = "sequence" if self.record.keys is None else "keys"
-        rows = [["step", "rule", "where", "visual", columns, "rule's time"]]
+        rows = [["step", "rule", "where", "asked", "visual", columns, "rule's time"]]
         for i, stage in enumerate(stages[:STEPS_SHOWN]):
             visual = f"{sum(stage.before)} -> {sum(stage.after)}"
             sequence = f"{stage.sequence_before} -> {stage.sequence_after}"
-            rows.append([str(i), stage.reducer, _where(stage), visual, sequence, _time(stage.seconds)])
+            asked = "-" if stage.asked is None else str(sum(stage.asked))
+            rows.append([str(i), stage.reducer, _where(stage), asked, visual, sequence, _time(stage.seconds)])
         table = _table(rows, left=(1, 2))
         hidden = len(stages) - STEPS_SHOWN
         return f"\n{table}" + (f"\n  ... and {hidden} more" if hidden > 0 else "")
@@ -305,9 +309,9 @@ def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _chain(counts: Sequence[int]) -> str:
-    """Counts joined by arrows, the middle of a long chain left out."""
-    words = [str(count) for count in counts]
+def _chain(counts: Sequence[int | None]) -> str:
+    """Counts joined by arrows, the middle of a long chain left out; None is one that nobody asked for."""
+    words = ["-" if count is None else str(count) for count in counts]
     if len(words) > 6:
         words = [*words[:3], "...", *words[-2:]]
     return " -> ".join(words)

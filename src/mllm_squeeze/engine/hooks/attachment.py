@@ -202,6 +202,7 @@ class Runtime(HookOwner):
             return None
         refuse_scaled(self.parts.text_config, past + call.width)
         session = Session(self.plan, self.parts, layout, features, call.width, past)
+        session.rows = self._local.rows
         if layout is not None:
             session.prepare(call.states.device)
             session.wanted = self._local.wanted

@@ -48,7 +48,7 @@ class CallHooks(HookOwner):
             if self._enabled():
                 _refuse_chunks(self.parts.model, call)
             here = sys._getframe()
-            prompt = self._local.prompts.enter(call.prompt_length, here)
+            prompt = self._local.prompts.enter(call, here)
             frames = self._local.frames
             frame = frames.enter(Frame(PromptCall(call.given)), here) if self.parts.row.own_generate else None
             try:

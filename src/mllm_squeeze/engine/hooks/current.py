@@ -22,7 +22,7 @@ from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.calls import TextCall
-from mllm_squeeze.upstream.prompts import MODALITIES, PromptCall
+from mllm_squeeze.upstream.prompts import MODALITIES, GenerateCall, PromptCall
 
 T = TypeVar("T")
 
@@ -121,8 +121,7 @@ class Local(threading.local):
         self.encodings: Calls[EncodeCall] = Calls()
         # The session of a self-check that runs now: the text model is called inside its own pre-hook.
         self.probes: Calls[tuple[Session | None]] = Calls()
-        # Length of the prompt that generate() was called with.
-        self.prompts: Calls[int | None] = Calls()
+        self.prompts: Calls[GenerateCall] = Calls()
 
     @property
     def encode(self) -> EncodeCall | None:
@@ -137,7 +136,12 @@ class Local(threading.local):
     @property
     def prompt(self) -> int | None:
         """Length of the prompt that generate() was called with, None outside of it."""
-        return self.prompts.top
+        return None if self.prompts.top is None else self.prompts.top.prompt_length
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the prompt that generate() was called with, None outside of it."""
+        return None if self.prompts.top is None else self.prompts.top.rows
 
     @property
     def frame(self) -> Frame | None:

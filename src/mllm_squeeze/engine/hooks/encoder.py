@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.hooks.current import Local
@@ -46,8 +47,8 @@ def recorded(plan: Plan, output: Any) -> Features | None:
     return found
 
 
-def _merger(plan: Plan) -> Reducer | None:
-    return None if plan.encoder is None else plan.encoder.reducer
+def _merger(plan: Plan) -> tuple[Reducer, Amount] | None:
+    return None if plan.encoder is None else (plan.encoder.reducer, plan.encoder.amount)
 
 
 class EncoderHooks(HookOwner):
@@ -119,7 +120,7 @@ class EncoderHooks(HookOwner):
             )
             return None
         blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
-        return EncoderMerge(self.parts, self.plan.encoder.reducer, blocks)
+        return EncoderMerge(self.parts, self.plan.encoder.reducer, self.plan.encoder.amount, blocks)
 
     def _hook_blocks(self, fittings: Fittings) -> None:
         last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector

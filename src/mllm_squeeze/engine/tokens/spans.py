@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
@@ -34,7 +35,7 @@ class Features:
     # or PRUNED; the cut of those that carry the same happens before layer 0.
     groups: tuple[Tensor, ...] | None = None
     # The reducer that worked inside the encoder, None where none did.
-    merged_by: Reducer | None = None
+    merged_by: tuple[Reducer, Amount] | None = None
 
     def without(self, left: Tensor | None) -> Features:
         """Return the features that a family leaves itself of those it encoded; left: bool (sum of lengths,) or None.
