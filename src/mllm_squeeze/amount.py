@@ -61,7 +61,7 @@ class Amount:
 
     @property
     def left(self) -> tuple[tuple[Unit, float], ...]:
-        """What is left in the end and its unit: one entry for all rows, or one for each; empty where the rule decides."""
+        """What is left in the end, with its unit: one entry for all rows or one for each, none where the rule decides."""
         return tuple(_left(name, value) for name, value in self._last())
 
     @property
@@ -179,3 +179,6 @@ def _fractions(value: Any) -> tuple[float, ...]:
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+RULE_DECIDES = Amount()

@@ -58,7 +58,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and traces.")] = None,
 ) -> None:
     """Measure what methods cost and save: time to first token, decoding, encoder, memory, the rule's own time."""
-    ratios = ratio or ([0.75] if keep is None and total is None else [None])
+    ratios: list[Any] = list(ratio or []) or ([0.75] if keep is None and total is None else [None])
     entries = _entries(method, [models._params(one, keep, total, param or []) for one in ratios])
     lengths = [visual_tokens] if sweep is None else _lengths(sweep)
     from mllm_squeeze.bench.contest import Setting

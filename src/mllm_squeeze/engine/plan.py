@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mllm_squeeze.amount import Amount
+from mllm_squeeze.amount import RULE_DECIDES, Amount
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Need
@@ -24,7 +24,7 @@ class PlannedCut:
     name: str
     layer: int
     reducer: Reducer
-    amount: Amount = Amount()
+    amount: Amount = RULE_DECIDES
     stage: int = 0
     stages: int = 1
 

@@ -55,8 +55,8 @@ def _check_amount(step: Step, reducer: Reducer, where: str) -> None:
         )
     if step.at.encoder is not None and (amount.by_row or amount.total is not None):
         raise ConfigError(
-            f"{where}: {amount} speaks of prompts, and the encoder sees all pictures of a batch at once. Give one ratio "
-            "or keep, or act at the projector."
+            f"{where}: {amount} speaks of prompts, and the encoder sees all pictures of a batch at once. Give one "
+            "ratio or keep, or act at the projector."
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, InstanceOf, StrictFloat, StrictInt, model_validator
 
-from mllm_squeeze.amount import RATIO_RULE, Amount
+from mllm_squeeze.amount import RATIO_RULE, RULE_DECIDES, Amount
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.recipe.build import PIPELINE, build_reducer
 from mllm_squeeze.recipe.rules import Strict, check_layers
@@ -92,7 +92,7 @@ class Step(Strict):
 
     reducer: str = PIPELINE
     at: At
-    amount: InstanceOf[Amount] = Amount()
+    amount: InstanceOf[Amount] = RULE_DECIDES
     options: dict[str, Any] = Field(default_factory=dict)
     where: str = Field(default="", exclude=True, repr=False)
 

@@ -23,7 +23,8 @@ from mllm_squeeze.reducers.needs import Features, Need, Projection, Size
 class EncoderMerge:
     """State of one call of the encoder: which patch is part of which token by now, and which were pruned.
 
-    amount: how much of each tile's tokens is left. blocks: numbers of the blocks in front of which tokens are reduced, with the keys of the block before.
+    amount: how much of each tile's tokens is left. blocks: numbers of the blocks in front of which tokens are reduced,
+    with the keys of the block before.
     """
 
     def __init__(self, parts: ModelParts, reducer: Reducer, amount: Amount, blocks: Sequence[int]) -> None:

@@ -65,7 +65,8 @@ def reduce_keys(
     """Run the cuts of a plan on keys that are still to be projected.
 
     states: (B, K, D). layout: spans in them. text: (features (B, T, D), mask bool (B, T)) for reducers that read the
-    words. rows: of the prompt, before generate() repeated them for beams. Returns the session that tells what was done, states (B, M, D), and what is left, None where nothing was cut.
+    words. rows: of the prompt, before generate() repeated them for beams. Returns the session that tells what was
+    done, states (B, M, D), and what is left, None where nothing was cut.
     """
     session = Session(plan, parts, layout, {}, states.shape[1], 0)
     session.rows = rows
