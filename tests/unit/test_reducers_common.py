@@ -255,7 +255,7 @@ def test_tokens_left_out_of_the_candidates_play_no_part(reducer):
 def test_gradients_reach_what_was_merged(reducer):
     tokens = batch(spans(), share(0.4))
     features = tokens.features.nan_to_num().requires_grad_()
-    out = reducer.reduce(dataclasses.replace(tokens, features=features))
+    out = reducer.reduce(dataclasses.replace(tokens, signals=Signals({**tokens.signals, Features(): features})))
     weights = ops.mean_weights(out.assign) if out.weights is None else out.weights
     merged = ops.merge_tokens(features, out.assign, weights)
     merged.masked_fill(~out.keep[..., None], 0).sum().backward()
