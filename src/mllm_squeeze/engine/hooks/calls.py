@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from mllm_squeeze.engine.decode.static_step import is_traced_step
-from mllm_squeeze.engine.hooks.current import Frame, Local, Whole
+from mllm_squeeze.engine.hooks.current import Frame, Whole
 from mllm_squeeze.engine.hooks.encoder import recorded
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
-from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.owner import Hooks
 from mllm_squeeze.engine.tokens.spans import Features
 from mllm_squeeze.errors import UnsupportedInputError
-from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall, flat, wanted_tail
 
 
-class CallHooks(HookOwner):
-    """Keeps `local` told of the calls that run in this thread, with their inputs.
-
-    enabled: says whether the handle is switched on now.
-    """
-
-    def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
-        self.parts, self.plan = parts, plan
-        self._local, self._enabled = local, enabled
+class CallHooks(Hooks):
+    """Keeps `local` told of the calls that run in this thread, with their inputs."""
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on."""

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_squeeze.engine.hooks.current import Calls, Entry, Local, warn_no_image, words_behind_pictures
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.keys import cache_layer as key_cache
 from mllm_squeeze.engine.keys.kept import KeptKeys, all_keys, open_mask, reduce_keys, take_columns
 from mllm_squeeze.engine.kv import ask as kv
@@ -43,22 +44,13 @@ class _Now(threading.local):
         self.passes: Calls[_Pass] = Calls()
 
 
-class CrossAttentionHooks(HookOwner):
-    """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them.
-
-    enabled: says whether the handle is switched on now.
-    """
+class CrossAttentionHooks(Hooks):
+    """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them."""
 
     def __init__(
-        self,
-        parts: ModelParts,
-        plan: Plan,
-        local: Local,
-        enabled: Callable[[], bool],
-        publish: Callable[[Session | None], None],
+        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
     ) -> None:
-        self.parts, self.plan = parts, plan
-        self._local, self._enabled, self._publish = local, enabled, publish
+        super().__init__(parts, plan, local, enabled, publish)
         self._layers = cross_layers(parts.layers)
         self._now = _Now()
 

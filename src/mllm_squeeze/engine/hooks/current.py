@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mllm_squeeze.engine.decode.static_step import untraced
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.hooks.running import caller, is_running
+from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.tokens.spans import Features, find_layout
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError

@@ -14,7 +14,8 @@ from torch import nn
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.signals.rows import Listener
 from mllm_squeeze.engine.tokens.spans import Features
@@ -50,15 +51,13 @@ def _merger(plan: Plan) -> Reducer | None:
     return None if plan.encoder is None else plan.encoder.reducer
 
 
-class EncoderHooks(HookOwner):
-    """Records each call of a family's feature methods.
+class EncoderHooks(Hooks):
+    """Records each call of a family's feature methods."""
 
-    enabled: says whether the handle is switched on now.
-    """
-
-    def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
-        self.parts, self.plan = parts, plan
-        self._local, self._enabled = local, enabled
+    def __init__(
+        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
+    ) -> None:
+        super().__init__(parts, plan, local, enabled, publish)
         self._signals = frozenset(name for name in ENCODER_SIGNALS if plan.needs(name))
 
     def attach(self, fittings: Fittings) -> None:
