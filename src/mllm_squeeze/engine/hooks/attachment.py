@@ -19,7 +19,7 @@ from mllm_squeeze.engine.hooks.qformer import QueryHooks
 from mllm_squeeze.engine.hooks.switch import Switch
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.session import Session
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.upstream.calls import TextCall

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.current import Calls, Entry, Local, warn_no_image, words_behind_pictures
+from mllm_squeeze.engine.hooks.current import Calls, Local
 from mllm_squeeze.engine.hooks.installer import Fittings
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.keys import cache_layer as key_cache
@@ -20,6 +20,7 @@ from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.sequence.shorten import is_flash
+from mllm_squeeze.engine.tokens.prompt import warn_no_image, words_behind_pictures
 from mllm_squeeze.engine.trace import Attended
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.handlers.cross_attention import cross_layers, find_pictures
@@ -36,7 +37,7 @@ class _Pass:
 
     session: Session | None = None
     kept: KeptKeys | None = None
-    reader: weakref.ref[Entry[_Pass]] | None = None
+    reader: weakref.ref[key_cache.Reader] | None = None
 
 
 class _Now(threading.local):
@@ -90,8 +91,8 @@ class CrossAttentionHooks(Hooks):
         return now.kept, short
 
     def _reduce(self, now: _Pass, call: TextCall, cross: CrossCall) -> tuple[KeptKeys | None, CrossCall]:
-        frame = self._local.frame
-        prompted = PromptCall({}) if frame is None else frame.call
+        run = self._local.prompt_run
+        prompted = PromptCall({}) if run is None else run.call
         tiles = self.parts.config.vision_config.max_num_tiles
         pictures = find_pictures(cross, call.batch, tiles, prompted)
         layout = pictures.layout

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from mllm_squeeze.engine.decode.static_step import is_static_step, is_traced_step
 from mllm_squeeze.engine.hooks import self_check
-from mllm_squeeze.engine.hooks.current import Local, features_of, layout_of, warn_no_image
+from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Fittings
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.session import Session
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
+from mllm_squeeze.engine.tokens.prompt import features_of, layout_of, warn_no_image
 from mllm_squeeze.errors import SqueezeError, UnsupportedInputError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
 from mllm_squeeze.family.handlers.inner_features import take_inner_features
@@ -83,21 +84,23 @@ class DecoderHooks(Hooks):
         """
         if is_static_step(call.named):
             return None
-        frame = self._local.frame
+        run = self._local.prompt_run
         past = kv.tokens_seen(call.cache)
-        # Where generate() itself is the frame, its later passes are decode steps.
+        # Where generate() itself is the run, its later passes are decode steps.
         decodes = (self.parts.row.own_generate and past) or call.width == 1
-        features = {} if decodes or frame is None or not self._enabled() else features_of(frame, self.parts.ids)
+        features = (
+            {} if decodes or run is None or not self._enabled() else features_of(run.call, run.features, self.parts.ids)
+        )
         if not features and not kv.is_cut(call.cache):
             if self._enabled() and call.width > 1 and not past:
                 self._publish(None)
                 warn_no_image()
             return None
         layout = None
-        if features and frame is not None:
+        if features and run is not None:
             _refuse_packed(call)
             _refuse_recomputed(self.parts)
-            layout = layout_of(frame, features, self.parts, call, past, self._local.prompt)
+            layout = layout_of(run.call, features, self.parts, call, past, self._local.prompt)
             if not layout.spans:
                 # Some families are given their pictures again in later passes, which hold no placeholder.
                 layout, features = None, {}
