@@ -21,7 +21,6 @@ from mllm_squeeze.engine.signals.rows import Listener
 from mllm_squeeze.engine.tokens.recorded import mark, merger, recorded
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS
 from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
 from mllm_squeeze.upstream.prompts import flat, vision_inputs
 
@@ -33,7 +32,7 @@ class EncoderHooks(Hooks):
         self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
     ) -> None:
         super().__init__(parts, plan, local, enabled, publish)
-        self._signals = frozenset(name for name in ENCODER_SIGNALS if plan.needs(name))
+        self._signals = plan.encoder_needs
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on.

@@ -26,6 +26,7 @@ from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.handlers.inner_features import has_inner_features
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.reducers.needs import Attention, Projection
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -37,9 +38,7 @@ class LayerHooks(Hooks):
     ) -> None:
         super().__init__(parts, plan, local, enabled, publish)
         self._chooses_rows = [
-            cut
-            for cut in plan.cuts
-            if any(need.name == "attention" and need.rows == "chosen" for need in cut.reducer.needs())
+            cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
         ]
 
     def attach(self, fittings: Fittings) -> None:
@@ -69,10 +68,10 @@ class LayerHooks(Hooks):
         previewed: set[int] = set()
         for cut in self.plan.cuts:
             for need in cut.reducer.needs():
-                if need.name not in ("attention", "keys"):
+                if not isinstance(need, (Attention, Projection)):
                     continue
-                tapped.add(cut.layer if need.source == "next" else cut.layer - 1)
-                previewed |= {cut.layer} if need.source == "next" else set()
+                tapped.add(cut.layer if need.block == "next" else cut.layer - 1)
+                previewed |= {cut.layer} if need.block == "next" else set()
         if self.plan.decode is not None:
             tapped.add(self._decode.layer - 1)
         for number in sorted(tapped):

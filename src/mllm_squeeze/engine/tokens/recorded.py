@@ -7,7 +7,7 @@ from typing import Any
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedInputError
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Reducer
+from mllm_squeeze.reducers.base import Reducer
 
 # Attribute under which a feature method's output carries what was recorded about it.
 MARK = "mllm_squeeze_features"
@@ -22,7 +22,7 @@ def recorded(plan: Plan, output: Any) -> Features | None:
     found: Features | None = getattr(output, MARK, None)
     if found is None:
         return None
-    lacking = [name for name in ENCODER_SIGNALS if plan.needs(name) and name not in found.signals]
+    lacking = [need for need in plan.encoder_needs if need not in found.signals]
     if (lacking and found.lengths is not None) or found.merged_by != merger(plan):
         raise UnsupportedInputError(
             f"The {found.modality} features of this call were encoded while another method was applied, which asked "
