@@ -27,6 +27,23 @@ ALLOWED = {
 OWN_FOLDER = {"ops", "upstream", "family", "engine"}
 FORBIDDEN = {"engine": {"family.table"}}
 
+# room of the engine: what of the engine it may import (itself aside), the lowest floor first. What hangs on a module is
+# in `hooks`, and nothing else knows of hooks.
+ROOMS: dict[str, set[str]] = {
+    "timing": set(),
+    "plan": set(),
+    "trace": {"plan"},
+    "tokens": {"timing", "plan"},
+    "kv": set(),
+    "sequence": {"timing", "plan", "trace", "tokens", "kv"},
+    "signals": {"timing", "plan", "tokens", "sequence"},
+    "cut": {"timing", "plan", "trace", "tokens", "sequence", "signals"},
+    "encoder": {"timing", "tokens", "signals"},
+    "decode": {"kv", "sequence", "signals"},
+    "keys": {"timing", "plan", "sequence", "cut"},
+    "hooks": {"plan", "trace", "tokens", "kv", "sequence", "signals", "cut", "encoder", "decode", "keys"},
+}
+
 
 def imported(path: Path) -> set[str]:
     """Return what a file imports of the package, relative to the package, imports for type checking included."""
@@ -58,6 +75,27 @@ def test_dependencies_point_one_way(folder):
         if not permitted(name, allowed) or permitted(name, FORBIDDEN.get(folder, set()))
     }
     assert not wrong
+
+
+def room_of(name: str) -> str | None:
+    """Return the room of the engine that an imported name belongs to, None for what is outside of the engine."""
+    first, _, rest = name.partition(".")
+    return rest.split(".")[0] if first == "engine" else None
+
+
+def test_every_room_of_the_engine_is_on_a_floor():
+    there = {path.stem for path in (PACKAGE / "engine").iterdir() if path.name[0] not in "_."}
+    assert there == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_engine_import_what_is_below(room):
+    floors = list(ROOMS)
+    assert all(floors.index(below) < floors.index(room) for below in ROOMS[room])
+    folder = PACKAGE / "engine" / room
+    files = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    used = {room_of(name) for path in files for name in imported(path)} - {None, room}
+    assert not used - ROOMS[room]
 
 
 def test_only_errors_and_types_stand_below_everything():

@@ -11,7 +11,7 @@ from torch import Tensor
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_received, score_rows
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine.signals.rows import AttentionCall
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
