@@ -76,8 +76,8 @@ def _encoder_blocks(recipe: Recipe, at: At, parts: ModelParts) -> tuple[int, ...
 def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -> None:
     if not isinstance(reducer, DecodeReducer):
         raise ConfigError(
-            f"'{recipe.method}' reduces the cache at {at}; only reducers that work step by step (decode_refresh) at "
-            "{cache: decode} are served."
+            f"'{recipe.method}' reduces the cache at {at}; only reducers that work step by step, children of "
+            "DecodeReducer, are served, at {cache: decode}."
         )
     if reducer.layer >= len(parts.layers):
         raise ConfigError(
@@ -103,7 +103,8 @@ def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
         if bad:
             raise UnsupportedModelError(
                 f"'{recipe.method}' merges tokens inside the vision encoder, which does not fit '{row.model_type}': "
-                f"{reason}. Use a method that acts at the projector or in the LLM."
+                f"{reason}. Use a method that acts at the projector or in the LLM.",
+                avoid=[],
             )
 
 
@@ -140,7 +141,9 @@ def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
             _check_signals(recipe, parts)
         elif need.name == "normed" and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(
-                f"'{recipe.method}' reads normed states; no final norm was found in this model."
+                f"'{recipe.method}' reads normed states; no final norm was found in this model. Use a method "
+                "that reads none.",
+                avoid=[],
             )
 
 
@@ -148,7 +151,8 @@ def _check_signals(recipe: Recipe, parts: ModelParts) -> None:
     if _lacks_saliency(parts):
         raise UnsupportedModelError(
             f"'{recipe.method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
-            "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
+            "cannot be read. Use a method that reads nothing of it.",
+            avoid=["encoder attention"],
         )
     require_road(parts)
 
@@ -172,9 +176,12 @@ def _check_attention(recipe: Recipe, cut: PlannedCut, need: Need, parts: ModelPa
     if cut.layer == 0:
         raise ConfigError(
             f"'{recipe.method}' reads the attention of the layer before the cut, so layer must be between 1 and "
-            f"{len(parts.layers) - 1}; got 0. Before the LLM, use divprune, visionzip or random."
+            f"{len(parts.layers) - 1}; got 0. Before the LLM, use a method that reads nothing of it.",
+            avoid=["attention of the LLM"],
         )
     if find_attention(parts.layers[cut.layer - 1]) is None:
         raise UnsupportedModelError(
-            f"'{recipe.method}' reads the attention of layer {cut.layer - 1}, which has none. Choose another layer."
+            f"'{recipe.method}' reads the attention of layer {cut.layer - 1}, which has none. Choose another layer, "
+            "or a method that reads none.",
+            avoid=["attention of the LLM"],
         )

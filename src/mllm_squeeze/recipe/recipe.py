@@ -157,15 +157,21 @@ def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what tools ask of a method: `places`, `known_count`, `reads_text` and `modalities`."""
+    """Return what tools ask of a method: `places`, `known_count`, `reads_text`, `signals`, `modalities`."""
     classes = [registry.reducer_class(step.reducer) for step in recipe.steps]
     modalities = frozenset.intersection(*(cls.modalities for cls in classes))
     return {
         "places": [str(step.at) for step in recipe.steps],
         "known_count": all(cls.known_count for cls in classes),
         "reads_text": any(cls.reads_text for cls in classes),
+        "signals": sorted({name for step in recipe.steps for name in _signals(build_reducer(step))}),
         "modalities": [name for name in ("image", "video", "audio") if name in modalities],
     }
+
+
+def _signals(reducer: Reducer) -> list[str]:
+    # Reducers that act while decoding are handed the attention of each step unasked.
+    return [*(need.name for need in reducer.needs()), *(["attention"] if isinstance(reducer, DecodeReducer) else [])]
 
 
 def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

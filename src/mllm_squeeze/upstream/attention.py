@@ -96,12 +96,14 @@ class Tap:
         if config is None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} does not choose its attention through a config, so its scores cannot be "
-                "read. Use a method that needs no attention (divprune, uniform)."
+                "read. Use a method that reads no attention.",
+                avoid=["attention"],
             )
         if not _reads_registry(type(module)):
             raise UnsupportedModelError(
                 f"The attention of {type(module).__name__} cannot be read: {_computes_by_itself(type(module))}. Use a "
-                "method that needs no attention (divprune, uniform)."
+                "method that reads no attention.",
+                avoid=["attention"],
             )
         require(check_attention(config, module))
         self.module = module
