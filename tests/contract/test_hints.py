@@ -16,7 +16,7 @@ from mllm_squeeze.errors import ConfigError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.planning.closest import closest_methods
 from mllm_squeeze.recipe.recipe import facts, load_recipe
-from mllm_squeeze.upstream.attention import Tap
+from mllm_squeeze.upstream.attention_tap import Tap
 
 PACKAGE = Path(squeeze.__file__).parent
 # Rooms that know no method and no family by name.
