@@ -589,6 +589,7 @@ def test_facts_are_those_of_all_steps() -> None:
         "decides": False,
         "merges": False,
         "reads_text": True,
+        "signals": [],
         "modalities": ["video"],
     }
 
