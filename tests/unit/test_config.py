@@ -584,6 +584,7 @@ def test_facts_are_those_of_all_steps() -> None:
         "places": ["projector", "layer 2"],
         "known_count": False,
         "reads_text": True,
+        "merges": False,
         "modalities": ["video"],
     }
 

@@ -89,6 +89,7 @@ def describe(
             "positions": told["positions"],
             "count known from grid and budget": facts["known_count"],
             "reads the text": facts["reads_text"],
+            "merges tokens": facts["merges"],
             "modalities": facts["modalities"],
         }
     )

@@ -157,13 +157,14 @@ def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what tools ask of a method: `places`, `known_count`, `reads_text` and `modalities`."""
+    """Return what tools ask of a method: `places`, `known_count`, `reads_text`, `merges` and `modalities`."""
     classes = [registry.reducer_class(step.reducer) for step in recipe.steps]
     modalities = frozenset.intersection(*(cls.modalities for cls in classes))
     return {
         "places": [str(step.at) for step in recipe.steps],
         "known_count": all(cls.known_count for cls in classes),
         "reads_text": any(cls.reads_text for cls in classes),
+        "merges": any(cls.merges for cls in classes),
         "modalities": [name for name in ("image", "video", "audio") if name in modalities],
     }
 

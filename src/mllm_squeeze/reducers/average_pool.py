@@ -64,6 +64,7 @@ class AveragePool(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector", "layer"})
+    merges: ClassVar[bool] = True
     why_more: ClassVar[str] = "each frame or tile keeps at least one token"
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:

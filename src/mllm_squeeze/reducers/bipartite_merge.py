@@ -40,6 +40,7 @@ class BipartiteMerge(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"encoder"})
+    merges: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
 
     proportional: bool = False

@@ -49,6 +49,7 @@ class DominantContextual(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
+    merges: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
 
     contextual: float = Field(default=0.15625, ge=0, lt=1)

@@ -51,6 +51,7 @@ class TextRankRecycle(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
+    merges: ClassVar[bool] = True
     reads_text: ClassVar[bool] = True
 
     recycle: bool = True
