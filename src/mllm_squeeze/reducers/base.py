@@ -121,9 +121,10 @@ class Reducer(BaseModel):
 
     places: where it may act. known_count: the number of survivors follows from the grid and the budget alone. decides:
     without a budget the rule itself says how many tokens stay; its budget is then all that is there, and the survivors
-    are counted. Every other reducer needs a budget. reads_text: the choice depends on the prompt's text. merges: survivors
-    carry what was assigned to them. why_more: what the warning says where the rule leaves clearly more than its budget. `ratio` is the fraction of the visual tokens
-    removed, `keep` the other way to say it: an int is tokens kept per span, a float the fraction kept.
+    are counted. Every other reducer needs a budget. reads_text: the choice depends on the prompt's text. merges:
+    survivors carry what was assigned to them. why_more: what the warning says where the rule leaves clearly more than
+    its budget. `ratio` is the fraction of the visual tokens removed, `keep` the other way to say it: an int is tokens
+    kept per span, a float the fraction kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
