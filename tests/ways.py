@@ -18,6 +18,7 @@ from mllm_squeeze import registry
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import Recipe, build_reducer, load_recipe, resolve_steps
+from mllm_squeeze.recipe.steps import At, Step
 from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, Reducer
 from tiny.parts import LAYERS
 
@@ -55,14 +56,15 @@ class Way:
 class Method:
     """A method as the tests apply it: its way, and parameters for a model of few layers.
 
-    budgeted: a budget may be given to it. decodes: it goes on cutting while decoding. modalities: what it reduces.
+    nothing: parameters at which it removes nothing, empty where there are none. decodes: it goes on cutting while
+    decoding. modalities: what it reduces.
     """
 
     name: str
     way: Way
     params: dict[str, Any] = field(hash=False)
     modalities: tuple[str, ...]
-    budgeted: bool
+    nothing: dict[str, float] = field(hash=False)
 
     @property
     def merges(self) -> bool:
@@ -101,12 +103,34 @@ def method(name: str) -> Method:
 def _method(name: str, source: str) -> Method:
     recipe = load_recipe(name)
     budgeted = bool({"ratio", "keep"} & set(recipe.params))
-    cuts = sum(len(step.at.layers or (0,)) for step in recipe.steps if step.at.place != "cache")
-    params: dict[str, Any] = {"ratio": SEVERAL_CUTS if cuts > 1 else ONE_CUT} if budgeted else {}
-    params |= _shallow(recipe)
+    cuts = sum(len(step.at.layers or (0,)) for step in recipe.steps if _cuts(step))
+    params: dict[str, Any] = _shallow(recipe)
+    if budgeted:
+        params = _with_ratio(name, params, SEVERAL_CUTS if cuts > 1 else ONE_CUT)
     recipe = load_recipe(name, **params)
     modalities = tuple(squeeze.describe(name)["facts"]["modalities"])
-    return Method(name, way_of(recipe, modalities), params, modalities, budgeted)
+    return Method(name, way_of(recipe, modalities), params, modalities, _nothing(recipe))
+
+
+def _with_ratio(name: str, params: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """Return parameters with a ratio; the recipe's own where its other steps leave no room for this one."""
+    try:
+        load_recipe(name, **params, ratio=ratio)
+    except ConfigError:
+        return params
+    return params | {"ratio": ratio}
+
+
+def _nothing(recipe: Recipe) -> dict[str, float]:
+    """Return the parameters at which no step removes anything; none where a step says itself how much it leaves."""
+    written = [entry.get("ratio") for step, entry in zip(recipe.steps, recipe.raw["steps"], strict=True) if _cuts(step)]
+    names = [name for name in recipe.params if "${" + name + "}" in written]
+    whole = all(isinstance(value, str) and value[2:-1] in names for value in written)
+    return dict.fromkeys(names, 0.0) if whole else {}
+
+
+def _cuts(step: Step) -> bool:
+    return step.at.place != "cache"
 
 
 def _shallow(recipe: Recipe) -> dict[str, Any]:
@@ -128,14 +152,14 @@ def _shallow(recipe: Recipe) -> dict[str, Any]:
 def way_of(recipe: Recipe, modalities: Sequence[str]) -> Way:
     """Return the way in which a recipe works."""
     reducers = [build_reducer(step) for step in recipe.steps]
-    acting = [r for r, step in zip(reducers, recipe.steps, strict=True) if step.at.place != "cache"]
-    separators = {r.separators for r in acting} - {"compete"}
+    acting = [(r, step) for r, step in zip(reducers, recipe.steps, strict=True) if _cuts(step)]
+    separators = {r.separators for r, _ in acting} - {"compete"}
     pictures = tuple(modalities) == ("image", "video")
     return Way(
         places=tuple(_place(step.at) for step in recipe.steps),
         merges=any(r.merges for r in reducers),
         repacks=recipe.positions == "repack",
-        counts=max((_counts(r, step) for r, step in zip(acting, recipe.steps, strict=False)), key=_COUNTS.index),
+        counts=max((_counts(r, step) for r, step in acting), key=_COUNTS.index),
         roads=tuple(sorted({road for r in reducers for road in roads(r)})),
         reduces="all" if len(modalities) == 3 else "pictures" if pictures else " ".join(modalities),
         separators=" ".join(sorted(separators)) or "compete",
@@ -145,13 +169,13 @@ def way_of(recipe: Recipe, modalities: Sequence[str]) -> Way:
 _COUNTS = ("budget", "known", "measured", "decided")
 
 
-def _place(at: Any) -> str:
+def _place(at: At) -> str:
     if at.place == "projector" or at.layer == 0:
         return "keys" if at.keys else "before"
     return "layers" if at.layers is not None else str(at.place)
 
 
-def _counts(reducer: Reducer, step: Any) -> str:
+def _counts(reducer: Reducer, step: Step) -> str:
     if reducer.decides and reducer.ratio is None and reducer.keep is None and step.kept is None:
         return "decided"
     if not reducer.known_count:
@@ -240,7 +264,7 @@ def left_of(m: Method, span: Any, before: int | None = None, **changes: Any) -> 
         ConfigError: what the rule says of a budget that it cannot keep.
     """
     recipe = m.recipe(**changes)
-    step = [step for step in recipe.steps if step.at.place != "cache"][-1]
+    step = [step for step in recipe.steps if _cuts(step)][-1]
     reducer = build_reducer(step)
     if _counts(reducer, step) == "decided":
         return None
