@@ -36,6 +36,7 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.reducers.needs import Attention, Projection
 from mllm_squeeze.upstream.attention import implementation
 from mllm_squeeze.upstream.calls import LayerCall, TextCall
 from mllm_squeeze.upstream.names import POSITIONS
@@ -59,9 +60,7 @@ class Runtime(HookOwner):
         self._fittings = Fittings()
         self._windowed = any(parts.window(number) for number in range(len(parts.layers)))
         self._chooses_rows = [
-            cut
-            for cut in plan.cuts
-            if any(need.name == "attention" and need.rows == "chosen" for need in cut.reducer.needs())
+            cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
         ]
 
     # Life
@@ -117,10 +116,10 @@ class Runtime(HookOwner):
         previewed: set[int] = set()
         for cut in self.plan.cuts:
             for need in cut.reducer.needs():
-                if need.name not in ("attention", "keys"):
+                if not isinstance(need, (Attention, Projection)):
                     continue
-                tapped.add(cut.layer if need.source == "next" else cut.layer - 1)
-                previewed |= {cut.layer} if need.source == "next" else set()
+                tapped.add(cut.layer if need.block == "next" else cut.layer - 1)
+                previewed |= {cut.layer} if need.block == "next" else set()
         if self.plan.decode is not None:
             tapped.add(self._decode.layer - 1)
         for number in sorted(tapped):

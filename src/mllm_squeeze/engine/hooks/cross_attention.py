@@ -107,7 +107,7 @@ class CrossAttentionHooks(HookOwner):
             self._note_text_only(call)
             return None, cross
         text = None
-        if any(cut.reducer.reads_text for cut in self.plan.keys):
+        if any(cut.reducer.facts.reads_text for cut in self.plan.keys):
             text = words_behind_pictures(self.parts, call, prompted, self._local.prompt)
         session, states, kept = reduce_keys(self.parts, self.plan, layout, pictures.states, text)
         held = key_cache.held_keys(call.cache, self._layers[0], call.batch, states.device)

@@ -20,7 +20,7 @@ from mllm_squeeze.engine.signals.rows import Listener
 from mllm_squeeze.engine.tokens.spans import Features
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Reducer
+from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
 from mllm_squeeze.upstream.prompts import flat, vision_inputs
 
@@ -37,7 +37,7 @@ def recorded(plan: Plan, output: Any) -> Features | None:
     found: Features | None = getattr(output, MARK, None)
     if found is None:
         return None
-    lacking = [name for name in ENCODER_SIGNALS if plan.needs(name) and name not in found.signals]
+    lacking = [need for need in plan.encoder_needs if need not in found.signals]
     if (lacking and found.lengths is not None) or found.merged_by != _merger(plan):
         raise UnsupportedInputError(
             f"The {found.modality} features of this call were encoded while another method was applied, which asked "
@@ -59,7 +59,7 @@ class EncoderHooks(HookOwner):
     def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
         self.parts, self.plan = parts, plan
         self._local, self._enabled = local, enabled
-        self._signals = frozenset(name for name in ENCODER_SIGNALS if plan.needs(name))
+        self._signals = plan.encoder_needs
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hooks on.

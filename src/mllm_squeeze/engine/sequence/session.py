@@ -21,7 +21,8 @@ from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
-from mllm_squeeze.reducers.base import Need, Reduction
+from mllm_squeeze.reducers.base import Reduction
+from mllm_squeeze.reducers.needs import Need
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.needs import Need
 
 # What a token carries that stands for no token of the encoder: it stays, or goes.
 SEPARATOR, PRUNED = -1, -2
@@ -28,7 +29,7 @@ class Features:
     modality: str
     lengths: tuple[int, ...] | None
     tiles: tuple[tuple[Tile, ...], ...] = ()
-    signals: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    signals: Mapping[Need, tuple[Tensor, ...]] = field(default_factory=dict)
     # Of a reduction inside the encoder, int64 (length,) per item: the encoder's token that each one carries, SEPARATOR
     # or PRUNED; the cut of those that carry the same happens before layer 0.
     groups: tuple[Tensor, ...] | None = None
@@ -47,7 +48,7 @@ class Features:
             self,
             lengths=tuple(int(row.sum()) for row in rows),
             tiles=tuple(tiles if bool(row.all()) else () for tiles, row in zip(self.tiles, rows, strict=True)),
-            signals={name: _taken(values, rows) for name, values in self.signals.items()},
+            signals={need: _taken(values, rows) for need, values in self.signals.items()},
             groups=None if self.groups is None else _taken(self.groups, rows),
         )
 
