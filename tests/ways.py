@@ -17,9 +17,10 @@ import mllm_squeeze as squeeze
 from mllm_squeeze import registry
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.recipe.recipe import Recipe, build_reducer, load_recipe, resolve_steps
+from mllm_squeeze.recipe.recipe import Recipe, load_recipe, resolve_steps
 from mllm_squeeze.recipe.steps import At, Step
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, Reducer
+from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.needs import Features, Need
 from tiny.parts import LAYERS
 
 # Where several methods work in one way, the first of these stands for it, else the first by name. Only tests that read
@@ -39,7 +40,8 @@ class Way:
     survivors carry what was assigned to them. repacks: survivors are renumbered, where positions have one axis. counts:
     "budget" is kept to the token, "known" follows from grid and budget, "measured" from the content, "decided" without
     a budget. roads: how signals come to the rule: from the layer before the cut ("layer") or behind it ("next layer"),
-    from rows that the rule picks ("chosen rows"), from the vision encoder ("encoder"), and "text". reduces: "all",
+    or numbered otherwise ("other layers"), from rows that the rule picks ("chosen rows"), from the vision encoder
+    ("encoder"), "text", and what else a need is called. reduces: "all",
     "pictures" (no sound), or the one modality there is. separators: "compete", "keep" or "drop".
     """
 
@@ -151,13 +153,13 @@ def _shallow(recipe: Recipe) -> dict[str, Any]:
 
 def way_of(recipe: Recipe, modalities: Sequence[str]) -> Way:
     """Return the way in which a recipe works."""
-    reducers = [build_reducer(step) for step in recipe.steps]
+    reducers = [step.built for step in recipe.steps]
     acting = [(r, step) for r, step in zip(reducers, recipe.steps, strict=True) if _cuts(step)]
     separators = {r.separators for r, _ in acting} - {"compete"}
     pictures = tuple(modalities) == ("image", "video")
     return Way(
         places=tuple(_place(step.at) for step in recipe.steps),
-        merges=any(r.merges for r in reducers),
+        merges=any(r.facts.merges for r in reducers),
         repacks=recipe.positions == "repack",
         counts=max((_counts(r, step) for r, step in acting), key=_COUNTS.index),
         roads=tuple(sorted({road for r in reducers for road in roads(r)})),
@@ -176,9 +178,9 @@ def _place(at: At) -> str:
 
 
 def _counts(reducer: Reducer, step: Step) -> str:
-    if reducer.decides and reducer.ratio is None and reducer.keep is None and step.kept is None:
+    if reducer.facts.decides and reducer.ratio is None and reducer.keep is None and step.kept is None:
         return "decided"
-    if not reducer.known_count:
+    if not reducer.facts.known_count:
         return "measured"
     cells = _PROBE[0].cells
     asked = range(cells // 2, cells + 1, 7)
@@ -186,22 +188,26 @@ def _counts(reducer: Reducer, step: Step) -> str:
 
 
 def roads(reducer: Reducer) -> Iterable[str]:
-    """Return how each signal comes to a reducer."""
-    if reducer.reads_text:
+    """Return how the signals come to a reducer; what stands at the cut anyway takes no road."""
+    if reducer.facts.reads_text:
         yield "text"
     for need in reducer.needs():
-        yield road(need)
+        if not isinstance(need, Features):
+            yield road(need)
 
 
 def road(need: Need) -> str:
-    """Return how one signal comes: what is asked of it by the words that `Need` has for it."""
-    if need.name in ENCODER_SIGNALS:
+    """Return how one signal comes, by the words in which needs are written."""
+    if need.reads_encoder:
         return "encoder"
-    if getattr(need, "source", "current") == "next":
-        return "next layer"
-    if getattr(need, "rows", "last") == "chosen":
+    if getattr(need, "rows", "") == "chosen":
         return "chosen rows"
-    return "layer"
+    block = getattr(need, "block", None)
+    if block == "next":
+        return "next layer"
+    if block is not None and block != -1:
+        return "other layers"
+    return "layer" if need.places <= {"encoder", "layer"} else type(need).__name__.lower()
 
 
 def shipped() -> tuple[str, ...]:
@@ -265,7 +271,7 @@ def left_of(m: Method, span: Any, before: int | None = None, **changes: Any) -> 
     """
     recipe = m.recipe(**changes)
     step = [step for step in recipe.steps if _cuts(step)][-1]
-    reducer = build_reducer(step)
+    reducer = step.built
     if _counts(reducer, step) == "decided":
         return None
     beside = span.length - sum(tile.cells for tile in span.tiles) if span.tiles else 0
@@ -275,7 +281,7 @@ def left_of(m: Method, span: Any, before: int | None = None, **changes: Any) -> 
     apart = beside if reducer.separators == "keep" else 0
     if step.at.place == "encoder":
         return Count(budget, 0 if len(span.tiles) == 1 and not beside else whole // 4)
-    if not reducer.known_count:
+    if not reducer.facts.known_count:
         return Count(budget + apart, sum(tile.frames for tile in span.tiles))
     current = whole if before is None else before - apart
     return Count(reducer.count(current, budget, span.tiles) + apart)
@@ -303,7 +309,7 @@ def cut_layers(m: Method, layers: int) -> list[tuple[int, Reducer]]:
     recipe = m.recipe()
     out = []
     for step, where in zip(recipe.steps, resolve_steps(recipe, layers), strict=True):
-        reducer = build_reducer(step)
+        reducer = step.built
         if step.at.place == "cache":
             where = (getattr(reducer, "layer", 0),)
         if step.at.place != "encoder":

@@ -20,7 +20,8 @@ import snapshot
 import tiny
 import ways
 from contract.test_equivalence import check_counts, check_cuts, squeeze_and_prove
-from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Need, Place, Projection
 from mllm_squeeze.registry import register_reducer, unregister_method, unregister_reducer
 
 
@@ -90,11 +91,11 @@ class LoudestKeys(Reducer):
 
     def needs(self) -> tuple[Need, ...]:
         """Return the keys."""
-        return (Need("keys"),)
+        return (Projection(),)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the loudest; what is dropped goes to the first survivor."""
-        length = tokens.signals[Need("keys")].float().norm(dim=-1).masked_fill(~tokens.mask, -1)
+        length = tokens[Projection()].float().norm(dim=-1).masked_fill(~tokens.mask, -1)
         rank = length.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         keep = tokens.mask & (rank < tokens.budget[:, None])
         place = torch.arange(keep.shape[1]).expand_as(keep)
