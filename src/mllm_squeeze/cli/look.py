@@ -90,6 +90,7 @@ def describe(
             "count known from grid and budget": facts["known_count"],
             "reads the text": facts["reads_text"],
             "signals": facts["signals"],
+            "merges tokens": facts["merges"],
             "modalities": facts["modalities"],
         }
     )
