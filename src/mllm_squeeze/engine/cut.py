@@ -15,7 +15,8 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR, SpanTable
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.engine.trace import StageTrace, now
 from mllm_squeeze.layout import Span
 from mllm_squeeze.reducers.base import Reduction, VisualTokens

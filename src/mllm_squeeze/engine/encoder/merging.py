@@ -12,7 +12,7 @@ from torch import Tensor
 from mllm_squeeze import ops
 from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.signals.rows import AttentionCall
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
@@ -140,7 +140,7 @@ def _groups_of(number: Tensor, groups: Tensor) -> Tensor:
     if bool((number != number.round()).any()):
         raise UnsupportedInputError(
             "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no "
-            "longer whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
+            "longer whole. Use a smaller picture, or a method that acts at the projector."
         )
     return groups[number.long().clamp(min=0)].masked_fill(number < 0, SEPARATOR)
 
