@@ -178,7 +178,7 @@ def _place(at: At) -> str:
 
 
 def _counts(reducer: Reducer, step: Step) -> str:
-    if reducer.facts.decides and reducer.ratio is None and reducer.keep is None and step.kept is None:
+    if reducer.facts.decides and not step.amount.given:
         return "decided"
     if not reducer.facts.known_count:
         return "measured"
@@ -276,8 +276,8 @@ def left_of(m: Method, span: Any, before: int | None = None, **changes: Any) -> 
         return None
     beside = span.length - sum(tile.cells for tile in span.tiles) if span.tiles else 0
     whole = span.length - (beside if reducer.separators == "keep" else 0)
-    kept = step.kept[-1] if step.kept is not None else None
-    budget = kept_of(whole, kept if kept is not None else reducer.keep, reducer.ratio)
+    amount = step.amount
+    budget = kept_of(whole, amount.keep if amount.kept is None else amount.kept[-1], amount.ratio)
     apart = beside if reducer.separators == "keep" else 0
     if step.at.place == "encoder":
         return Count(budget, 0 if len(span.tiles) == 1 and not beside else whole // 4)
