@@ -143,9 +143,10 @@ def _left(name: str, value: float) -> tuple[Unit, float]:
 
 
 def _exclude(names: list[str]) -> str:
-    said = " and ".join(names)
     if "kept" in names:
-        return f"{said} exclude each other: kept already says what is left after each layer; give one"
+        said = " and ".join(["kept", *(name for name in names if name != "kept")])
+        return f"{said} exclude each other: kept already says what is left after each layer; give one of them"
+    said = " and ".join(names)
     return f"{said} exclude each other: {'; '.join(RULES[name] for name in names)}; got {said}"
 
 

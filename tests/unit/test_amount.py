@@ -34,7 +34,7 @@ def test_what_is_out_of_range_says_what_was_given_and_what_is_allowed(name: str,
         ({"ratio": 0.5, "keep": 3}, "ratio and keep exclude each other: ratio is .*; keep is .*; got ratio and keep"),
         ({"keep": 3, "total": 3}, "keep and total exclude each other"),
         ({"ratio": 0.5, "keep": 3, "total": 3}, "ratio and keep and total exclude each other"),
-        ({"total": 3, "kept": [0.5]}, "total and kept exclude each other: kept already says"),
+        ({"total": 3, "kept": [0.5]}, "kept and total exclude each other: kept already says"),
     ],
 )
 def test_one_way_at_a_time(two: dict[str, Any], says: str) -> None:

@@ -396,7 +396,7 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (schedule, {"kept": [0.5, 0.4]}, ["2 fractions for 3 layers"]),
     (schedule, {"kept": [0.3, 0.4, 0.5]}, ["never rising", "[0.3, 0.4, 0.5]"]),
     (schedule, {"kept": [1.5, 0.4, 0.3]}, ["at most 1"]),
-    (lambda d: d["steps"][0].update(kept=[0.5]), {}, ["kept is a schedule over {layers: [...]}"]),
+    (step(at={"layer": 9}, kept=[0.5]), {}, ["step 2", "kept is a schedule over {layers: [...]}"]),
     (step(at={"layers": [4, 8]}, kept=[0.5, 0.2], ratio=0.8), {}, ["step 2", "kept and ratio exclude each other"]),
     (step(at={"layer": 9}, ratio=0.1), {}, ["a later step leaves no more", "step 2 keeps 0.9", "keeps 0.5"]),
     (

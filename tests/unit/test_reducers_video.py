@@ -104,10 +104,9 @@ def test_dycoke_leaves_separators_and_several_tiles_alone():
 
 
 def test_dycoke_says_what_it_cannot_do():
+    says = r"dycoke.*step 1.*4th after it stay whole.*at most 0\.75 \(keep at least 0\.25"
     for asked in ({"ratio": 0.8}, {"keep": 0.2}, {"ratio": [0.5, 0.9]}):
-        with pytest.raises(
-            ConfigError, match=r"dycoke.*step 1.*4th after it stay whole.*at most 0\.75 \(keep at least 0\.25"
-        ):
+        with pytest.raises(ConfigError, match=says):
             load_recipe("dycoke", **asked)
     assert TemporalWindows().fewest(16, (Tile(4, 2, 2),)) == 4
     assert TemporalWindows().fewest(12, (Tile(2, 2, 3),)) == 6
