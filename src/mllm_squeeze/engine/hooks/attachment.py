@@ -18,7 +18,7 @@ from mllm_squeeze.engine.hooks.owner import HookOwner, Hooks, Publish
 from mllm_squeeze.engine.hooks.qformer import QueryHooks
 from mllm_squeeze.engine.hooks.switch import Switch
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
@@ -30,7 +30,7 @@ R = TypeVar("R")
 class Attachment(HookOwner):
     """The hooks of one handle on one model, which keep it alive as long as they are there.
 
-    publish: gets the session of each prefill when it ends, None for a prompt without visual tokens.
+    publish: gets each prefill when it ends, None for a prompt without visual tokens.
     """
 
     def __init__(self, parts: ModelParts, plan: Plan, publish: Publish) -> None:
@@ -65,12 +65,12 @@ class Attachment(HookOwner):
         """True where the handle acts; the hooks hold this method, and with it the attachment."""
         return self.switch.is_on()
 
-    def run_with(self, session: Session | None, function: Callable[[], R]) -> R:
-        """Call the text model with a session made by hand; with None it runs dense.
+    def run_with(self, prefill: Prefill | None, function: Callable[[], R]) -> R:
+        """Call the text model with a prefill made by hand; with None it runs dense.
 
         function: calls the text model.
         """
-        entry = self._local.probes.enter((session,), sys._getframe())
+        entry = self._local.probes.enter((prefill,), sys._getframe())
         try:
             return function()
         finally:

@@ -31,9 +31,9 @@ class QueryHooks(Hooks):
         if call.states is None or not self._enabled():
             return None
         layout = _layout(call.states, call.mask)
-        session, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
-        session.attended = Attended((), 0, call.states.shape[1], short.shape[1])
-        self._publish(session)
+        prefill, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
+        prefill.attended = Attended((), 0, call.states.shape[1], short.shape[1])
+        self._publish(prefill)
         if kept is None:
             return None
         return args, {**kwargs, **QueryCall(short, _mask(call.mask, kept)).arguments()}
