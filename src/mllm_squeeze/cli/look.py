@@ -89,6 +89,8 @@ def describe(
             "positions": told["positions"],
             "count known from grid and budget": facts["known_count"],
             "reads the text": facts["reads_text"],
+            "signals": facts["signals"],
+            "merges tokens": facts["merges"],
             "modalities": facts["modalities"],
         }
     )

@@ -73,8 +73,8 @@ def _encoder_blocks(recipe: Recipe, at: At, parts: ModelParts) -> tuple[int, ...
 def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -> None:
     if not isinstance(reducer, DecodeReducer):
         raise ConfigError(
-            f"'{recipe.method}' reduces the cache at {at}; only reducers that work step by step (decode_refresh) at "
-            "{cache: decode} are served."
+            f"'{recipe.method}' reduces the cache at {at}; only reducers that work step by step, children of "
+            "DecodeReducer, are served, at {cache: decode}."
         )
     if reducer.layer >= len(parts.layers):
         raise ConfigError(
@@ -100,7 +100,8 @@ def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
         if bad:
             raise UnsupportedModelError(
                 f"'{recipe.method}' merges tokens inside the vision encoder, which does not fit '{row.model_type}': "
-                f"{reason}. Use a method that acts at the projector or in the LLM."
+                f"{reason}. Use a method that acts at the projector or in the LLM.",
+                avoid=[],
             )
 
 

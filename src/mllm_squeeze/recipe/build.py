@@ -10,6 +10,7 @@ from mllm_squeeze import registry
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 from mllm_squeeze.recipe.rules import explain
 from mllm_squeeze.reducers.base import DecodeReducer, Reducer
+from mllm_squeeze.reducers.needs import Place
 
 if TYPE_CHECKING:
     from mllm_squeeze.recipe.steps import Step
@@ -26,6 +27,7 @@ def build_reducer(step: Step) -> Reducer:
         cls = registry.reducer_class(step.reducer)
     except UnknownNameError as error:
         raise UnknownNameError(f"{where}: {error}") from None
+    _check_place(step, cls.places, issubclass(cls, DecodeReducer), where)
     budget = sorted({"ratio", "keep"} & set(step.options))
     if budget and issubclass(cls, DecodeReducer):
         raise ConfigError(f"{where}: {budget[0]} has no effect on '{step.reducer}', whose own parameters say how much.")
@@ -33,7 +35,7 @@ def build_reducer(step: Step) -> Reducer:
         reducer = cls(**step.options)
     except ValidationError as error:
         raise ConfigError(explain(error, where, cls, step.options, also=STEP_KEYS)) from None
-    _check_place(step, reducer, where)
+    _check_place(step, reducer.facts.places, isinstance(reducer, DecodeReducer), where)
     _check_budget(step, reducer, where)
     return reducer
 
@@ -49,8 +51,7 @@ def _check_budget(step: Step, reducer: Reducer, where: str) -> None:
         )
 
 
-def _check_place(step: Step, reducer: Reducer, where: str) -> None:
-    places = reducer.facts.places
+def _check_place(step: Step, places: frozenset[Place], decodes: bool, where: str) -> None:
     allowed: set[str] = set(places)
     if step.at.layer == 0 and isinstance(step.at.layer, int) and "projector" in allowed:
         # Layer 0 is the projector said otherwise: the cut is the same.
@@ -60,10 +61,6 @@ def _check_place(step: Step, reducer: Reducer, where: str) -> None:
             f"{where}: the reducer '{step.reducer}' cannot act at {step.at}. "
             f"Its places are: {', '.join(sorted(places))}."
         )
-    if step.at.cache is not None and (step.at.cache == "decode") != isinstance(reducer, DecodeReducer):
-        when = (
-            "while decoding: write {cache: decode}"
-            if isinstance(reducer, DecodeReducer)
-            else "at the end of the prefill"
-        )
+    if step.at.cache is not None and (step.at.cache == "decode") != decodes:
+        when = "while decoding: write {cache: decode}" if decodes else "at the end of the prefill"
         raise ConfigError(f"{where}: the reducer '{step.reducer}' cannot act at {step.at}; it acts {when}.")

@@ -16,6 +16,7 @@ from mllm_squeeze.recipe import template
 from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
 from mllm_squeeze.recipe.rules import Strict, explain
 from mllm_squeeze.recipe.steps import Step, check_order, check_totals, resolve_layers
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 
 _PROVENANCE = ("source", "raw")
 
@@ -135,8 +136,12 @@ def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what tools ask of a method: `places`, `known_count`, `decides`, `merges`, `reads_text`, `modalities`."""
-    rules = [step.built.facts for step in recipe.steps]
+    """Return what tools ask of a method.
+
+    These are `places`, `known_count`, `decides`, `merges`, `reads_text`, `signals` and `modalities`.
+    """
+    reducers = [step.built for step in recipe.steps]
+    rules = [reducer.facts for reducer in reducers]
     modalities = frozenset.intersection(*(rule.modalities for rule in rules))
     return {
         "places": [str(step.at) for step in recipe.steps],
@@ -144,8 +149,15 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         "decides": any(rule.decides for rule in rules),
         "merges": any(rule.merges for rule in rules),
         "reads_text": any(rule.reads_text for rule in rules),
+        "signals": sorted({name for reducer in reducers for name in _signals(reducer)}),
         "modalities": [name for name in ("image", "video", "audio") if name in modalities],
     }
+
+
+def _signals(reducer: Reducer) -> list[str]:
+    # Reducers that act while decoding are handed the attention of each step unasked.
+    decodes = ["Attention"] if isinstance(reducer, DecodeReducer) else []
+    return [*(type(need).__name__ for need in reducer.needs()), *decodes]
 
 
 def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -205,6 +205,11 @@ class DecodeReducer(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"cache"})
 
     layer: int = Field(default=3, ge=1)
+
+    @property
+    def facts(self) -> Facts:
+        """As of any reducer; what a new token attends to depends on the words."""
+        return replace(super().facts, reads_text=True)
 
     def refresh(self, row: Tensor, previous: Tensor | None, kept: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return (kept, stored): bool (B, V), what later layers see in this step, and what to hand in at the next.

@@ -72,7 +72,8 @@ class TemporalWindows(Reducer):
         if len(shapes) != 1 or current not in (sum(t.cells for t in tiles), sum(t.length for t in tiles)):
             raise UnsupportedInputError(
                 "Windows of frames need whole frames of one size, as they come from the projector; here the grid of "
-                f"the video is {tiles or 'not known'} with {current} tokens. Use vidcom2 or uniform instead."
+                f"the video is {tiles or 'not known'} with {current} tokens. Use a method that needs no "
+                "whole frames."
             )
         ((height, width),) = shapes
         frames, area = sum(t.frames for t in tiles), height * width

@@ -71,7 +71,7 @@ class EncodeCall:
         if not read:
             raise UnsupportedModelError(
                 f"The vision encoder of '{self.parts.row.model_type}' ran without calling the attention that gives "
-                f"{need}. Use a method that needs no encoder signal (fastv, divprune)."
+                f"{need}. Use a method that reads nothing of the vision encoder."
             )
         packed = self.parts.row.tower == "packed"
         values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)

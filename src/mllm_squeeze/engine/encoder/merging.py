@@ -138,7 +138,7 @@ def _groups_of(number: Tensor, groups: Tensor) -> Tensor:
     if bool((number != number.round()).any()):
         raise UnsupportedInputError(
             "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no "
-            "longer whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
+            "longer whole. Use a smaller picture, or a method that acts at the projector."
         )
     return groups[number.long().clamp(min=0)].masked_fill(number < 0, SEPARATOR)
 

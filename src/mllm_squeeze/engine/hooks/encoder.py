@@ -86,7 +86,7 @@ class EncoderHooks(Hooks):
         if modality == "video" and self.parts.row.road != "identity":
             warnings.warn(
                 f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
-                "tokens behind the encoder; use vidcom2 or dycoke for them.",
+                "tokens behind the encoder; use a method that acts at the projector for them.",
                 SqueezeWarning,
                 stacklevel=2,
             )
@@ -136,7 +136,8 @@ class EncoderHooks(Hooks):
         if attention is None:
             raise UnsupportedModelError(
                 f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a "
-                "method that needs no encoder signal (fastv, divprune)."
+                "method that reads nothing of the vision encoder.",
+                avoid=["encoder attention"],
             )
         fittings.tap(attention, self._encoder_listener)
 
