@@ -15,6 +15,8 @@ from mllm_squeeze.registry import method_names
 _MOST = 3
 _OF_THE_ENCODER = frozenset({"EncoderAttention", "EncoderProjection", "EncoderStates"})
 _OF_THE_LLM = frozenset({"Attention", "Projection", "States"})
+# What a rule can read at every place of every model.
+_EVERYWHERE = frozenset({"Features", "Size"})
 # Facts that an error asks to do without, as the signals that they stand for.
 _AVOIDED = {
     "attention": _OF_THE_LLM | _OF_THE_ENCODER,
@@ -72,7 +74,7 @@ def _distance(wanted: dict[str, Any], told: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _read(told: dict[str, Any]) -> frozenset[str]:
-    return frozenset([*told["signals"], *(["text"] if told["reads_text"] else [])])
+    return frozenset([*told["signals"], *(["text"] if told["reads_text"] else [])]) - _EVERYWHERE
 
 
 def _places(told: dict[str, Any]) -> frozenset[str]:

@@ -108,6 +108,7 @@ def _stages(recipe: Recipe, prefill: FinishedPrefill) -> tuple[StageRecord, ...]
             sequence_before=trace.sequence_before,
             sequence_after=trace.sequence_after,
             seconds=trace.seconds,
+            asked=trace.asked,
         )
         for trace in prefill.traces
     )

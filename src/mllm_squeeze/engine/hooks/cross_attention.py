@@ -103,7 +103,9 @@ class CrossAttentionHooks(Hooks):
         if any(cut.reducer.facts.reads_text for cut in self.plan.keys):
             text = words_behind_pictures(self.parts, call, prompted, self._local.prompt)
         past = kv.tokens_seen(call.cache)
-        prefill, states, kept = reduce_keys(self.parts, self.plan, layout, pictures.states, text, past)
+        prefill, states, kept = reduce_keys(
+            self.parts, self.plan, layout, pictures.states, text, past, self._local.rows
+        )
         held = key_cache.held_keys(call.cache, self._layers[0], call.batch, states.device)
         prefill.attended = Attended(
             self._layers,

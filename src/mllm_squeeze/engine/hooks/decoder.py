@@ -118,8 +118,16 @@ class DecoderHooks(Hooks):
         if not layout.spans:
             return None
         refuse_scaled(self.parts.text_config, past + call.width)
-        wanted = self._local.wanted
-        prefill = Prefill(self.plan, self.parts, layout, features, call.states.device, past=past, wanted=wanted)
+        prefill = Prefill(
+            self.plan,
+            self.parts,
+            layout,
+            features,
+            call.states.device,
+            past=past,
+            rows=self._local.rows,
+            wanted=self._local.wanted,
+        )
         self._check(layout, features, call)
         return prefill
 

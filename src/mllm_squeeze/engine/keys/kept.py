@@ -61,14 +61,15 @@ def reduce_keys(
     states: Tensor,
     text: tuple[Tensor, Tensor] | None = None,
     past: int = 0,
+    rows: int | None = None,
 ) -> tuple[Prefill, Tensor, KeptKeys | None]:
     """Run the cuts of a plan on keys that are still to be projected.
 
     states: (B, K, D). layout: spans in them. text: (features (B, T, D), mask bool (B, T)) for reducers that read the
-    words. past: tokens seen before. Returns what was done, states (B, M, D), and what is left, None where nothing was
-    cut.
+    words. past, rows: as for `Prefill`. Returns what was done, states (B, M, D), and what is left, None where nothing
+    was cut.
     """
-    prefill = Prefill(plan, parts, layout, {}, states.device, past=past, text=text)
+    prefill = Prefill(plan, parts, layout, {}, states.device, past=past, rows=rows, text=text)
     for cut in plan.keys:
         states = cutting.run_cut(prefill, cut, states)
     prefill.forget()

@@ -26,9 +26,10 @@ from mllm_squeeze.reducers.base import Reduction
 class Prefill(Pass):
     """State of one pass over a prompt with visual tokens.
 
-    layout: where they are. features: what the encoders gave, by modality. past: tokens seen before. wanted: trailing
-    tokens whose output is wanted, None for all. text: the words beside keys that are attended to from outside,
-    (features (B, T, D), mask bool (B, T)); None where pictures and words stand in one sequence.
+    layout: where they are. features: what the encoders gave, by modality. past: tokens seen before. rows: of the
+    prompt before generate() repeated them for beams, None outside of it. wanted: trailing tokens whose output is
+    wanted, None for all. text: the words beside keys that are attended to from outside, (features (B, T, D), mask bool
+    (B, T)); None where pictures and words stand in one sequence.
     """
 
     # Features that the text model would have added in front of inner layers, None in most families.
@@ -48,12 +49,13 @@ class Prefill(Pass):
         device: torch.device,
         *,
         past: int = 0,
+        rows: int | None = None,
         wanted: int | None = None,
         text: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__(plan, parts, layout.length, past)
         self.layout, self.features = layout, features
-        self.wanted = wanted
+        self.rows, self.wanted = rows, wanted
         self.text = None if text is None else (text[0].to(device), text[1].to(device))
         self.cuts: list[Cut] = []
         self.traces: list[StageTrace] = []
