@@ -12,7 +12,7 @@ from mllm_squeeze.engine.hooks.cross_attention import CrossAttentionHooks
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.decoder import DecoderHooks
 from mllm_squeeze.engine.hooks.encoder import EncoderHooks
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.layers import LayerHooks
 from mllm_squeeze.engine.hooks.owner import HookOwner, Hooks, Publish
 from mllm_squeeze.engine.hooks.qformer import QueryHooks
@@ -39,20 +39,20 @@ class Attachment(HookOwner):
         self.switch = Switch()
         self._publish = publish
         self._local = Local()
-        self._fittings = Fittings()
+        self._installer = Installer()
 
     def attach(self) -> None:
         """Hook the model; on an error everything is taken off again."""
         try:
             for kind in self._kinds():
-                kind(self.parts, self.plan, self._local, self._is_on, self._publish).attach(self._fittings)
+                kind(self.parts, self.plan, self._local, self._is_on, self._publish).attach(self._installer)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Take off all hooks, taps and overrides; the model is as it was."""
-        self._fittings.remove()
+        self._installer.remove()
 
     def _kinds(self) -> tuple[type[Hooks], ...]:
         """Return the hooks that the plan needs, in the order in which they are put on."""
@@ -80,4 +80,4 @@ class Attachment(HookOwner):
         self, layer: int, layout: TokenLayout, features: Mapping[str, Features], call: TextCall
     ) -> self_check.Proof:
         """Compare a cut with masking the same tokens. See `self_check.prove`."""
-        return self_check.prove(self.parts, self._local, self._fittings, layer, layout, features, call)
+        return self_check.prove(self.parts, self._local, self._installer, layer, layout, features, call)

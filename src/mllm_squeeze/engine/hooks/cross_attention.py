@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_squeeze.engine.hooks.current import Calls, Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.keys import cache_layer as key_cache
 from mllm_squeeze.engine.keys.kept import KeptKeys, all_keys, open_mask, reduce_keys, take_columns
@@ -55,11 +55,11 @@ class CrossAttentionHooks(Hooks):
         self._layers = cross_layers(parts.layers)
         self._now = _Now()
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on."""
-        fittings.around(self.parts.decoder, self._enter, self._leave)
+        installer.around(self.parts.decoder, self._enter, self._leave)
         for number in self._layers:
-            fittings.before(self.parts.layers[number], functools.partial(self._before_layer, number))
+            installer.before(self.parts.layers[number], functools.partial(self._before_layer, number))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         now, call = _Pass(), TextCall.read(module, args, kwargs)

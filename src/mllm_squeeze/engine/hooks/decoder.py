@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mllm_squeeze.engine.decode.static_step import is_static_step, is_traced_step
 from mllm_squeeze.engine.hooks import self_check
 from mllm_squeeze.engine.hooks.current import Local, PromptRun
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
@@ -42,12 +42,12 @@ class DecoderHooks(Hooks):
         self._verified = parts.row.verified
         self._windowed = any(parts.window(number) for number in range(len(parts.layers)))
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on."""
-        self._fittings = fittings
-        fittings.around(self.parts.decoder, self._enter, self._leave)
+        self._installer = installer
+        installer.around(self.parts.decoder, self._enter, self._leave)
         if has_deepstack(self.parts.decoder):
-            fittings.add(follow_cuts(self.parts.decoder, self._kept_now))
+            installer.add(follow_cuts(self.parts.decoder, self._kept_now))
 
     def _kept_now(self) -> tuple[Tensor, Tensor | None] | None:
         left = None if self._local.running is None else self._local.running.left
@@ -155,7 +155,7 @@ class DecoderHooks(Hooks):
         if self._verified or layer is None:
             return
         try:
-            proof = self_check.prove(self.parts, self._local, self._fittings, layer, layout, features, call)
+            proof = self_check.prove(self.parts, self._local, self._installer, layer, layout, features, call)
         except SqueezeError:
             raise
         # The code of a model that nobody has tried may raise anything when it is cut.

@@ -13,7 +13,7 @@ from mllm_squeeze.engine.decode import choice as decoding
 from mllm_squeeze.engine.decode.static_step import refuse_static, serve_step
 from mllm_squeeze.engine.hooks import preview
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
@@ -42,16 +42,16 @@ class LayerHooks(Hooks):
             cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
         ]
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on.
 
         Raises:
             UnsupportedModelError: a layer whose attention the plan reads has none.
         """
-        self._hook_layers(fittings)
-        self._tap_attention(fittings)
+        self._hook_layers(installer)
+        self._tap_attention(installer)
 
-    def _hook_layers(self, fittings: Fittings) -> None:
+    def _hook_layers(self, installer: Installer) -> None:
         first = self.plan.first
         if first is None:
             return
@@ -60,11 +60,11 @@ class LayerHooks(Hooks):
         layers = self.parts.layers
         for number in range(start, len(layers)):
             before = functools.partial(self._before_layer, number)
-            fittings.before(layers[number], before)
+            installer.before(layers[number], before)
         # Ahead of hooks that record hidden states, so that they see the full length as HF promises for the last one.
-        fittings.after(layers[-1], self._after_last_layer, first=True)
+        installer.after(layers[-1], self._after_last_layer, first=True)
 
-    def _tap_attention(self, fittings: Fittings) -> None:
+    def _tap_attention(self, installer: Installer) -> None:
         tapped: set[int] = set()
         previewed: set[int] = set()
         for cut in self.plan.cuts:
@@ -82,9 +82,9 @@ class LayerHooks(Hooks):
                     f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another "
                     "layer."
                 )
-            fittings.tap(attention, functools.partial(self._listener, attention))
+            installer.tap(attention, functools.partial(self._listener, attention))
             if number in previewed:
-                preview.put_on(fittings, attention, self._running)
+                preview.put_on(installer, attention, self._running)
 
     @property
     def _decode(self) -> DecodeReducer:

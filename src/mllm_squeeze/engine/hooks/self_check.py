@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.features import Features
@@ -81,7 +81,7 @@ def probe_cut(layer: int) -> PlannedCut:
 def prove(
     parts: ModelParts,
     local: Local,
-    fittings: Fittings,
+    installer: Installer,
     layer: int,
     layout: TokenLayout,
     features: Mapping[str, Features],
@@ -89,7 +89,7 @@ def prove(
 ) -> Proof:
     """Run the text model with every other visual token cut at a layer, and with the same tokens masked.
 
-    local: that of the hooks that are on the model from this layer on. fittings: what collects them.
+    local: that of the hooks that are on the model from this layer on. installer: what collects them.
 
     Raises:
         UnsupportedModelError: a layer mixes tokens without attention, so masking them has no meaning.
@@ -102,7 +102,7 @@ def prove(
         with torch.no_grad():
             short = hidden_of(parts.decoder(**plain))
             probe.value = (None,)
-            masked = _masked_run(parts, fittings.nested(), prefill, layer, plain)
+            masked = _masked_run(parts, installer.nested(), prefill, layer, plain)
     finally:
         local.probes.leave(probe)
     exact = not is_quantised(parts.model)
@@ -142,16 +142,18 @@ def _refuse_blind_layers(parts: ModelParts, layer: int) -> None:
         )
 
 
-def _masked_run(parts: ModelParts, fittings: Fittings, prefill: Prefill, layer: int, kwargs: dict[str, Any]) -> Tensor:
+def _masked_run(
+    parts: ModelParts, installer: Installer, prefill: Prefill, layer: int, kwargs: dict[str, Any]
+) -> Tensor:
     """Return the text model's output with the tokens that the prefill dropped masked, from one layer on."""
     kept = prefill.kept
     try:
         for number in range(layer, len(parts.layers)):
-            fittings.before(parts.layers[number], closing(kept, parts.layers[number]))
+            installer.before(parts.layers[number], closing(kept, parts.layers[number]))
         with _masks_allowed(parts.text_config):
             return hidden_of(parts.decoder(**kwargs))
     finally:
-        fittings.remove()
+        installer.remove()
 
 
 def _masks_allowed(config: Any) -> AbstractContextManager[None]:
