@@ -52,11 +52,11 @@ QUICK |= {("qwen3_vl", CORE[0]), ("qwen3_vl", CORE[3]), ("llava_next", MERGED_BE
 def fits(name: str, family: str, kind: str) -> bool:
     """Say whether a method must work on this input of this family.
 
-    Towers pool the frames of a video, but where the road to the LLM is "identity", so the encoder leaves videos whole.
+    Towers pool the frames of a video, but where their `tower_to_llm` is "identity", so the encoder leaves videos whole.
     """
     if misfit(name, family) or not modalities(family, kind) & set(method(name).modalities):
         return False
-    return "encoder" not in method(name).way.places or "video" not in kind or TABLE[family].road == "identity"
+    return "encoder" not in method(name).way.places or "video" not in kind or TABLE[family].tower_to_llm == "identity"
 
 
 def misfit(name: str, family: str) -> str | None:
@@ -70,7 +70,7 @@ def misfit(name: str, family: str) -> str | None:
         return "reduces"
     if "encoder" in way.places and (row.tower != "batched" or not row.per_token):
         return "inside the vision encoder"
-    if "encoder" in way.roads and row.road == "none":
+    if "encoder" in way.roads and row.tower_to_llm == "none":
         return "vision encoder"
     return None
 
