@@ -12,7 +12,7 @@ from torch import nn
 
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
-from mllm_squeeze.engine.hooks.attachment import Runtime
+from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.hooks.compiled import forget_compiled, refuse_wrapped
 from mllm_squeeze.engine.hooks.running import require_idle
 from mllm_squeeze.engine.sequence.session import Session
@@ -48,7 +48,7 @@ class Handle:
         self._saw_text_only = False
         self._removed = False
         with naming_others(recipe, parts):
-            runtime = Runtime(parts, make_plan(recipe, parts), self._publish)
+            runtime = Attachment(parts, make_plan(recipe, parts), self._publish)
             self._runtime = weakref.ref(runtime)
             runtime.attach()
 

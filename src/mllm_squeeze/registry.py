@@ -11,18 +11,23 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
 from mllm_squeeze.reducers.base import Reducer
 
+if TYPE_CHECKING:
+    from mllm_squeeze.parts.base import Part
+
 Source = str | Path | Mapping[str, Any]
 
 REDUCERS_GROUP = "mllm_squeeze.reducers"
+PARTS_GROUP = "mllm_squeeze.parts"
 METHODS_GROUP = "mllm_squeeze.methods"
 FAMILIES_GROUP = "mllm_squeeze.families"
 
 BUILTIN_REDUCERS: Mapping[str, str] = {
+    "pipeline": "mllm_squeeze.reducers.pipeline:Pipeline",
     "attention_rank": "mllm_squeeze.reducers.attention_rank:AttentionRank",
     "text_rank_recycle": "mllm_squeeze.reducers.text_rank_recycle:TextRankRecycle",
     "dominant_contextual": "mllm_squeeze.reducers.dominant_contextual:DominantContextual",
@@ -37,6 +42,14 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "average_pool": "mllm_squeeze.reducers.average_pool:AveragePool",
 }
 
+# By kind. The entry points of other packages, and `register_part`, name a part "kind.name", like "score.attention".
+BUILTIN_PARTS: Mapping[str, str] = {
+    "segment.whole": "mllm_squeeze.parts.segment.whole:Whole",
+    "budget.even": "mllm_squeeze.parts.budget.even:Even",
+    "select.top_k": "mllm_squeeze.parts.select.top_k:TopK",
+}
+
+_own_parts: dict[str, type[Part]] = {}
 _own_reducers: dict[str, type[Reducer]] = {}
 _own_methods: dict[str, Source] = {}
 
@@ -52,6 +65,76 @@ def register_reducer(name: str, cls: type[Reducer]) -> None:
 def unregister_reducer(name: str) -> None:
     """Take back `register_reducer`; raises UnknownNameError where the name was not registered in this process."""
     _take_back("reducer", name, _own_reducers)
+
+
+def register_part(name: str, cls: type[Part]) -> None:
+    """Add a part for this process.
+
+    name: what recipes call it; names are apart by kind.
+    cls: a subclass of one of `Score`, `Segment`, `Budget`, `Select` and `Merge` of `mllm_squeeze.parts.base`.
+
+    Raises:
+        ConfigError: the name is taken, or `cls` is no part.
+    """
+    kind = _kind_of(name, cls)
+    if _own_parts.get(f"{kind}.{name}") is not cls:
+        _check_free(f"{kind} part", name, part_names(kind), "unregister_part")
+        _own_parts[f"{kind}.{name}"] = cls
+
+
+def unregister_part(kind: str, name: str) -> None:
+    """Take back `register_part`; raises UnknownNameError where the name was not registered in this process."""
+    _take_back("part", f"{kind}.{name}", _own_parts)
+
+
+def part_names(kind: str) -> list[str]:
+    """Return the names of all parts of a kind, sorted."""
+    every = {*BUILTIN_PARTS, *_own_parts, *_points(PARTS_GROUP)}
+    return sorted(name.removeprefix(f"{kind}.") for name in every if name.startswith(f"{kind}."))
+
+
+def part_class(kind: str, name: str) -> type[Part]:
+    """Return the class of a part; raises UnknownNameError, or ConfigError where two packages use the name."""
+    full = f"{kind}.{name}"
+    found: list[tuple[str, Callable[[], Any]]] = []
+    if full in BUILTIN_PARTS:
+        found.append(("mllm_squeeze", lambda: _import(BUILTIN_PARTS[full])))
+    if full in _own_parts:
+        found.append(("register_part", lambda: _own_parts[full]))
+    found += _from_packages(PARTS_GROUP, full)
+    if not found:
+        raise UnknownNameError(f"Unknown {kind} '{name}'. {did_you_mean(name, part_names(kind))}")
+    cls: type[Part] = _only("part", full, found, lambda: part_names(kind))()
+    _kind_of(name, cls, kind)
+    return cls
+
+
+def build_part(kind: str, value: Any) -> Any:
+    """Return a part as a recipe writes it: a name, or {name: {parameter: value}}, or {name: value of its main one}.
+
+    Raises:
+        ValueError: the name is unknown, or its parameters are not valid.
+    """
+    from mllm_squeeze.parts.base import Part
+
+    if isinstance(value, Part):
+        return value
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"give one name, or {{name: {{parameter: value}}}}; got {value!r}")
+    ((name, given),) = value.items()
+    try:
+        cls = part_class(kind, str(name))
+    except UnknownNameError as error:
+        raise ValueError(str(error).strip(".")) from None
+    main = cls.main
+    return cls(**given) if isinstance(given, Mapping) else cls(**{main: given}) if main else _no_main(name, given, cls)
+
+
+def _no_main(name: Any, given: Any, cls: type[Part]) -> Any:
+    known = ", ".join(cls.model_fields) or "none"
+    raise ValueError(f"'{name}' takes {{parameter: value}}; its parameters are: {known}; got {given!r}")
 
 
 def add_method(name: str, source: Source) -> None:
@@ -191,6 +274,16 @@ def _take_back(kind: str, name: str, own: dict[str, Any]) -> None:
     if name not in own:
         raise UnknownNameError(f"No {kind} '{name}' was registered in this process. {did_you_mean(name, own)}")
     del own[name]
+
+
+def _kind_of(name: str, cls: Any, kind: str | None = None) -> str:
+    from mllm_squeeze.parts.base import KINDS, Part
+
+    if not (isinstance(cls, type) and issubclass(cls, Part)) or (kind or cls.kind) not in KINDS:
+        raise ConfigError(f"The part '{name}' must subclass a part of mllm_squeeze.parts.base; got {cls!r}.")
+    if kind is not None and cls.kind != kind:
+        raise ConfigError(f"The part '{name}' is a {cls.kind}, not a {kind}.")
+    return cls.kind
 
 
 def _check_reducer(name: str, cls: Any) -> None:

@@ -17,11 +17,12 @@ import oracle
 import tiny
 from mllm_squeeze.errors import ConfigError, SqueezeWarning, UnsupportedModelError
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.base import DecodeReducer, Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Attention, Features, Need, Normed, Place, Size
 from mllm_squeeze.registry import register_reducer, unregister_reducer
 
 LLM: frozenset[Place] = frozenset({"projector", "layer"})
-LAST, WORDS = Need("attention", rows="last"), Need("attention", rows="text")
+LAST, WORDS = Attention(rows="last"), Attention(rows="text")
 seen: list[Any] = []
 
 
@@ -32,6 +33,9 @@ class AboveAverage(Reducer):
     known_count: ClassVar[bool] = False
     decides: ClassVar[bool] = True
     none_of: int = 0
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Features(),)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         seen.append(tokens)
@@ -45,16 +49,15 @@ class TwoRows(Reducer):
     """Keep what the last token attends to more than the words do on average."""
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
-    reads_text: ClassVar[bool] = True
-    by_name: bool = False
+    unasked: bool = False
 
     def needs(self) -> tuple[Need, ...]:
         return (LAST, WORDS)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        if self.by_name:
-            return Reduction(tokens.signals["attention"] > 0)
-        score = tokens.signals[LAST] - tokens.signals[WORDS]
+        if self.unasked:
+            return Reduction(tokens[Attention("next")] > 0)
+        score = tokens[LAST] - tokens[WORDS]
         seen.append(score)
         order = score.masked_fill(~tokens.mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(dim=1)
@@ -67,13 +70,13 @@ class Pairs(Reducer):
     places: ClassVar[frozenset[Place]] = LLM
 
     def needs(self) -> tuple[Need, ...]:
-        return (Need("size"),)
+        return (Size(),)
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
         return current - current // 2
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        seen.append((tokens.signals["size"], tokens.mask))
+        seen.append((tokens[Size()], tokens.mask))
         number = torch.arange(tokens.mask.shape[1]).expand_as(tokens.mask)
         assign = torch.where(tokens.mask, number - number % 2, -1)
         return Reduction(tokens.mask & (number % 2 == 0), assign)
@@ -96,10 +99,10 @@ class LargestNorm(Reducer):
 
     places: ClassVar[frozenset[Place]] = frozenset({"encoder"})
     says_where: bool = False
-    reads: str = "size"
+    reads_normed: bool = False
 
     def needs(self) -> tuple[Need, ...]:
-        return (Need(self.reads),)  # type: ignore[arg-type]
+        return (Features(), Normed() if self.reads_normed else Size())
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         order = tokens.features.norm(dim=-1).argsort(dim=1, descending=True, stable=True)
@@ -226,12 +229,15 @@ def test_two_signals_of_one_name(family: str) -> None:
     oracle.assert_close(score[0], expected, "difference of two attentions")
 
 
-def test_a_name_that_two_signals_have_says_so() -> None:
+def test_a_signal_that_nobody_asked_for_says_so() -> None:
     t = tiny.load("llava")
-    step = {"reducer": "two_rows", "at": {"layer": 2}, "ratio": 0.5, "by_name": True}
+    step = {"reducer": "two_rows", "at": {"layer": 2}, "ratio": 0.5, "unasked": True}
     with (
         squeeze.applied(t.model, recipe(step)),
-        pytest.raises(ConfigError, match=r"attention.*tokens\.signals\[need\]"),
+        pytest.raises(
+            ConfigError,
+            match=r"Attention\(block='next'\) was not asked for; there are: Attention\(\), Attention\(rows='text'\)",
+        ),
     ):
         oracle.run(t.model, t.inputs["image"], oracle.forced_tokens(1, 0))
 
@@ -327,7 +333,10 @@ def _closing(alive: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("step", "says"),
     [
-        ({"reducer": "largest_norm", "reads": "saliency", "ratio": 0.5}, "reads saliency inside the vision encoder"),
+        (
+            {"reducer": "largest_norm", "reads_normed": True, "ratio": 0.5},
+            r"reads Normed\(\) inside the vision encoder",
+        ),
         ({"reducer": "above_average"}, "number of tokens inside the vision encoder"),
     ],
 )

@@ -16,6 +16,7 @@ import tiny
 from families import keyed, proof
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need
 from mllm_squeeze.registry import unregister_reducer
 
 pytestmark = pytest.mark.quick
@@ -40,7 +41,9 @@ class ReadsWords(Reducer):
     """Keeps the first tokens; remembers the words that it was shown."""
 
     places = frozenset({"projector"})
-    reads_text = True
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Features(), Features("text"))
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         SHOWN.append(tokens)
@@ -67,11 +70,10 @@ def test_a_reducer_that_reads_the_words_gets_them(t: tiny.TinyModel) -> None:
     (tokens,) = SHOWN
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
     table = t.model.get_input_embeddings().weight
-    assert tokens.text is not None
     for row, sample in enumerate((0, 1, 1)):
         picture = ids[sample] == tiny.FAMILIES[FAMILY].visual_ids[0]
         words = mask[sample] & ~picture & (picture.cumsum(0) > 0)
-        assert torch.equal(tokens.text.features[row][tokens.text.mask[row]], table[ids[sample][words]])
+        assert torch.equal(tokens[Features("text")][row][tokens.words[row]], table[ids[sample][words]])
     assert [len(tiles) for tiles in tokens.tiles] == [2, 1, 2]
     assert (tokens.grid[0, 0] == -1).all(), "the CLS token of a tile shows no piece of it"
     assert tokens.grid[0, 1].tolist() == [0, 0, 0, 0]

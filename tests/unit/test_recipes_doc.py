@@ -51,7 +51,8 @@ def test_the_schedule_loads() -> None:
 def test_the_reducer_keeps_the_largest_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from mllm_squeeze.reducers.base import VisualTokens
+    from mllm_squeeze.reducers.base import Signals, VisualTokens
+    from mllm_squeeze.reducers.needs import Features
 
     (code,) = (block for block in blocks("python") if "class LargestNorm" in block)
     package = tmp_path / "my_reducers"
@@ -61,7 +62,7 @@ def test_the_reducer_keeps_the_largest_norms(tmp_path: Path, monkeypatch: pytest
     monkeypatch.syspath_prepend(tmp_path)
     registry.register_reducer("largest_norm", import_module("my_reducers.norm").LargestNorm)
     tokens = VisualTokens(
-        features=torch.tensor([[[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [9.0, 9.0]]]),
+        signals=Signals({Features(): torch.tensor([[[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [9.0, 9.0]]])}),
         mask=torch.tensor([[True, True, True, False]]),
         budget=torch.tensor([2]),
         counts=(2,),

@@ -10,6 +10,7 @@ from reference.build import chosen, visual_tokens
 from mllm_squeeze import ops
 from mllm_squeeze.reducers.attention_rank import AttentionRank
 from mllm_squeeze.reducers.dominant_contextual import DominantContextual
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, EncoderProjection, Features
 from mllm_squeeze.reducers.text_rank_recycle import TextRankRecycle
 
 INF = float("inf")
@@ -17,7 +18,7 @@ INF = float("inf")
 
 def with_scores(*rows, budgets):
     scores = [torch.tensor(row) for row in rows]
-    return visual_tokens([s[:, None] for s in scores], budgets, signals={"attention": scores})
+    return visual_tokens([s[:, None] for s in scores], budgets, signals={Attention(): scores})
 
 
 def merged(tokens, reduction):
@@ -54,7 +55,7 @@ def test_attention_rank_asks_for_its_rows():
 
 
 def test_raters_worked_example():
-    tokens = visual_tokens([torch.eye(2)], [1], text={"features": [torch.tensor([[2.0, 0], [0, 1], [0, 0]])]})
+    tokens = visual_tokens([torch.eye(2)], [1], text={Features("text"): [torch.tensor([[2.0, 0], [0, 1], [0, 0]])]})
     assert TextRankRecycle().choose_rows(tokens).tolist() == [[True, True, False]]
 
 
@@ -62,7 +63,7 @@ def test_raters_worked_example():
 def test_raters_where_no_word_is_above_average(visual):
     for words in range(1, 60):  # rounding puts some of the equal relevances a little above 1 / T, at 2 and 55 for one
         alike = torch.full((words, 4), 0.3)
-        tokens = visual_tokens([torch.randn(visual, 4)], [1], text={"features": [alike]})
+        tokens = visual_tokens([torch.randn(visual, 4)], [1], text={Features("text"): [alike]})
         assert TextRankRecycle().choose_rows(tokens).all()
 
 
@@ -71,7 +72,7 @@ def test_raters_against_the_literal_rule(seed):
     torch.manual_seed(seed)
     visual = [torch.randn(n, 6) for n in (4, 20, 11)]
     text = [torch.randn(n, 6) for n in (9, 3, 1)]
-    rows = TextRankRecycle().choose_rows(visual_tokens(visual, [1, 1, 1], text={"features": text}))
+    rows = TextRankRecycle().choose_rows(visual_tokens(visual, [1, 1, 1], text={Features("text"): text}))
     for i, (v, t) in enumerate(zip(visual, text, strict=True)):
         assert chosen(rows, i) == rules.raters(v.double().tolist(), t.double().tolist())
 
@@ -80,7 +81,7 @@ def test_sparsevlm_worked_example():
     tokens = visual_tokens(
         [torch.tensor([[7.0], [8.0], [9.0], [10.0]])],
         [3],
-        signals={"attention": [torch.tensor([0.075, 0.11, 0.065, 0.2])]},
+        signals={Attention(rows="chosen"): [torch.tensor([0.075, 0.11, 0.065, 0.2])]},
     )
     reduction = TextRankRecycle().reduce(tokens)
     assert assignment(reduction, 0, 4) == {0: 0, 1: 1, 3: 3}
@@ -93,7 +94,7 @@ def test_sparsevlm_against_the_literal_rule(seed):
     lengths, budgets = [90, 5, 60, 1, 40], [40, 3, 9, 1, 40]
     features = [torch.randn(n, 4) * 2 for n in lengths]
     scores = [torch.rand(n) for n in lengths]
-    tokens = visual_tokens(features, budgets, signals={"attention": scores})
+    tokens = visual_tokens(features, budgets, signals={Attention(rows="chosen"): scores})
     reduction = TextRankRecycle().reduce(tokens)
     for i, n in enumerate(lengths):
         expected = rules.sparsevlm(scores[i].tolist(), features[i].double().tolist(), budgets[i])
@@ -151,7 +152,7 @@ def test_visionzip_against_the_literal_rule(seed):
     saliency = [torch.rand(n) for n in lengths]
     saliency[2][::3] = -INF
     saliency[5][1:] = -INF
-    tokens = visual_tokens(features, budgets, signals={"saliency": saliency, "encoder_keys": keys})
+    tokens = visual_tokens(features, budgets, signals={EncoderAttention(): saliency, EncoderProjection(): keys})
     reduction = DominantContextual().reduce(tokens)
     for i, n in enumerate(lengths):
         expected = rules.visionzip(saliency[i].tolist(), keys[i].double().tolist(), budgets[i])
@@ -169,7 +170,7 @@ def test_visionzip_against_the_literal_rule(seed):
 
 def test_visionzip_drops_separators_and_never_merges_them():
     tokens = visionzip_tokens()
-    tokens.signals["saliency"][0, [2, 7]] = -INF
+    tokens[EncoderAttention()][0, [2, 7]] = -INF
     reduction = DominantContextual(contextual=0.5).reduce(tokens)
     assert not {2, 7} & set(assignment(reduction, 0, 8))
     assert reduction.keep.sum() == 4

@@ -11,6 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
+from mllm_squeeze.reducers.base import Signals
+from mllm_squeeze.reducers.needs import (
+    Attention,
+    EncoderAttention,
+    EncoderProjection,
+    Features,
+    Normed,
+    Projection,
+    Size,
+)
 from mllm_squeeze.registry import BUILTIN_REDUCERS, reducer_class
 
 CASES = {
@@ -43,14 +53,20 @@ def spans(seed=0, dtype=torch.float32):
     return {
         "features": noise(LENGTHS, 12),
         "signals": {
-            "attention": [torch.rand(n) for n in LENGTHS],
-            "keys": noise(LENGTHS, 8),
-            "normed": noise(LENGTHS, 12),
-            "saliency": [torch.rand(n) for n in LENGTHS],
-            "encoder_keys": noise(LENGTHS, 6),
-            "size": [torch.randint(1, 4, (n,)).float() for n in LENGTHS],
+            Attention(): [torch.rand(n) for n in LENGTHS],
+            Attention(rows="chosen"): [torch.rand(n) for n in LENGTHS],
+            Projection(): noise(LENGTHS, 8),
+            Projection(heads="mean"): noise(LENGTHS, 4),
+            Normed(): noise(LENGTHS, 12),
+            EncoderAttention(): [torch.rand(n) for n in LENGTHS],
+            EncoderProjection(): noise(LENGTHS, 6),
+            Size(): [torch.randint(1, 4, (n,)).float() for n in LENGTHS],
         },
-        "text": {"features": noise(WORDS, 12), "normed": noise(WORDS, 12), "keys": noise(WORDS, 8)},
+        "text": {
+            Features("text"): noise(WORDS, 12),
+            Normed("text"): noise(WORDS, 12),
+            Projection(of="text"): noise(WORDS, 8),
+        },
     }
 
 
@@ -70,6 +86,10 @@ def batch(data, budgets, rows=range(5), width=None):
     )
 
 
+def of_text(need):
+    return getattr(need, "of", "visual") == "text"
+
+
 def share(fraction):
     return [ops.kept_count(n, keep=fraction) for n in LENGTHS]
 
@@ -85,7 +105,7 @@ def answer(reduction, row):
 
 
 def test_every_reducer_is_tested():
-    assert set(CASES) | {"decode_refresh"} == set(BUILTIN_REDUCERS)
+    assert set(CASES) | {"decode_refresh", "pipeline"} == set(BUILTIN_REDUCERS)
 
 
 @every_reducer
@@ -149,7 +169,7 @@ def test_a_budget_of_all_changes_nothing(reducer):
 @every_reducer
 def test_it_is_pure(reducer):
     tokens = batch(spans(), share(0.4))
-    tensors = [tokens.features, tokens.mask, tokens.budget, tokens.grid, *tokens.signals.values(), tokens.text.features]
+    tensors = [tokens.features, tokens.mask, tokens.budget, tokens.grid, *tokens.signals.values()]
     before = [t.clone() for t in tensors]
     other = batch(spans(5), share(0.7))
     state = torch.get_rng_state()
@@ -219,11 +239,10 @@ def test_tokens_left_out_of_the_candidates_play_no_part(reducer):
 
     holes = dataclasses.replace(
         tokens,
-        features=spread(tokens.features, float("nan")),
         mask=spread(tokens.mask, False),
         grid=spread(tokens.grid, -1),
         origin=torch.arange(wide).expand(rows, wide),
-        signals={name: spread(x, float("nan")) for name, x in tokens.signals.items()},
+        signals=Signals({need: x if of_text(need) else spread(x, float("nan")) for need, x in tokens.signals.items()}),
     )
     dense, sparse = reducer.reduce(tokens), reducer.reduce(holes)
     assert torch.equal(sparse.keep, spread(dense.keep, False))
@@ -236,7 +255,7 @@ def test_tokens_left_out_of_the_candidates_play_no_part(reducer):
 def test_gradients_reach_what_was_merged(reducer):
     tokens = batch(spans(), share(0.4))
     features = tokens.features.nan_to_num().requires_grad_()
-    out = reducer.reduce(dataclasses.replace(tokens, features=features))
+    out = reducer.reduce(dataclasses.replace(tokens, signals=Signals({**tokens.signals, Features(): features})))
     weights = ops.mean_weights(out.assign) if out.weights is None else out.weights
     merged = ops.merge_tokens(features, out.assign, weights)
     merged.masked_fill(~out.keep[..., None], 0).sum().backward()

@@ -10,6 +10,7 @@ from reference.build import chosen, circle, visual_tokens
 from mllm_squeeze import ops
 from mllm_squeeze.reducers.bipartite_merge import BipartiteMerge
 from mllm_squeeze.reducers.farthest_point import FarthestPoint
+from mllm_squeeze.reducers.needs import Features, Normed, Projection, Size
 from mllm_squeeze.reducers.pivot_dissimilar import PivotDissimilar
 
 
@@ -36,8 +37,8 @@ def dart_tokens(features, norms, words, word_norms, budgets):
     return visual_tokens(
         features,
         budgets,
-        signals={"keys": keys, "normed": features},
-        text={"features": words, "normed": words, "keys": [n[:, None] for n in word_norms]},
+        signals={Projection(): keys, Normed(): features},
+        text={Features("text"): words, Normed("text"): words, Projection(of="text"): [n[:, None] for n in word_norms]},
     )
 
 
@@ -107,7 +108,9 @@ def test_dart_without_any_text():
 
 def test_tome_worked_example():
     x = torch.arange(1.0, 7.0)[:, None]
-    tokens = visual_tokens([x], [4], signals={"keys": [circle(0, 8, 60, 50, 120, 100)], "size": [torch.ones(6)]})
+    tokens = visual_tokens(
+        [x], [4], signals={Projection(heads="mean"): [circle(0, 8, 60, 50, 120, 100)], Size(): [torch.ones(6)]}
+    )
     reduction = BipartiteMerge().reduce(tokens)
     assert chosen(reduction.keep) == [1, 3, 4, 5]
     out = ops.merge_tokens(tokens.features, reduction.assign, reduction.weights)
@@ -121,7 +124,9 @@ def test_tome_against_the_literal_rule(seed, lead):
     lengths, budgets = [24, 9, 24, 1], [16, 2, 24, 1]
     features, keys = [torch.randn(n, 3) for n in lengths], [torch.randn(n, 4) for n in lengths]
     sizes = [torch.randint(1, 5, (n,)).float() for n in lengths]
-    tokens = visual_tokens(features, budgets, signals={"keys": keys, "size": sizes}, lead=lead)
+    tokens = visual_tokens(
+        features, budgets, signals={Projection(heads="mean"): keys, Size(): sizes}, special_tokens=lead
+    )
     reducer = BipartiteMerge()
     reduction = reducer.reduce(tokens)
     out = ops.merge_tokens(tokens.features, reduction.assign, reduction.weights)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PrivateAttr
@@ -22,7 +22,8 @@ from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
-from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Attention, Block, Need, Place
 from mllm_squeeze.upstream.attention import using
 from mllm_squeeze.upstream.caches import CROPS_STATIC
 
@@ -217,7 +218,7 @@ class _Watching(Reducer):
     known_count: ClassVar[bool] = False
     decides: ClassVar[bool] = True
 
-    source: Literal["current", "next"] = "next"
+    block: Block = "next"
     _seen: list[Tensor] = PrivateAttr(default_factory=list)
 
     @property
@@ -226,10 +227,10 @@ class _Watching(Reducer):
         return self._seen
 
     def needs(self) -> tuple[Need, ...]:
-        return (Need("attention", rows="last", source=self.source),)
+        return (Attention(self.block),)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
-        self.seen.append(tokens.signals["attention"])
+        self.seen.append(tokens[Attention(self.block)])
         return Reduction(tokens.mask)
 
 
@@ -239,7 +240,7 @@ def _preview(parts: ModelParts) -> str | None:
     module = parts.layers[layer]
     if parts.row.stacked or find_attention(module) is None or find_pre_norm(module) is None:
         return None
-    before, inside = _Watching(source="next"), _Watching(source="current")
+    before, inside = _Watching(block="next"), _Watching(block=-1)
     cuts = [PlannedCut(0, "canary", layer, before)]
     if layer + 1 < len(parts.layers):
         cuts.append(PlannedCut(1, "canary", layer + 1, inside))

@@ -15,11 +15,13 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR, SpanTable
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.engine.trace import StageTrace, now
 from mllm_squeeze.errors import SqueezeWarning
 from mllm_squeeze.layout import Span
-from mllm_squeeze.reducers.base import Need, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Need, Size
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -58,10 +60,10 @@ def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, call: LayerCa
     if found is None:
         return hidden
     start = now(hidden.device)
-    tokens = _tokens(session, planned, found, hidden, call)
+    tokens = _tokens(session, planned, found, hidden, call, planned.reducer.needs())
     reduction = _reduce(planned, tokens)
     hidden = session.merge(hidden, reduction, found.table, found.place, found.mask)
-    if reduction.assign is not None and session.plan.needs("size"):
+    if reduction.assign is not None and Size() in session.plan.needs:
         _add_sizes(session, found, reduction.assign)
     chosen = _chosen(session, planned, found, reduction.keep)
     counts = _counts(session, planned, found, chosen)
@@ -110,7 +112,8 @@ def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
     found = _candidates(session, planned)
     if found is None:
         return
-    picked = planned.reducer.choose_rows(_tokens(session, planned, found, hidden, None, read=False))
+    needs = planned.reducer.row_needs()
+    picked = planned.reducer.choose_rows(_tokens(session, planned, found, hidden, None, needs))
     votes = torch.zeros_like(session.text_mask, dtype=torch.float32)
     votes = votes.index_add(0, found.table.sample, picked.float())
     session.row_weights[planned.step] = signals.mean_weights((votes > 0) & session.text_mask)
@@ -139,11 +142,11 @@ def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
     layout = session.layout
     assert layout is not None
     reducer, table = planned.reducer, session.table
-    rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.modalities]
+    rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.facts.modalities]
     if not rows:
         given = sorted({span.modality for span in layout.spans})
         _warn(
-            f"'{planned.name}' reduces {', '.join(sorted(reducer.modalities))} tokens, the prompt holds only "
+            f"'{planned.name}' reduces {', '.join(sorted(reducer.facts.modalities))} tokens, the prompt holds only "
             f"{', '.join(given)}; nothing was cut."
         )
         return None
@@ -197,18 +200,17 @@ def _tokens(
     found: _Candidates,
     hidden: Tensor,
     call: LayerCall | None,
-    read: bool = True,
+    needs: tuple[Need, ...],
 ) -> VisualTokens:
     assert session.layout is not None
     spans = [session.layout.spans[n] for n in found.rows]
-    sample = found.table.sample[:, None]
     place = found.place
-    needs: tuple[Need, ...] = planned.reducer.needs() if read else ()
     origin, size = found.table.origin.gather(1, found.order), found.size
-    gathered, text = signals.gather(session, planned, needs, hidden, call, found.table, place, origin, size, found.rows)
+    gathered, words = signals.gather(
+        session, planned, needs, hidden, call, found.table, place, origin, size, found.rows
+    )
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
-        features=hidden[sample, place],
         mask=found.mask,
         budget=torch.tensor(found.budget, device=hidden.device),
         counts=found.budget,
@@ -217,8 +219,18 @@ def _tokens(
         lengths=tuple(span.length for span in spans),
         current=found.current,
         tiles=tuple(span.tiles for span in spans),
+        sample=tuple(span.sample for span in spans),
+        modality=tuple(span.modality for span in spans),
+        links=_links(spans),
         signals=gathered,
-        text=text,
+        text_mask=words,
+    )
+
+
+def _links(spans: Sequence[Span]) -> tuple[tuple[int, ...], ...]:
+    """Return for each span the numbers of the others of its sample."""
+    return tuple(
+        tuple(n for n, other in enumerate(spans) if other.sample == span.sample and other is not span) for span in spans
     )
 
 
@@ -240,7 +252,7 @@ def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Ten
 def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
     assert session.layout is not None
-    if planned.decides or not planned.reducer.known_count:
+    if planned.decides or not planned.reducer.facts.known_count:
         return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
     counts = list(session.table.current)
     for row, current, budget in zip(found.rows, found.current, found.budget, strict=True):

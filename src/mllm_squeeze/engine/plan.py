@@ -9,6 +9,7 @@ from typing import NoReturn
 from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.needs import Need
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class PlannedCut:
     def decides(self) -> bool:
         """True where nothing says how much is left but the rule itself."""
         reducer = self.reducer
-        return reducer.decides and reducer.ratio is None and reducer.keep is None and self.fractions is None
+        return reducer.facts.decides and reducer.ratio is None and reducer.keep is None and self.fractions is None
 
     def budget(self, length: int) -> int:
         """Return how many of a span's original tokens may be left after this cut; all where the rule decides.
@@ -80,6 +81,12 @@ class Plan:
         layers = [cut.layer for cut in self.cuts] + ([0] if self.encoder is not None else [])
         return min(layers, default=None)
 
-    def needs(self, name: str) -> list[PlannedCut]:
-        """Return the cuts that ask for a signal."""
-        return [cut for cut in self.cuts if any(need.name == name for need in cut.reducer.needs())]
+    @property
+    def needs(self) -> frozenset[Need]:
+        """All signals that the cuts ask for."""
+        return frozenset(need for cut in self.cuts for need in cut.reducer.needs())
+
+    @property
+    def encoder_needs(self) -> frozenset[Need]:
+        """The signals that are read inside the vision encoder for cuts behind it."""
+        return frozenset(need for need in self.needs if need.reads_encoder)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .score import *  # noqa: F403
     from .segment import *  # noqa: F403
     from .select import *  # noqa: F403
+    from .share import *  # noqa: F403
     from .stride import *  # noqa: F403
 
 _MODULES = {
@@ -80,6 +81,7 @@ _MODULES = {
         "take",
         "top_k_mask",
     ),
+    "share": ("share_out",),
     "stride": (
         "grid_pattern",
         "grid_size",

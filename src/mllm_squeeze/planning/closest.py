@@ -13,8 +13,8 @@ from mllm_squeeze.recipe.recipe import Recipe, facts, load_recipe
 from mllm_squeeze.registry import method_names
 
 _MOST = 3
-_OF_THE_ENCODER = frozenset({"saliency", "encoder_keys"})
-_OF_THE_LLM = frozenset({"attention", "keys"})
+_OF_THE_ENCODER = frozenset({"EncoderAttention", "EncoderProjection", "EncoderStates"})
+_OF_THE_LLM = frozenset({"Attention", "Projection", "States"})
 # Facts that an error asks to do without, as the signals that they stand for.
 _AVOIDED = {
     "attention": _OF_THE_LLM | _OF_THE_ENCODER,

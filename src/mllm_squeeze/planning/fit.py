@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
-from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
-from mllm_squeeze.family.tower_to_llm import require_road
+from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.planning.keys import check_modality, key_cuts
-from mllm_squeeze.recipe.recipe import Recipe, build_reducer, resolve_steps
+from mllm_squeeze.planning.signals import check_inside, check_needs
+from mllm_squeeze.recipe.recipe import Recipe, resolve_steps
 from mllm_squeeze.recipe.steps import At
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS, DecodeReducer, Need, Reducer
-
-# What a reducer can read inside the vision encoder.
-_INSIDE = ("keys", "size")
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 
 
 def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
@@ -29,12 +26,12 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
     encoder = decode = None
     blocks: tuple[int, ...] = ()
     for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
-        reducer = build_reducer(step)
+        reducer = step.built
         check_modality(recipe, reducer, parts)
         if step.at.place == "encoder":
             blocks = _encoder_blocks(recipe, step.at, parts)
             encoder = PlannedCut(number, recipe.method, 0, reducer)
-            _check_inside(recipe, encoder)
+            check_inside(recipe.method, encoder)
         elif step.at.place == "cache":
             _check_decode(recipe, step.at, parts, reducer)
             decode = PlannedCut(number, recipe.method, 0, reducer)
@@ -45,7 +42,7 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
             ]
             for cut in planned:
                 _check_shared(recipe, cut, parts)
-                _check_needs(recipe, cut, parts)
+                check_needs(recipe.method, cut, parts)
             cuts += planned
     return Plan(tuple(cuts), recipe.positions == "repack", encoder, blocks, decode)
 
@@ -108,80 +105,10 @@ def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
             )
 
 
-def _check_inside(recipe: Recipe, step: PlannedCut) -> None:
-    """Check that a reducer can work in front of encoder blocks, where all tiles run as one tensor."""
-    reducer = step.reducer
-    reads = [need.name for need in reducer.needs() if need.name not in _INSIDE]
-    if reads or reducer.reads_text:
-        raise UnsupportedModelError(
-            f"'{recipe.method}' reads {', '.join(reads) or 'the text'} inside the vision encoder, where a reducer can "
-            f"read {' and '.join(_INSIDE)}. Let it act at the projector or in the LLM."
-        )
-    if step.decides or not reducer.known_count:
-        raise UnsupportedModelError(
-            f"'{recipe.method}' leaves a number of tokens inside the vision encoder that follows from the picture, and "
-            "all tiles must keep the same number there. Use a reducer whose count is known, or act at the projector."
-        )
-
-
 def _check_shared(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
     first = min(parts.kv_sources.values(), default=len(parts.layers))
     if cut.layer > first:
         raise ConfigError(
             f"'{recipe.method}' cuts at layer {cut.layer}, but the last {len(parts.kv_sources)} layers of this model "
             f"borrow keys and values from layer {first} on, so layer must be at most {first}."
-        )
-
-
-def _check_needs(recipe: Recipe, cut: PlannedCut, parts: ModelParts) -> None:
-    for need in cut.reducer.needs():
-        if need.name in ("attention", "keys"):
-            _check_attention(recipe, cut, need, parts)
-        elif need.name in ENCODER_SIGNALS:
-            _check_signals(recipe, parts)
-        elif need.name == "normed" and (parts.final_norm is None or parts.row.stacked):
-            raise UnsupportedModelError(
-                f"'{recipe.method}' reads normed states; no final norm was found in this model. Use a method "
-                "that reads none.",
-                avoid=[],
-            )
-
-
-def _check_signals(recipe: Recipe, parts: ModelParts) -> None:
-    if _lacks_saliency(parts):
-        raise UnsupportedModelError(
-            f"'{recipe.method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
-            "cannot be read. Use a method that reads nothing of it.",
-            avoid=["encoder attention"],
-        )
-    require_road(parts)
-
-
-def _lacks_saliency(parts: ModelParts) -> bool:
-    block = parts.saliency_block
-    if block is None or parts.blocks is None or parts.row.road == "none":
-        return True
-    return find_attention(parts.blocks[block]) is None
-
-
-def _check_attention(recipe: Recipe, cut: PlannedCut, need: Need, parts: ModelParts) -> None:
-    if need.source == "next":
-        layer = parts.layers[cut.layer]
-        if parts.row.stacked or find_attention(layer) is None or find_pre_norm(layer) is None:
-            raise UnsupportedModelError(
-                f"'{recipe.method}' previews layer {cut.layer}, whose attention or norm was not found; set source: "
-                "current."
-            )
-        return
-    if cut.layer == 0:
-        raise ConfigError(
-            f"'{recipe.method}' reads the attention of the layer before the cut, so layer must be between 1 and "
-            f"{len(parts.layers) - 1}; got 0. Before the LLM, use a method that reads nothing of it.",
-            avoid=["attention of the LLM"],
-        )
-    if find_attention(parts.layers[cut.layer - 1]) is None:
-        raise UnsupportedModelError(
-            f"'{recipe.method}' reads the attention of layer {cut.layer - 1}, which has none. Choose another layer, "
-            "or a method that reads none.",
-            avoid=["attention of the LLM"],
         )

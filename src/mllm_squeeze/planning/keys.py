@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.recipe.recipe import Recipe, build_reducer
+from mllm_squeeze.recipe.recipe import Recipe
 from mllm_squeeze.recipe.steps import Step
 from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.needs import Features
 
 
 def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]]) -> tuple[PlannedCut, ...]:
@@ -24,7 +25,7 @@ def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]])
     """
     cuts = []
     for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
-        reducer = build_reducer(step)
+        reducer = step.built
         check_modality(recipe, reducer, parts)
         if parts.cross_attention:
             _check_crossed(recipe, step, layers, reducer, parts)
@@ -36,17 +37,17 @@ def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]])
 
 def check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None:
     """Check that a reducer takes something that the model takes; raises UnsupportedModelError."""
-    if not reducer.modalities & set(parts.row.modalities):
+    if not reducer.facts.modalities & set(parts.row.modalities):
         raise UnsupportedModelError(
-            f"'{recipe.method}' reduces {', '.join(sorted(reducer.modalities))} tokens; '{parts.row.model_type}' takes "
-            f"{', '.join(parts.row.modalities)}. Use a method for those.",
+            f"'{recipe.method}' reduces {', '.join(sorted(reducer.facts.modalities))} tokens; "
+            f"'{parts.row.model_type}' takes {', '.join(parts.row.modalities)}. Use a method for those.",
             avoid=[],
         )
 
 
 def _check_crossed(recipe: Recipe, step: Step, layers: Sequence[int], reducer: Reducer, parts: ModelParts) -> None:
     does = ""
-    needs = [need.name for need in reducer.needs()]
+    needs = _beyond_features(reducer)
     if step.at.encoder is not None:
         does = "merges tokens inside the vision encoder"
     elif step.at.cache is not None:
@@ -54,7 +55,7 @@ def _check_crossed(recipe: Recipe, step: Step, layers: Sequence[int], reducer: R
     elif tuple(layers) != (0,):
         does = f"cuts at decoder layer {', '.join(map(str, layers))}"
     elif needs:
-        does = f"reads {' and '.join(_SIGNALS[name] for name in needs)}"
+        does = f"reads {' and '.join(needs)}"
     if does:
         raise UnsupportedModelError(
             f"'{recipe.method}' {does}, which does not fit '{parts.row.model_type}': its pictures are no part of the "
@@ -75,8 +76,8 @@ def _check_queried(recipe: Recipe, step: Step, reducer: Reducer, parts: ModelPar
             f"'{recipe.method}' acts on the keys of the Q-Former and at {step.at}, which cuts its queries. Make two "
             "recipes of it, and apply one."
         )
-    needs = [_SIGNALS[need.name] for need in reducer.needs()]
-    if needs or reducer.reads_text:
+    needs = _beyond_features(reducer)
+    if needs or reducer.facts.reads_text:
         raise UnsupportedModelError(
             f"'{recipe.method}' reads {' and '.join(needs) or 'the words of the prompt'}, which is not known in front "
             f"of the Q-Former of '{parts.row.model_type}'. Use a step that looks at the features alone, as "
@@ -85,11 +86,6 @@ def _check_queried(recipe: Recipe, step: Step, reducer: Reducer, parts: ModelPar
         )
 
 
-_SIGNALS = {
-    "attention": "the attention of the LLM",
-    "keys": "the keys of the LLM",
-    "normed": "normed states of the LLM",
-    "saliency": "the attention of the vision encoder",
-    "encoder_keys": "the keys of the vision encoder",
-    "size": "how many patches were merged",
-}
+def _beyond_features(reducer: Reducer) -> list[str]:
+    """Return what a rule reads besides states, which keys and words have as well."""
+    return list(dict.fromkeys(need.phrase for need in reducer.needs() if not isinstance(need, Features)))

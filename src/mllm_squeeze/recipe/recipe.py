@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from mllm_squeeze import registry
-from mllm_squeeze.errors import ConfigError, SqueezeError, UnknownNameError
+from mllm_squeeze.errors import ConfigError, SqueezeError
 from mllm_squeeze.recipe import template
+from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
 from mllm_squeeze.recipe.rules import Strict, explain
 from mllm_squeeze.recipe.steps import Step, check_order, check_totals, resolve_layers
 from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 
-_STEP_KEYS = ("reducer", "at", "kept")
 _PROVENANCE = ("source", "raw")
 
 
@@ -77,9 +77,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], /, **params: Any) -> Rec
     plain = template.resolve(raw, where)
     steps = []
     for number, entry in enumerate(plain.pop("steps"), 1):
-        step = _step(entry, f"{where}, step {number}")
-        build_reducer(step)
-        steps.append(step)
+        steps.append(_step(entry, f"{where}, step {number}"))
     try:
         return Recipe(**{**plain, "steps": tuple(steps)}, source=origin, raw=raw)
     except ValidationError as error:
@@ -114,25 +112,6 @@ def register_method(name: str, source: registry.Source) -> None:
     registry.add_method(name, source)
 
 
-def build_reducer(step: Step) -> Reducer:
-    """Return the reducer of a step, with its options; raises ConfigError or UnknownNameError that names the step."""
-    where = step.where or f"reducer '{step.reducer}'"
-    try:
-        cls = registry.reducer_class(step.reducer)
-    except UnknownNameError as error:
-        raise UnknownNameError(f"{where}: {error}") from None
-    _check_place(step, cls, where)
-    budget = sorted({"ratio", "keep"} & set(step.options))
-    if budget and issubclass(cls, DecodeReducer):
-        raise ConfigError(f"{where}: {budget[0]} has no effect on '{step.reducer}', whose own parameters say how much.")
-    try:
-        reducer = cls(**step.options)
-    except ValidationError as error:
-        raise ConfigError(explain(error, where, cls, step.options, also=_STEP_KEYS)) from None
-    _check_budget(step, reducer, where)
-    return reducer
-
-
 def resolve_steps(recipe: Recipe, num_layers: int) -> tuple[tuple[int, ...], ...]:
     """Return `resolve_layers` of each step, () for encoder steps; raises ConfigError where a step starts too early."""
     out: list[tuple[int, ...]] = []
@@ -157,21 +136,28 @@ def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what tools ask of a method: `places`, `known_count`, `reads_text`, `signals`, `modalities`."""
-    classes = [registry.reducer_class(step.reducer) for step in recipe.steps]
-    modalities = frozenset.intersection(*(cls.modalities for cls in classes))
+    """Return what tools ask of a method.
+
+    These are `places`, `known_count`, `decides`, `merges`, `reads_text`, `signals` and `modalities`.
+    """
+    reducers = [step.built for step in recipe.steps]
+    rules = [reducer.facts for reducer in reducers]
+    modalities = frozenset.intersection(*(rule.modalities for rule in rules))
     return {
         "places": [str(step.at) for step in recipe.steps],
-        "known_count": all(cls.known_count for cls in classes),
-        "reads_text": any(cls.reads_text for cls in classes),
-        "signals": sorted({name for step in recipe.steps for name in _signals(build_reducer(step))}),
+        "known_count": all(rule.known_count for rule in rules),
+        "decides": any(rule.decides for rule in rules),
+        "merges": any(rule.merges for rule in rules),
+        "reads_text": any(rule.reads_text for rule in rules),
+        "signals": sorted({name for reducer in reducers for name in _signals(reducer)}),
         "modalities": [name for name in ("image", "video", "audio") if name in modalities],
     }
 
 
 def _signals(reducer: Reducer) -> list[str]:
     # Reducers that act while decoding are handed the attention of each step unasked.
-    return [*(need.name for need in reducer.needs()), *(["attention"] if isinstance(reducer, DecodeReducer) else [])]
+    decodes = ["Attention"] if isinstance(reducer, DecodeReducer) else []
+    return [*(type(need).__name__ for need in reducer.needs()), *decodes]
 
 
 def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -184,41 +170,16 @@ def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def _flat(step: Step) -> dict[str, Any]:
     kept = {} if step.kept is None else {"kept": list(step.kept)}
-    return {"reducer": step.reducer, "at": step.at.to_yaml(), **kept, **step.options}
+    named = {} if step.reducer == PIPELINE else {"reducer": step.reducer}
+    return {**named, "at": step.at.to_yaml(), **kept, **step.options}
 
 
 def _step(entry: Mapping[str, Any], where: str) -> Step:
-    known = {key: value for key, value in entry.items() if key in _STEP_KEYS}
-    options = {key: value for key, value in entry.items() if key not in _STEP_KEYS}
+    known = {key: value for key, value in entry.items() if key in STEP_KEYS}
+    options = {key: value for key, value in entry.items() if key not in STEP_KEYS}
     try:
-        return Step(**known, options=options, where=where)
+        step = Step(**known, options=options, where=where)
     except ValidationError as error:
         raise ConfigError(explain(error, where, Step, entry, hide=("options", "where"))) from None
-
-
-def _check_budget(step: Step, reducer: Reducer, where: str) -> None:
-    """Raise ConfigError where nothing says how much a step leaves: its reducer would never be called."""
-    if getattr(reducer, "decides", False) or isinstance(reducer, DecodeReducer):
-        return
-    if reducer.ratio is None and reducer.keep is None and step.kept is None:
-        raise ConfigError(
-            f"{where}: '{step.reducer}' has no budget. Give ratio (the fraction removed), keep (tokens or fraction "
-            "kept) or, at several layers, kept; to let the user choose, add it to params and write ratio: ${ratio}."
-        )
-
-
-def _check_place(step: Step, cls: type[Reducer], where: str) -> None:
-    allowed: set[str] = set(cls.places)
-    if step.at.layer == 0 and isinstance(step.at.layer, int) and "projector" in allowed:
-        # Layer 0 is the projector said otherwise: the cut is the same.
-        allowed.add("layer")
-    if step.at.place not in allowed:
-        raise ConfigError(
-            f"{where}: the reducer '{step.reducer}' cannot act at {step.at}. "
-            f"Its places are: {', '.join(sorted(cls.places))}."
-        )
-    if step.at.cache is not None and (step.at.cache == "decode") != issubclass(cls, DecodeReducer):
-        when = (
-            "while decoding: write {cache: decode}" if issubclass(cls, DecodeReducer) else "at the end of the prefill"
-        )
-        raise ConfigError(f"{where}: the reducer '{step.reducer}' cannot act at {step.at}; it acts {when}.")
+    _ = step.built  # a slip shows now, not when the method is applied
+    return step

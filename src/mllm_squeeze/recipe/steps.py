@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
 from mllm_squeeze.errors import ConfigError
+from mllm_squeeze.recipe.build import PIPELINE, build_reducer
 from mllm_squeeze.recipe.rules import RATIO_RULE, Strict, check_budget, check_kept, check_layers
-from mllm_squeeze.reducers.base import Place
+from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.needs import Place
 
 
 class At(Strict):
@@ -80,11 +83,13 @@ class At(Strict):
 class Step(Strict):
     """One reducer at one place.
 
-    kept: the fractions of the original tokens left after each of `at.layers`. options: the parameters of the reducer's
-    class. where: which step of which recipe this is, for messages.
+    reducer: its name; without one the step is a pipeline of parts, and its options are those parts.
+    kept: the fractions of the original tokens left after each of `at.layers`.
+    options: the parameters of the reducer's class.
+    where: which step of which recipe this is, for messages.
     """
 
-    reducer: str
+    reducer: str = PIPELINE
     at: At
     kept: tuple[float, ...] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
@@ -96,6 +101,11 @@ class Step(Strict):
         if self.kept is not None:
             check_kept(self.kept, self.at.layers, self.options)
         return self
+
+    @cached_property
+    def built(self) -> Reducer:
+        """The reducer; raises ConfigError or UnknownNameError that names the step."""
+        return build_reducer(self)
 
 
 def resolve_layers(at: At, num_layers: int) -> tuple[int, ...]:

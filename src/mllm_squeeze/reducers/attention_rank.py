@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Attention, Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,15 +31,14 @@ class AttentionRank(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
-    reads_text: ClassVar[bool] = True
 
     rows: Literal["last", "text"] = "last"
     source: Literal["current", "next"] = "current"
 
     def needs(self) -> tuple[Need, ...]:
         """Return the attention that each visual token receives."""
-        return (Need("attention", rows=self.rows, source=self.source),)
+        return (Attention("next" if self.source == "next" else -1, rows=self.rows),)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the most attended tokens of each span."""
-        return Reduction(most_attended(tokens.signals["attention"], tokens.mask, tokens.budget))
+        return Reduction(most_attended(tokens[self.needs()[0]], tokens.mask, tokens.budget))

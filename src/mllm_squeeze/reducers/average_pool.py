@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,7 @@ class AveragePool(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector", "layer"})
+    merges: ClassVar[bool] = True
     why_more: ClassVar[str] = "each frame or tile keeps at least one token"
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:

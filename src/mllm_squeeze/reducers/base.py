@@ -3,92 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mllm_squeeze.errors import ConfigError
+from mllm_squeeze.reducers.needs import Features, Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mllm_squeeze.layout import Tile
 
-Place = Literal["encoder", "projector", "layer", "cache"]
+MODALITIES = ("image", "video", "audio")
 
 
-# Names of the signals that the vision encoder gives.
-ENCODER_SIGNALS = ("saliency", "encoder_keys")
+class Signals(dict[Need, "Tensor"]):
+    """Signals by the need that asked for them."""
 
-
-@dataclass(frozen=True)
-class Need:
-    """One signal that a reducer asks the engine for; it arrives as `VisualTokens.signals[need]`.
-
-    name: one of "attention"     float32 (S, N): attention that each visual token receives from chosen prompt rows,
-    mean over heads and rows. `rows`: "last" (last prompt token), "text" (all prompt tokens after the first visual
-    one), "chosen" (rows picked by `Reducer.choose_rows`). `source`: "current" reads the layer before the cut, "next"
-    previews the projections of the layer behind it. "keys"          (S, N, Hkv * d): keys of the layer before the cut,
-    after rotary embedding, heads concatenated; also `TextTokens.keys`. In the encoder: (S, N, d), mean over the heads.
-    "normed"        (S, N, D): features after the final norm of the language model; also `TextTokens.normed`.
-    "saliency"      float32 (S, N): what the vision encoder attends to, summed over heads: the CLS row of the feature
-    layer where there is a CLS token, else attention received from all tokens. Separators have -inf. "encoder_keys"
-    (S, N, d): keys of that encoder layer, mean over heads. "size"          float32 (S, N): how many tokens each one
-    stands for by now, itself included: patches in the encoder, visual tokens of the prompt behind it.
-    """
-
-    name: Literal["attention", "keys", "normed", "saliency", "encoder_keys", "size"]
-    rows: Literal["last", "text", "chosen"] = "last"
-    source: Literal["current", "next"] = "current"
-
-
-class Signals(dict["Need | str", "Tensor"]):
-    """Signals by the `Need` that asked for them, and by its name where no other need has it."""
-
-    def __init__(self, found: Mapping[Need, Tensor]) -> None:
-        names = [need.name for need in found]
-        super().__init__()
-        for need, value in found.items():
-            self[need] = value
-            if names.count(need.name) == 1:
-                self[need.name] = value
-
-    def __missing__(self, key: Need | str) -> Tensor:
-        needs = ", ".join(str(need) for need in self if isinstance(need, Need)) or "none"
-        raise ConfigError(
-            f"No signal '{key}' is there under that key; there are: {needs}. Name the need in `needs`, and read "
-            "tokens.signals[need] where several needs have one name."
-        )
-
-
-@dataclass(frozen=True)
-class TextTokens:
-    """The text of each span's sample that follows its first visual token.
-
-    features: (S, T, D). mask: bool (S, T). keys, normed: as in `Need`, None unless asked for.
-    """
-
-    features: Tensor
-    mask: Tensor
-    keys: Tensor | None = None
-    normed: Tensor | None = None
+    def __missing__(self, need: Need) -> Tensor:
+        there = ", ".join(str(other) for other in self) or "none"
+        raise ConfigError(f"The signal {need} was not asked for; there are: {there}. Name it in `needs`.")
 
 
 @dataclass(frozen=True)
 class VisualTokens:
     """What a reducer sees: the visual tokens of all spans of a batch, padded to the longest span.
 
-    features: (S, N, D), the hidden states at the place of the cut. mask: bool (S, N), False is padding. budget: int64
-    (S,), tokens to keep, on the device; `counts` are the same numbers on the host. current: tokens of each span that
-    are there now, on the host. grid: int64 (S, N, 4), (tile, t, h, w) of each token, -1 for separators, padding and
-    where the grid is unknown. origin: int64 (S, N), place of each token in its span before any cut. lengths: tokens per
-    span before any cut, without those that the attention mask hides. tiles: the rectangles of each span. lead: special
-    tokens of the encoder before the patches (1 with a CLS token). signals: by `Need`, see there; by its name where one
-    need has it. text: None unless the reducer reads the text.
+    mask: bool (S, N), False is padding.
+    budget: int64 (S,), tokens to keep, on the device; `counts` are the same numbers on the host.
+    current: tokens of each span that are there now, on the host.
+    grid: int64 (S, N, 4), (tile, t, h, w) of each token, -1 for separators, padding and where the grid is unknown.
+    origin: int64 (S, N), place of each token in its span before any cut.
+    lengths: tokens per span before any cut, without those that the attention mask hides.
+    tiles: the rectangles of each span.
+    special_tokens: special tokens of the encoder before the patches (1 with a CLS token), which `mask` does not hold.
+    sample: the row of the batch that each span stands in, on the host.
+    modality: "image", "video" or "audio", of each span.
+    links: for each span the numbers of the other spans of its sample, in the order of the prompt.
+    signals: by `Need`; `tokens[need]` is the same.
+    text_mask: bool (S, T), the words behind the first visual token of each span's sample; None where no need
+        reads text.
     """
 
-    features: Tensor
     mask: Tensor
     budget: Tensor
     counts: tuple[int, ...]
@@ -97,33 +55,88 @@ class VisualTokens:
     lengths: tuple[int, ...]
     current: tuple[int, ...] = ()
     tiles: tuple[tuple[Tile, ...], ...] = ()
-    lead: int = 0
-    signals: Mapping[Any, Tensor] = field(default_factory=dict)
-    text: TextTokens | None = None
+    special_tokens: int = 0
+    sample: tuple[int, ...] = ()
+    modality: tuple[str, ...] = ()
+    links: tuple[tuple[int, ...], ...] = ()
+    signals: Mapping[Need, Tensor] = field(default_factory=Signals)
+    text_mask: Tensor | None = None
+
+    def __getitem__(self, need: Need) -> Tensor:
+        return self.signals[need]
+
+    @property
+    def features(self) -> Tensor:
+        """The states (S, N, D) at the place of the cut, where `Features()` was asked for."""
+        return self.signals[Features()]
+
+    @property
+    def words(self) -> Tensor:
+        """The mask bool (S, T) of the words, where a need reads text."""
+        if self.text_mask is None:
+            raise ConfigError("No need of this rule reads the text, so there are no words. Name one in `needs`.")
+        return self.text_mask
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which removed tokens go into which survivors, where one token goes into several: entries of a sparse matrix.
+
+    span, into, source: int64 (E,), row of the batch, survivor and token; a survivor's own entry has into == source.
+    weight: float32 (E,), the new state of a survivor is the sum of weight * state over its entries.
+    """
+
+    span: Tensor
+    into: Tensor
+    source: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)
 class Reduction:
     """What a reducer returns.
 
-    keep: bool (S, N), True for survivors. assign: int64 (S, N) or None: the survivor (index into N) that each token is
-    merged into; survivors point at themselves, -1 is dropped for good. weights: float32 (S, N) or None: the new state
-    of a survivor is the sum of weight * state over the tokens assigned to it; None takes the plain mean.
+    keep: bool (S, N), True for survivors.
+    assign: int64 (S, N) or None: the survivor (index into N) that each token is merged into; survivors point at
+        themselves, -1 is dropped for good.
+    weights: float32 (S, N) or None: the new state of a survivor is the sum of weight * state over the tokens assigned
+        to it; None takes the plain mean.
+    mix: instead of assign and weights, where one token goes into several survivors; survivors without an entry stay as
+        they are.
     """
 
     keep: Tensor
     assign: Tensor | None = None
     weights: Tensor | None = None
+    mix: Mix | None = None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What tools, tests and serving engines ask of a rule.
+
+    places: where it may act.
+    known_count: the number of survivors follows from the grid and the budget alone.
+    decides: without a budget the rule itself says how many tokens stay.
+    merges: survivors may get other states than they had.
+    reads_text: the choice depends on the prompt's text.
+    modalities: what it reduces.
+    """
+
+    places: frozenset[Place]
+    known_count: bool
+    decides: bool
+    merges: bool
+    reads_text: bool
+    modalities: frozenset[str]
 
 
 class Reducer(BaseModel):
     """Base of all reducers; a subclass adds parameters and writes `reduce`.
 
-    places: where it may act. known_count: the number of survivors follows from the grid and the budget alone. decides:
-    without a budget the rule itself says how many tokens stay; its budget is then all that is there, and the survivors
-    are counted. Every other reducer needs a budget. reads_text: the choice depends on the prompt's text. why_more: what
-    the warning says where the rule leaves clearly more than its budget. `ratio` is the fraction of the visual tokens
-    removed, `keep` the other way to say it: an int is tokens kept per span, a float the fraction kept.
+    places, known_count, decides, merges, modalities: as in `Facts`; whether it reads the text follows from its needs.
+    why_more: what the warning says where the rule leaves clearly more than its budget.
+    separators: tokens that stand for no piece of a picture compete with the others, are all kept, or all dropped.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,8 +144,8 @@ class Reducer(BaseModel):
     places: ClassVar[frozenset[Place]]
     known_count: ClassVar[bool] = True
     decides: ClassVar[bool] = False
-    reads_text: ClassVar[bool] = False
-    modalities: ClassVar[frozenset[str]] = frozenset({"image", "video", "audio"})
+    merges: ClassVar[bool] = False
+    modalities: ClassVar[frozenset[str]] = frozenset(MODALITIES)
     why_more: ClassVar[str] = "its rule cannot remove more of such an input"
 
     ratio: float | None = Field(default=None, ge=0, lt=1)
@@ -149,6 +162,18 @@ class Reducer(BaseModel):
             raise ValueError(f"keep as an int is the number of tokens kept per span, at least 1; got {self.keep}")
         return self
 
+    @property
+    def facts(self) -> Facts:
+        """What is known of the rule without running it."""
+        return Facts(
+            self.places,
+            self.known_count,
+            self.decides,
+            self.merges,
+            any(need.reads_text for need in self.needs()),
+            self.modalities,
+        )
+
     def needs(self) -> tuple[Need, ...]:
         """Return the signals that `reduce` reads."""
         return ()
@@ -156,6 +181,10 @@ class Reducer(BaseModel):
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
         """Return how many tokens of one span `reduce` will keep; only read where `known_count` holds."""
         return min(current, budget)
+
+    def row_needs(self) -> tuple[Need, ...]:
+        """Return the signals that `choose_rows` reads, as they are at layer 0."""
+        return (Features(), Features(of="text"))
 
     def choose_rows(self, tokens: VisualTokens) -> Tensor:
         """Return bool (S, T), the text rows whose attention is read; `tokens` hold the embeddings before layer 0."""
@@ -176,6 +205,11 @@ class DecodeReducer(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"cache"})
 
     layer: int = Field(default=3, ge=1)
+
+    @property
+    def facts(self) -> Facts:
+        """As of any reducer; what a new token attends to depends on the words."""
+        return replace(super().facts, reads_text=True)
 
     def refresh(self, row: Tensor, previous: Tensor | None, kept: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return (kept, stored): bool (B, V), what later layers see in this step, and what to hand in at the next.

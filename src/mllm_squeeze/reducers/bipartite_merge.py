@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Need, Place, Projection, Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +41,14 @@ class BipartiteMerge(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"encoder"})
+    merges: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
 
     proportional: bool = False
 
     def needs(self) -> tuple[Need, ...]:
         """Return the keys of the block and the sizes so far."""
-        return (Need("keys"), Need("size"))
+        return (Projection("key", heads="mean"), Size())
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
         """Return the budget, but at least half of the tokens, rounded up."""
@@ -54,6 +56,6 @@ class BipartiteMerge(Reducer):
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return who is merged into whom, with size-weighted means."""
-        signals = tokens.signals
-        assign, weights = match_and_weigh(signals["keys"], tokens.mask, tokens.budget, tokens.lead, signals.get("size"))
+        keys, size = (tokens[need] for need in self.needs())
+        assign, weights = match_and_weigh(keys, tokens.mask, tokens.budget, tokens.special_tokens, size)
         return Reduction(assign == ops.positions(assign), assign, weights)

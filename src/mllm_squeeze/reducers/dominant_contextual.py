@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import EncoderAttention, EncoderProjection, Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,7 @@ class DominantContextual(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
+    merges: ClassVar[bool] = True
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
 
     contextual: float = Field(default=0.15625, ge=0, lt=1)
@@ -56,16 +58,15 @@ class DominantContextual(Reducer):
 
     def needs(self) -> tuple[Need, ...]:
         """Return what the encoder looks at and its keys."""
-        return (Need("saliency"), Need("encoder_keys"))
+        return (EncoderAttention(), EncoderProjection())
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the dominant and the contextual tokens."""
         counts = [min(n, k) for n, k in zip(tokens.current, tokens.counts, strict=True)]
         shares = [ops.floor_exact(k * self.contextual + 0.5) for k in counts]
         budget, contextual = ops.on_device([counts, shares], tokens.mask)
-        signals = tokens.signals
         assign = dominate_and_merge(
-            signals["saliency"], signals["encoder_keys"], tokens.mask, budget, contextual, max(shares)
+            tokens[EncoderAttention()], tokens[EncoderProjection()], tokens.mask, budget, contextual, max(shares)
         )
         weights = ops.added_mean_weights(assign) if self.variant == "official" else None
         return Reduction(assign == ops.positions(assign), assign, weights)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,10 @@ class FarthestPoint(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"projector", "layer"})
+
+    def needs(self) -> tuple[Need, ...]:
+        """Return the states at the place of the cut."""
+        return (Features(),)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the most diverse tokens of each span."""

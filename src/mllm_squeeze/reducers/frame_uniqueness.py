@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +63,10 @@ class FrameUniqueness(Reducer):
 
     temperature: float = Field(default=0.01, gt=0)
     channels: float = Field(default=0.5, gt=0, le=1)
+
+    def needs(self) -> tuple[Need, ...]:
+        """Return the states at the place of the cut."""
+        return (Features(),)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return each frame's outliers."""

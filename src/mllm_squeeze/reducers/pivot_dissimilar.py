@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Need, Normed, Place, Projection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,6 @@ class PivotDissimilar(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
-    reads_text: ClassVar[bool] = True
 
     pivots: int = Field(default=4, ge=1)
     words: int = Field(default=4, ge=0)
@@ -55,7 +55,7 @@ class PivotDissimilar(Reducer):
 
     def needs(self) -> tuple[Need, ...]:
         """Return keys and normed features."""
-        return (Need("keys"), Need("normed"))
+        return (Projection("key"), Projection("key", of="text"), Normed(), Normed("text"))
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
         """Return the budget, or for the official variant what its sharing makes of it."""
@@ -66,12 +66,8 @@ class PivotDissimilar(Reducer):
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the pivots and the tokens that are least like them."""
-        text, signals = tokens.text, tokens.signals
-        assert text is not None
-        assert text.keys is not None
-        assert text.normed is not None
         total = [self.count(n, k, ()) for n, k in zip(tokens.current, tokens.counts, strict=True)]
-        visual = (signals["keys"].float().abs().sum(-1), signals["normed"], tokens.mask)
-        spoken = (text.keys.float().abs().sum(-1), text.normed, text.mask)
+        visual = (tokens[Projection("key")].float().abs().sum(-1), tokens[Normed()], tokens.mask)
+        spoken = (tokens[Projection("key", of="text")].float().abs().sum(-1), tokens[Normed("text")], tokens.words)
         keep = pivots_and_dissimilar(visual, spoken, ops.on_device(total, tokens.mask), self.pivots, self.words)
         return Reduction(keep)

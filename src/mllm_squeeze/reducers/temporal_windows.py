@@ -8,7 +8,8 @@ from pydantic import model_validator
 
 from mllm_squeeze import ops
 from mllm_squeeze.errors import ConfigError, UnsupportedInputError
-from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,10 @@ class TemporalWindows(Reducer):
         if kept < 1 / WINDOW - 1e-9:
             raise ValueError(f"one frame of {WINDOW} stays whole: ratio must be at most 0.75 (keep at least 0.25)")
         return self
+
+    def needs(self) -> tuple[Need, ...]:
+        """Return the states at the place of the cut."""
+        return (Features(),)
 
     def _sizes(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> tuple[Shape, int, int]:
         """Return (frames, height, width), the number of prunable frames, and how many tokens each of them keeps."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Need, Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Attention, Features, Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ class TextRankRecycle(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
-    reads_text: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
 
     recycle: bool = True
     share: float = Field(default=0.3, gt=0, lt=1)
@@ -59,16 +60,15 @@ class TextRankRecycle(Reducer):
 
     def needs(self) -> tuple[Need, ...]:
         """Return the attention from the chosen words."""
-        return (Need("attention", rows="chosen"),)
+        return (Attention(rows="chosen"), Features())
 
     def choose_rows(self, tokens: VisualTokens) -> Tensor:
         """Return bool (S, T), the text tokens of more than average relevance, all of them where none is above."""
-        assert tokens.text is not None, "the words cannot be chosen without the text"
-        text = tokens.text
-        relevance = ops.text_relevance(tokens.features, tokens.mask, text.features, text.mask)
+        words = tokens.words
+        relevance = ops.text_relevance(tokens.features, tokens.mask, tokens[Features("text")], words)
         # The mean is exactly 1 / T; words that are all alike must not be told apart by rounding.
-        above = (relevance * text.mask.sum(1, keepdim=True) > 1 + 1e-5) & text.mask
-        return above | (text.mask & ~above.any(1, keepdim=True))
+        above = (relevance * words.sum(1, keepdim=True) > 1 + 1e-5) & words
+        return above | (words & ~above.any(1, keepdim=True))
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the ranked tokens and the cluster means."""
@@ -76,4 +76,4 @@ class TextRankRecycle(Reducer):
             ops.recycle_split(n, k, self.share, self.per_cluster) if self.recycle else (k, 0, 0)
             for n, k in zip(tokens.current, tokens.counts, strict=True)
         ]
-        return Reduction(*keep_and_recycle(tokens.signals["attention"], tokens.features, tokens.mask, split))
+        return Reduction(*keep_and_recycle(tokens[Attention(rows="chosen")], tokens.features, tokens.mask, split))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.base import TextTokens, VisualTokens
+from mllm_squeeze.reducers.base import Signals, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need
 
 
 def pad(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
@@ -24,12 +25,12 @@ def visual_tokens(
     budgets: Sequence[int],
     *,
     tiles: Sequence[tuple[Tile, ...]] | None = None,
-    signals: Mapping[str, Sequence[Tensor]] | None = None,
-    text: Mapping[str, Sequence[Tensor]] | None = None,
-    lead: int = 0,
+    signals: Mapping[Need, Sequence[Tensor]] | None = None,
+    text: Mapping[Need, Sequence[Tensor]] | None = None,
+    special_tokens: int = 0,
     width: int | None = None,
 ) -> VisualTokens:
-    """Return the padded batch of spans; `width` pads further. text holds "features" and maybe "keys" and "normed"."""
+    """Return the padded batch of spans; `width` pads further. text: signals of the words, `Features("text")` too."""
     lengths = tuple(len(f) for f in features)
     width = width or max(lengths)
     grid = torch.full((len(lengths), width, 4), -1)
@@ -37,8 +38,9 @@ def visual_tokens(
         cells = [(n, *c) if c[0] >= 0 else (-1,) * 4 for n, tile in enumerate(rectangles) for c in tile.coordinates()]
         if cells:
             grid[i, : lengths[i]] = torch.tensor(cells[: lengths[i]])  # a cut before leaves fewer tokens than cells
+    visual = {need: padded(rows, width) for need, rows in (signals or {}).items()}
+    words = {need: padded(rows) for need, rows in (text or {}).items()}
     return VisualTokens(
-        features=pad(features, width, float("nan")),
         mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], width, False),
         budget=torch.tensor(budgets),
         counts=tuple(budgets),
@@ -47,20 +49,19 @@ def visual_tokens(
         lengths=lengths,
         current=lengths,
         tiles=tuple(tiles or ((),) * len(lengths)),
-        lead=lead,
-        signals={name: pad(rows, width, float("nan")) for name, rows in (signals or {}).items()},
-        text=None if text is None else _text(text),
+        special_tokens=special_tokens,
+        sample=tuple(range(len(lengths))),
+        signals=Signals({Features(): padded(features, width), **visual, **words}),
+        text_mask=None if text is None else there([len(row) for row in text[Features("text")]]),
     )
 
 
-def _text(text: Mapping[str, Sequence[Tensor]]) -> TextTokens:
-    lengths = [len(row) for row in text["features"]]
-    longest = max(lengths)
-    return TextTokens(
-        features=pad(text["features"], longest, float("nan")),
-        mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], longest, False),
-        **{name: pad(text[name], longest, float("nan")) for name in ("keys", "normed") if name in text},
-    )
+def padded(rows: Sequence[Tensor], width: int | None = None) -> Tensor:
+    return pad(rows, width or max(len(row) for row in rows), float("nan"))
+
+
+def there(lengths: Sequence[int]) -> Tensor:
+    return pad([torch.ones(n, dtype=torch.bool) for n in lengths], max(lengths), False)
 
 
 def circle(*degrees: float) -> Tensor:

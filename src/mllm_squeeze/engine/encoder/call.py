@@ -11,38 +11,38 @@ from torch import Tensor
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_received, score_rows
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
+from mllm_squeeze.reducers.needs import EncoderAttention, Need
 from mllm_squeeze.upstream.outputs import projected
 
 
 class EncodeCall:
     """Collects encoder signals while a feature method runs.
 
-    wanted: names of the signals ("saliency", "encoder_keys") that the plan's reducers read. merge: the reduction that
+    wanted: the signals that the plan's reducers read. merge: the reduction that
     runs inside the encoder, None without one.
     """
 
     def __init__(
-        self, parts: ModelParts, modality: str, wanted: frozenset[str], merge: EncoderMerge | None = None
+        self, parts: ModelParts, modality: str, wanted: frozenset[Need], merge: EncoderMerge | None = None
     ) -> None:
         self.parts, self.modality, self.wanted, self.merge = parts, modality, wanted, merge
-        self._values: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        self._values: dict[Need, list[Tensor]] = {need: [] for need in wanted}
 
     @marked("signal")
     def read(self, call: AttentionCall) -> bool:
         """Read one attention call of the feature layer; packed towers make one per segment."""
         lead = self.parts.lead
-        if "saliency" in self._values:
-            self._values["saliency"].append(self._saliency(call)[:, lead:])
-        if "encoder_keys" in self._values:
-            self._values["encoder_keys"].append(call.key.float().mean(1)[:, lead:])
+        for need, values in self._values.items():
+            read = self._received(call) if isinstance(need, EncoderAttention) else call.key.float().mean(1)
+            values.append(read[:, lead:])
         return False
 
-    def _saliency(self, call: AttentionCall) -> Tensor:
+    def _received(self, call: AttentionCall) -> Tensor:
         batch, heads, _, _ = call.query.shape
         if not self.parts.lead:
             return score_received(call)
@@ -62,22 +62,22 @@ class EncodeCall:
             return Features(self.modality, None)
         lengths = with_breaks(self.parts, self.modality, inputs, lengths)
         tiles = find_tiles(self.parts, self.modality, inputs, lengths)
-        signals = {name: self._carried(name, inputs, lengths) for name in self.wanted}
+        signals = {need: self._carried(need, inputs, lengths) for need in self.wanted}
         groups = None if self.merge is None else self.merge.groups(self.modality, inputs, lengths)
         return Features(self.modality, tuple(lengths), tuple(tiles), signals, groups)
 
-    def _carried(self, name: str, inputs: Mapping[str, Any], lengths: list[int]) -> tuple[Tensor, ...]:
-        read = self._values[name]
+    def _carried(self, need: Need, inputs: Mapping[str, Any], lengths: list[int]) -> tuple[Tensor, ...]:
+        read = self._values[need]
         if not read:
             raise UnsupportedModelError(
                 f"The vision encoder of '{self.parts.row.model_type}' ran without calling the attention that gives "
-                f"'{name}'. Use a method that reads nothing of the vision encoder."
+                f"{need}. Use a method that reads nothing of the vision encoder."
             )
         packed = self.parts.row.tower == "packed"
         values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)
         flat = values.ndim == (1 if packed else 2)
         values = values.unsqueeze(-1) if flat else values
-        fill = float("-inf") if name == "saliency" else 0.0
+        fill = float("-inf") if isinstance(need, EncoderAttention) else 0.0
         carried = to_llm_tokens(self.parts, self.modality, inputs, lengths, values.float(), fill)
         return tuple(item.squeeze(-1) if flat else item for item in carried)
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine.signals.rows import AttentionCall
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
-from mllm_squeeze.reducers.base import Need, Reducer, Signals, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Signals, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need, Projection, Size
 
 
 class EncoderMerge:
@@ -85,9 +86,9 @@ class EncoderMerge:
         assert self._keys is not None
         assert self._sizes is not None
         tiles, count, _ = patches.shape
+        there: dict[Need, Tensor] = {Features(): patches, Projection(heads="mean"): self._keys, Size(): self._sizes}
         mask = torch.ones(tiles, count, dtype=torch.bool, device=patches.device)
         return VisualTokens(
-            features=patches,
             mask=mask,
             budget=torch.full((tiles,), left, device=patches.device),
             counts=(left,) * tiles,
@@ -95,8 +96,8 @@ class EncoderMerge:
             origin=torch.arange(count, device=patches.device).expand(tiles, -1),
             lengths=(self._source.shape[1] if self._source is not None else count,) * tiles,
             current=(count,) * tiles,
-            lead=self.parts.lead,
-            signals=Signals({Need("keys"): self._keys, Need("size"): self._sizes}),
+            special_tokens=self.parts.lead,
+            signals=Signals(there),
         )
 
     def restore(self, projected: Tensor) -> Tensor:

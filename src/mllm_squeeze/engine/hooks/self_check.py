@@ -15,11 +15,12 @@ from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Fittings
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence.session import Session
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
 from mllm_squeeze.layout import Tile, TokenLayout
-from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Place
 from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.attention import implementation, is_flash, using
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, TextCall

@@ -16,12 +16,14 @@ from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 from mllm_squeeze.engine.sequence.shorten import gather_rows
 from mllm_squeeze.engine.sequence.survivors import Survivors
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import Features, SpanTable, first_table
+from mllm_squeeze.engine.tokens.features import Features
+from mllm_squeeze.engine.tokens.table import SpanTable, first_table
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
-from mllm_squeeze.reducers.base import Need, Reduction
+from mllm_squeeze.reducers.base import Reduction
+from mllm_squeeze.reducers.needs import Need
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -10,10 +12,11 @@ from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.signals.preview import run_projections
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_rows
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import SpanTable
+from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
-from mllm_squeeze.reducers.base import ENCODER_SIGNALS, Need, Signals, TextTokens
+from mllm_squeeze.reducers.base import Signals
+from mllm_squeeze.reducers.needs import Attention, EncoderNeed, Features, Need, Normed, Projection, Size
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -28,9 +31,9 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
     attention = find_attention(session.parts.layers[number])
     if attention is None:
         return
-    needs = [need for need in planned.reducer.needs() if _from_layer_before(need)]
+    needs = list(dict.fromkeys(whole(need) for need in planned.reducer.needs() if from_layer_before(need)))
     # Rows that were not chosen at layer 0 are those of a cut that has nothing to do.
-    needs = [need for need in needs if need.rows != "chosen" or planned.step in session.row_weights]
+    needs = [need for need in needs if not chooses_rows(need) or planned.step in session.row_weights]
     if not needs:
         return
 
@@ -40,13 +43,13 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
         filled = call.replace(key=call.key[:, :, : session.held[number] + session.lengths[number]])
         queries, keys = filled.query.shape[2], filled.key.shape[2]
         for need in needs:
-            if need.name == "keys":
-                fresh = filled.key[:, :, keys - queries :]
-                session.read[planned, need] = fresh.transpose(1, 2).flatten(2)
-            else:
+            if isinstance(need, Attention):
                 rows, weights = _rows(session, planned, need)
                 scores = score_rows(filled, rows, weights, is_causal(attention))
                 session.read[planned, need] = scores[:, keys - queries :]
+            else:
+                fresh = filled.key[:, :, keys - queries :]
+                session.read[planned, need] = fresh.transpose(1, 2).flatten(2)
         return False if others is None else others(call)
 
     # Another step may cut at the same layer.
@@ -54,11 +57,22 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
     session.listeners[attention] = read
 
 
-def _from_layer_before(need: Need) -> bool:
-    return need.name == "keys" or (need.name == "attention" and need.source == "current")
+def chooses_rows(need: Need) -> bool:
+    """True where the rule itself says which words are read."""
+    return isinstance(need, Attention) and need.rows == "chosen"
 
 
-def _rows(session: Session, planned: PlannedCut, need: Need) -> tuple[Tensor, Tensor]:
+def from_layer_before(need: Need) -> bool:
+    """True where the attention of the layer before a cut has to be read."""
+    return isinstance(need, (Attention, Projection)) and need.block == -1
+
+
+def whole(need: Need) -> Need:
+    """Return the need of the whole sequence that holds a need of the visual tokens or of the words."""
+    return replace(need, of="visual") if isinstance(need, (Features, Projection, Normed)) else need
+
+
+def _rows(session: Session, planned: PlannedCut, need: Attention) -> tuple[Tensor, Tensor]:
     """Return the rows (B, R) whose attention is read, as they stand now, and their weights."""
     if need.rows == "last":
         return session.last_place, torch.ones_like(session.last_place, dtype=torch.float32)
@@ -78,43 +92,41 @@ def gather(
     origin: Tensor,
     size: Tensor,
     rows: list[int],
-) -> tuple[Signals, TextTokens | None]:
-    """Return the signals of the candidates, and the text of each span's sample.
+) -> tuple[Signals, Tensor | None]:
+    """Return the signals of the candidates, and bool (S, T), the words of each span's sample where a need reads them.
 
     place, origin: int64 (S, N), where the candidates stand now and stood in their spans. size: float32 (S, N), tokens
     that each stands for. rows: their spans.
     """
     sample = table.sample[:, None]
+    words = session.text_place[table.sample]
+    sequence: dict[Need, Tensor] = {}
     found: dict[Need, Tensor] = {}
-    # Of keys and normed states the text gets its rows too.
-    whole: dict[str, Tensor] = {}
     for need in dict.fromkeys(needs):
-        if need.name in ENCODER_SIGNALS:
-            found[need] = _encoder_signal(session, need.name, origin, rows)
-        elif need.name == "size":
+        if isinstance(need, EncoderNeed):
+            found[need] = _encoder_signal(session, need, origin, rows)
+        elif isinstance(need, Size):
             found[need] = size
+        elif need == Features("text") and session.text is not None:
+            found[need] = session.text[0][table.sample]
         else:
-            whole[need.name] = _of_all_tokens(session, planned, need, hidden, call).to(hidden.device)
-            found[need] = whole[need.name][sample, place]
-    text = None
-    if session.text is not None:
-        text = TextTokens(session.text[0][table.sample], session.text[1][table.sample])
-    elif planned.reducer.reads_text or {"keys", "normed"} & set(whole):
-        columns = session.text_place[table.sample]
-        text = TextTokens(
-            features=hidden[sample, columns],
-            mask=session.text_mask[table.sample],
-            keys=whole["keys"][sample, columns] if "keys" in whole else None,
-            normed=whole["normed"][sample, columns] if "normed" in whole else None,
-        )
-    return Signals(found), text
+            every = whole(need)
+            if every not in sequence:
+                sequence[every] = _of_all_tokens(session, planned, every, hidden, call).to(hidden.device)
+            found[need] = sequence[every][sample, words if getattr(need, "of", "visual") == "text" else place]
+    if not any(need.reads_text for need in needs):
+        return Signals(found), None
+    there = session.text_mask if session.text is None else session.text[1]
+    return Signals(found), there[table.sample]
 
 
 def _of_all_tokens(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
     """Return a signal of the whole sequence: (B, M), or (B, M, D)."""
-    if need.name == "attention" and need.source == "next":
+    if isinstance(need, Features):
+        return hidden
+    if isinstance(need, Attention) and need.block == "next":
         return _preview(session, planned, need, hidden, call)
-    if need.name == "normed":
+    if isinstance(need, Normed):
         return _normed(session, hidden)
     return session.read.pop((planned, need))
 
@@ -130,13 +142,13 @@ def _normed(session: Session, hidden: Tensor) -> Tensor:
     return normed
 
 
-def _encoder_signal(session: Session, name: str, origin: Tensor, rows: list[int]) -> Tensor:
+def _encoder_signal(session: Session, need: Need, origin: Tensor, rows: list[int]) -> Tensor:
     """Return an encoder signal for each candidate, by its place in the span before any cut."""
     assert session.layout is not None
     parts: list[Tensor] = []
     for row in rows:
         span = session.layout.spans[row]
-        items = session.features[span.modality].signals[name]
+        items = session.features[span.modality].signals[need]
         parts.append(torch.cat([items[span.item + n] for n in range(span.items)]).to(origin.device))
     padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
     if padded.ndim == 2:
@@ -144,7 +156,7 @@ def _encoder_signal(session: Session, name: str, origin: Tensor, rows: list[int]
     return padded.gather(1, origin[..., None].expand(-1, -1, padded.shape[-1]))
 
 
-def _preview(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
+def _preview(session: Session, planned: PlannedCut, need: Attention, hidden: Tensor, call: LayerCall | None) -> Tensor:
     """Return the attention that the layer behind the cut would give: its norm and projections, one chosen row."""
     layer = session.parts.layers[planned.layer]
     attention, norm = find_attention(layer), find_pre_norm(layer)

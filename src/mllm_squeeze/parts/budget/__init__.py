@@ -1,0 +1,1 @@
+"""Parts that say how many tokens each group keeps."""

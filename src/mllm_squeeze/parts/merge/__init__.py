@@ -1,0 +1,1 @@
+"""Parts that say what becomes of the tokens that were not picked."""

@@ -1,0 +1,66 @@
+"""Builds the reducer of a step, and says what of the step does not fit it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from mllm_squeeze import registry
+from mllm_squeeze.errors import ConfigError, UnknownNameError
+from mllm_squeeze.recipe.rules import explain
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer
+from mllm_squeeze.reducers.needs import Place
+
+if TYPE_CHECKING:
+    from mllm_squeeze.recipe.steps import Step
+
+STEP_KEYS = ("reducer", "at", "kept")
+# The reducer of a step that names none: its options are parts.
+PIPELINE = "pipeline"
+
+
+def build_reducer(step: Step) -> Reducer:
+    """Return the reducer of a step, with its options; raises ConfigError or UnknownNameError that names the step."""
+    where = step.where or f"reducer '{step.reducer}'"
+    try:
+        cls = registry.reducer_class(step.reducer)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{where}: {error}") from None
+    _check_place(step, cls.places, issubclass(cls, DecodeReducer), where)
+    budget = sorted({"ratio", "keep"} & set(step.options))
+    if budget and issubclass(cls, DecodeReducer):
+        raise ConfigError(f"{where}: {budget[0]} has no effect on '{step.reducer}', whose own parameters say how much.")
+    try:
+        reducer = cls(**step.options)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, cls, step.options, also=STEP_KEYS)) from None
+    _check_place(step, reducer.facts.places, isinstance(reducer, DecodeReducer), where)
+    _check_budget(step, reducer, where)
+    return reducer
+
+
+def _check_budget(step: Step, reducer: Reducer, where: str) -> None:
+    """Raise ConfigError where nothing says how much a step leaves: its reducer would never be called."""
+    if reducer.facts.decides or isinstance(reducer, DecodeReducer):
+        return
+    if reducer.ratio is None and reducer.keep is None and step.kept is None:
+        raise ConfigError(
+            f"{where}: '{step.reducer}' has no budget. Give ratio (the fraction removed), keep (tokens or fraction "
+            "kept) or, at several layers, kept; to let the user choose, add it to params and write ratio: ${ratio}."
+        )
+
+
+def _check_place(step: Step, places: frozenset[Place], decodes: bool, where: str) -> None:
+    allowed: set[str] = set(places)
+    if step.at.layer == 0 and isinstance(step.at.layer, int) and "projector" in allowed:
+        # Layer 0 is the projector said otherwise: the cut is the same.
+        allowed.add("layer")
+    if step.at.place not in allowed:
+        raise ConfigError(
+            f"{where}: the reducer '{step.reducer}' cannot act at {step.at}. "
+            f"Its places are: {', '.join(sorted(places))}."
+        )
+    if step.at.cache is not None and (step.at.cache == "decode") != decodes:
+        when = "while decoding: write {cache: decode}" if decodes else "at the end of the prefill"
+        raise ConfigError(f"{where}: the reducer '{step.reducer}' cannot act at {step.at}; it acts {when}.")
