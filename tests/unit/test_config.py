@@ -589,7 +589,7 @@ def test_facts_are_those_of_all_steps() -> None:
         "decides": False,
         "merges": False,
         "reads_text": True,
-        "signals": [],
+        "signals": ["Attention"],
         "modalities": ["video"],
     }
 

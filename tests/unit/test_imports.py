@@ -117,10 +117,18 @@ def test_reducers_and_recipes_load_without_torch():
     assert out.stdout.strip() == "[]"
 
 
+def defined(path: Path) -> set[str]:
+    """Return the public functions and classes that a file defines."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {n.name for n in ast.parse(path.read_text()).body if isinstance(n, kinds) and not n.name.startswith("_")}
+
+
 def test_ops_names_are_lazy_and_complete():
+    """Every public function of a module of ops is found under `ops`, and nothing else is."""
     from mllm_squeeze import ops
 
-    assert set(ops.__all__) == set(dir(ops))
+    modules = [path for path in (PACKAGE / "ops").glob("*.py") if path.stem != "__init__"]
+    assert set(ops.__all__) == set().union(*map(defined, modules)) == set(dir(ops))
     for name in ops.__all__:
         assert getattr(ops, name).__name__ == name
         assert getattr(ops, name).__doc__

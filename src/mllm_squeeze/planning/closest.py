@@ -80,13 +80,13 @@ def _distance(wanted: dict[str, Any], told: dict[str, Any], baseline: bool) -> t
         len(_places(wanted) ^ _places(told)),
         len(set(wanted["modalities"]) ^ set(told["modalities"])),
         baseline,
-        len((_read(wanted) ^ _read(told)) - _EVERYWHERE),
+        len(_read(wanted) ^ _read(told)),
         wanted["known_count"] != told["known_count"],
     )
 
 
 def _read(told: dict[str, Any]) -> frozenset[str]:
-    return frozenset([*told["signals"], *(["text"] if told["reads_text"] else [])])
+    return frozenset([*told["signals"], *(["text"] if told["reads_text"] else [])]) - _EVERYWHERE
 
 
 def _places(told: dict[str, Any]) -> frozenset[str]:

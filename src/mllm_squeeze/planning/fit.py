@@ -30,14 +30,14 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
         check_modality(recipe, reducer, parts)
         if step.at.place == "encoder":
             blocks = _encoder_blocks(recipe, step.at, parts)
-            encoder = PlannedCut(number, recipe.method, 0, reducer)
+            encoder = PlannedCut(number, recipe.method, 0, reducer, step.amount)
             check_inside(recipe.method, encoder)
         elif step.at.place == "cache":
             _check_decode(recipe, step.at, parts, reducer)
             decode = PlannedCut(number, recipe.method, 0, reducer)
         else:
             planned = [
-                PlannedCut(number, recipe.method, layer, reducer, stage, len(layers), step.kept)
+                PlannedCut(number, recipe.method, layer, reducer, step.amount, stage, len(layers))
                 for stage, layer in enumerate(layers)
             ]
             for cut in planned:

@@ -31,7 +31,7 @@ def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]])
             _check_crossed(recipe, step, layers, reducer, parts)
         else:
             _check_queried(recipe, step, reducer, parts)
-        cuts.append(PlannedCut(number, recipe.method, 0, reducer, 0, 1, step.kept))
+        cuts.append(PlannedCut(number, recipe.method, 0, reducer, step.amount))
     return tuple(cuts)
 
 
@@ -75,6 +75,11 @@ def _check_queried(recipe: Recipe, step: Step, reducer: Reducer, parts: ModelPar
         raise ConfigError(
             f"'{recipe.method}' acts on the keys of the Q-Former and at {step.at}, which cuts its queries. Make two "
             "recipes of it, and apply one."
+        )
+    if step.amount.by_row or step.amount.total is not None:
+        raise ConfigError(
+            f"{step.where or recipe.method}: {step.amount} speaks of prompts, and what the Q-Former attends to are "
+            "pictures, whatever prompt they stand in. Give one ratio or keep."
         )
     needs = _beyond_features(reducer)
     if needs or reducer.facts.reads_text:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from mllm_squeeze import registry
+from mllm_squeeze.amount import RULES, Amount
 from mllm_squeeze.errors import ConfigError, SqueezeError
 from mllm_squeeze.recipe import template
 from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
@@ -138,7 +139,7 @@ def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
 def facts(recipe: Recipe) -> dict[str, Any]:
     """Return what tools ask of a method.
 
-    These are `places`, `known_count`, `decides`, `merges`, `reads_text`, `signals` and `modalities`.
+    These are `places`, `known_count`, `exact`, `decides`, `merges`, `reads_text`, `signals` and `modalities`.
     """
     reducers = [step.built for step in recipe.steps]
     rules = [reducer.facts for reducer in reducers]
@@ -146,6 +147,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     return {
         "places": [str(step.at) for step in recipe.steps],
         "known_count": all(rule.known_count for rule in rules),
+        "exact": all(rule.exact for rule in rules),
         "decides": any(rule.decides for rule in rules),
         "merges": any(rule.merges for rule in rules),
         "reads_text": any(rule.reads_text for rule in rules),
@@ -169,17 +171,19 @@ def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(step: Step) -> dict[str, Any]:
-    kept = {} if step.kept is None else {"kept": list(step.kept)}
     named = {} if step.reducer == PIPELINE else {"reducer": step.reducer}
-    return {**named, "at": step.at.to_yaml(), **kept, **step.options}
+    return {**named, "at": step.at.to_yaml(), **step.amount.to_yaml(), **step.options}
 
 
 def _step(entry: Mapping[str, Any], where: str) -> Step:
-    known = {key: value for key, value in entry.items() if key in STEP_KEYS}
+    known = {key: value for key, value in entry.items() if key in STEP_KEYS and key not in RULES}
     options = {key: value for key, value in entry.items() if key not in STEP_KEYS}
     try:
-        step = Step(**known, options=options, where=where)
+        amount = Amount(**{key: value for key, value in entry.items() if key in RULES})
+        step = Step(**known, amount=amount, options=options, where=where)
     except ValidationError as error:
-        raise ConfigError(explain(error, where, Step, entry, hide=("options", "where"))) from None
+        raise ConfigError(explain(error, where, Step, entry, hide=("amount", "options", "where"))) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}.") from None
     _ = step.built  # a slip shows now, not when the method is applied
     return step

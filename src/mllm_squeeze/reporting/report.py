@@ -45,7 +45,7 @@ class StageRecord:
     layer: first decoder layer that ran short. place: "encoder", "keys", "projector", "layer" or "cache". before,
     after: tokens of each span, in tokens of the language model also for a step in the encoder. sequence_before,
     sequence_after: columns of the padded batch, or of its keys. seconds: time the rule took, None where it was not
-    measured.
+    measured. asked: tokens each span was asked to keep, None where the rule decided.
     """
 
     layer: int
@@ -56,6 +56,7 @@ class StageRecord:
     sequence_before: int
     sequence_after: int
     seconds: float | None = None
+    asked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,17 @@ def _spans(report: Report) -> str:
     if not spans:
         return ""
     rows = [
-        [str(number), str(span.sample), span.modality, _chain([step[number] for step in report.span_tokens])]
+        [
+            str(number),
+            str(span.sample),
+            span.modality,
+            _chain([step[number] for step in report.span_tokens]),
+            _chain([None if stage.asked is None else stage.asked[number] for stage in report.record.stages]),
+        ]
         for number, span in enumerate(spans[:SPANS_SHOWN])
     ]
-    return _shown(table(["span", "sample", "kind", "tokens"], rows, left=(2, 3)), len(spans) - SPANS_SHOWN)
+    names = ["span", "sample", "kind", "tokens", "asked"]
+    return _shown(table(names, rows, left=(2, 3, 4)), len(spans) - SPANS_SHOWN)
 
 
 def _steps(report: Report) -> str:
@@ -53,6 +60,7 @@ def _steps(report: Report) -> str:
             str(number),
             stage.reducer,
             _where(stage),
+            "-" if stage.asked is None else str(sum(stage.asked)),
             f"{sum(stage.before)} -> {sum(stage.after)}",
             f"{stage.sequence_before} -> {stage.sequence_after}",
             _time(stage.seconds),
@@ -60,7 +68,7 @@ def _steps(report: Report) -> str:
         for number, stage in enumerate(stages[:STEPS_SHOWN])
     ]
     columns = "sequence" if report.record.keys is None else "keys"
-    names = ["step", "rule", "where", "visual", columns, "rule's time"]
+    names = ["step", "rule", "where", "asked", "visual", columns, "rule's time"]
     return _shown(table(names, rows, left=(1, 2)), len(stages) - STEPS_SHOWN)
 
 
@@ -110,9 +118,9 @@ def _layers(report: Report) -> str:
     return f"\ntokens in decoder layers  {'   '.join(ranges)}{crossed}"
 
 
-def _chain(counts: Sequence[int]) -> str:
-    """Counts joined by arrows, the middle of a long chain left out."""
-    words = [str(count) for count in counts]
+def _chain(counts: Sequence[int | None]) -> str:
+    """Counts joined by arrows, the middle of a long chain left out; None is one that nobody asked for."""
+    words = ["-" if count is None else str(count) for count in counts]
     if len(words) > 6:
         words = [*words[:3], "...", *words[-2:]]
     return " -> ".join(words)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze import ops
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
@@ -22,11 +23,12 @@ from mllm_squeeze.reducers.needs import Features, Need, Projection, Size
 class EncoderMerge:
     """State of one call of the encoder: which patch is part of which token by now, and which were pruned.
 
-    blocks: numbers of the blocks in front of which tokens are reduced, with the keys of the block before.
+    amount: how much of each tile's tokens is left. blocks: numbers of the blocks in front of which tokens are reduced,
+    with the keys of the block before.
     """
 
-    def __init__(self, parts: ModelParts, reducer: Reducer, blocks: Sequence[int]) -> None:
-        self.parts, self.reducer, self.blocks = parts, reducer, list(blocks)
+    def __init__(self, parts: ModelParts, reducer: Reducer, amount: Amount, blocks: Sequence[int]) -> None:
+        self.parts, self.reducer, self.amount, self.blocks = parts, reducer, amount, list(blocks)
         self._keys: Tensor | None = None
         self._sizes: Tensor | None = None
         self._source: Tensor | None = None
@@ -72,7 +74,7 @@ class EncoderMerge:
     def _start(self, tiles: int, count: int, device: torch.device) -> None:
         self._source = torch.arange(count, device=device).expand(tiles, -1)
         self._sizes = torch.ones(tiles, count, device=device)
-        goal = ops.kept_count(count, self.reducer.ratio, self.reducer.keep)
+        (goal,) = self.amount.of_prompt((count,))
         self._schedule = schedule(count, goal, len(self.blocks), self.reducer)
         if self._schedule and self._schedule[-1] > goal:
             warnings.warn(

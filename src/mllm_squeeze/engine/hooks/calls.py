@@ -39,7 +39,7 @@ class CallHooks(Hooks):
             if self._enabled():
                 _refuse_chunks(self.parts.model, call)
             here = sys._getframe()
-            prompt = self._local.prompts.enter(call.prompt_length, here)
+            prompt = self._local.prompts.enter(call, here)
             runs = self._local.prompt_runs
             run = runs.enter(PromptRun(PromptCall(call.given)), here) if self.parts.row.own_generate else None
             try:

@@ -102,7 +102,7 @@ class CrossAttentionHooks(Hooks):
         text = None
         if any(cut.reducer.facts.reads_text for cut in self.plan.keys):
             text = words_behind_pictures(self.parts, call, prompted, self._local.prompt)
-        session, states, kept = reduce_keys(self.parts, self.plan, layout, pictures.states, text)
+        session, states, kept = reduce_keys(self.parts, self.plan, layout, pictures.states, text, self._local.rows)
         held = key_cache.held_keys(call.cache, self._layers[0], call.batch, states.device)
         session.past = kv.tokens_seen(call.cache)
         session.attended = Attended(

@@ -13,7 +13,7 @@ from mllm_squeeze.engine.hooks.running import caller, is_running
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.tokens.features import Features
-from mllm_squeeze.upstream.prompts import PromptCall
+from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall
 
 T = TypeVar("T")
 
@@ -112,8 +112,7 @@ class Local(threading.local):
         self.encodings: Calls[EncodeCall] = Calls()
         # The session of a self-check that runs now: the text model is called inside its own pre-hook.
         self.probes: Calls[tuple[Session | None]] = Calls()
-        # Length of the prompt that generate() was called with.
-        self.prompts: Calls[int | None] = Calls()
+        self.prompts: Calls[GenerateCall] = Calls()
 
     @property
     def encode(self) -> EncodeCall | None:
@@ -128,7 +127,12 @@ class Local(threading.local):
     @property
     def prompt(self) -> int | None:
         """Length of the prompt that generate() was called with, None outside of it."""
-        return self.prompts.top
+        return None if self.prompts.top is None else self.prompts.top.prompt_length
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the prompt that generate() was called with, None outside of it."""
+        return None if self.prompts.top is None else self.prompts.top.rows
 
     @property
     def prompt_run(self) -> PromptRun | None:

@@ -108,6 +108,7 @@ class DecoderHooks(Hooks):
             return None
         refuse_scaled(self.parts.text_config, past + call.width)
         session = Session(self.plan, self.parts, layout, features, call.width, past)
+        session.rows = self._local.rows
         if layout is not None:
             session.prepare(call.states.device)
             session.wanted = self._local.wanted

@@ -92,7 +92,7 @@ class EncoderHooks(Hooks):
             )
             return None
         blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
-        return EncoderMerge(self.parts, self.plan.encoder.reducer, blocks)
+        return EncoderMerge(self.parts, self.plan.encoder.reducer, self.plan.encoder.amount, blocks)
 
     def _hook_blocks(self, fittings: Fittings) -> None:
         last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector

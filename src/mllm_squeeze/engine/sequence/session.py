@@ -42,6 +42,8 @@ class Session(Survivors):
 
     # Where keys are reduced that are attended to from outside: what was attended to, and the words beside the keys.
     attended: Attended | None = None
+    # Rows of the prompt before generate() repeated them for beams, None outside of it.
+    rows: int | None = None
     text: tuple[Tensor, Tensor] | None = None
 
     def __init__(

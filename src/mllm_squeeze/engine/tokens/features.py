@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Need
@@ -30,8 +31,8 @@ class Features:
     # Of a reduction inside the encoder, int64 (length,) per item: the encoder's token that each one carries, SEPARATOR
     # or PRUNED; the cut of those that carry the same happens before layer 0.
     groups: tuple[Tensor, ...] | None = None
-    # The reducer that worked inside the encoder, None where none did.
-    merged_by: Reducer | None = None
+    # The reducer that worked inside the encoder, and how much it left; None where none did.
+    merged_by: tuple[Reducer, Amount] | None = None
 
     def without(self, left: Tensor | None) -> Features:
         """Return the features that a family leaves itself of those it encoded; left: bool (sum of lengths,) or None.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedInputError
@@ -31,9 +32,9 @@ def recorded(plan: Plan, output: Any) -> Features | None:
     return found
 
 
-def merger(plan: Plan) -> Reducer | None:
-    """Return what works inside the encoder under a plan, None where nothing does."""
-    return None if plan.encoder is None else plan.encoder.reducer
+def merger(plan: Plan) -> tuple[Reducer, Amount] | None:
+    """Return what works inside the encoder under a plan and how much it leaves, None where nothing does."""
+    return None if plan.encoder is None else (plan.encoder.reducer, plan.encoder.amount)
 
 
 def mark(output: Any, found: Features) -> None:
