@@ -282,7 +282,8 @@ def _warn_left(session: Session, planned: PlannedCut, found: _Candidates, counts
         if left > asked + max((pieces + 1) // 2, 1, asked // 10):
             _warn(
                 f"'{planned.name}' was asked to leave {asked} of the {current} tokens of a span, and leaves {left}: "
-                f"{planned.reducer.why_more}. Ask for less, give more frames, or use a method that keeps any number."
+                f"{planned.reducer.facts.why_more}. Ask for less, give more frames, or use a method that keeps any "
+                "number."
             )
             return
 
