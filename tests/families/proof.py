@@ -145,7 +145,7 @@ def misfit(name: str, method: str) -> str | None:
 def params(name: str, method: str, **changes: Any) -> dict[str, Any]:
     """Return the parameters with which a method is tried on a family: few layers, of which some cannot be read."""
     first = {"decode_layer": 2} if method == "dycoke" and name in HYBRID else {}
-    return matrix.METHODS[method].params | first | changes
+    return matrix.method(method).params | first | changes
 
 
 @contextmanager
@@ -208,8 +208,8 @@ def squeeze_and_prove(t: tiny.TinyModel, kind: str, method: str, **changes: Any)
         decode = generate(t, inputs, forced)
         assert [c.kept[0].tolist() for c in handle.cuts] == [c.kept[0].tolist() for c in cuts]
     assert cuts, "nothing was cut"
-    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
-    compare(t, inputs, prefill, decode, cuts, merged, repacks(handle), forced, matrix.METHODS[method].decodes)
+    merged = matrix.merged(method, cuts, states)
+    compare(t, inputs, prefill, decode, cuts, merged, repacks(handle), forced, matrix.method(method).decodes)
     return handle
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.spans import LENGTHS, batch, share, spans
+from reference.spans import LENGTHS, batch, share, spans_with
 
 from mllm_squeeze.reducers.pipeline import Pipeline
 from mllm_squeeze.registry import reducer_class
@@ -73,7 +73,7 @@ PAIRS = [
 def test_parts_answer_bit_for_bit_like_the_class(name, options, parts):
     reducer, pipeline = reducer_class(name)(**options), Pipeline(**parts)
     for seed in range(3):
-        data = spans(seed)
+        data = spans_with(reducer.needs(), seed)
         for fraction in (0.02, 0.1, 0.34, 0.5, 0.77, 0.98, 1.0):
             for tokens in (batch(data, share(fraction), width=80), batch(data, [n + 3 for n in LENGTHS])):
                 old, new = reducer.reduce(tokens), pipeline.reduce(tokens)

@@ -58,6 +58,8 @@ def chosen(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not tables:
         return {}
     word = raw["params"][PARAM]
+    if word == "???":  # it has no default; whoever fills in the params says so
+        return dict(next(iter(tables.values())))
     if word not in tables:
         raise ConfigError(f"{where}: unknown variant '{word}'. {did_you_mean(str(word), tables)}")
     return dict(tables[word])

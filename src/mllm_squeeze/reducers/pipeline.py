@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
-from mllm_squeeze.parts.base import ABudget, AMerge, AScore, ASegment, ASelect, Groups, Part, Score
+from mllm_squeeze.parts.base import ABudget, AMerge, AScore, ASegment, ASelect, Groups, Part, Score, counts_as_asked
 from mllm_squeeze.parts.budget.even import Even
 from mllm_squeeze.parts.segment.whole import Whole
 from mllm_squeeze.parts.select.top_k import TopK
@@ -53,9 +53,11 @@ class Pipeline(Reducer):
         parts, needs = list(self._parts()), self.needs()
         decides = self._decides()
         merges = [self.merge, *(half.merge for half in self.parts.values())]
+        known = not decides and not self.parts and all(part.known_count for part in parts)
         return Facts(
             places=self.places.intersection(*(part.places for part in parts), *(need.places for need in needs)),
-            known_count=not decides and not self.parts and all(part.known_count for part in parts),
+            known_count=known,
+            exact=known and all(counts_as_asked(part) for part in parts),
             decides=decides,
             merges=any(merge is not None for merge in merges),
             reads_text=any(need.reads_text for need in needs),

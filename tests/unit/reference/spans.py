@@ -6,15 +6,7 @@ import torch
 
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.needs import (
-    Attention,
-    EncoderAttention,
-    EncoderProjection,
-    Features,
-    Normed,
-    Projection,
-    Size,
-)
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Size
 from reference.build import chosen, visual_tokens
 
 TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
@@ -22,32 +14,34 @@ LENGTHS = [sum(tile.cells for tile in tiles) for tiles in TILES]
 WORDS = [9, 2, 5, 4, 1]
 
 
-def spans(seed=0, dtype=torch.float32):
+def spans_with(needs, seed=0, dtype=torch.float32):
+    """Five spans with these signals."""
     torch.manual_seed(seed)
 
     def noise(lengths, *tail):
         return [torch.randn(n, *tail).to(dtype) for n in lengths]
 
+    signals = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in LENGTHS] for need in needs}
+    words = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in WORDS] for need in needs}
     return {
         "features": noise(LENGTHS, 12),
-        "signals": {
-            Attention(): [torch.rand(n) for n in LENGTHS],
-            Attention("next"): [torch.rand(n) for n in LENGTHS],
-            Attention(rows="text"): [torch.rand(n) for n in LENGTHS],
-            Attention(rows="chosen"): [torch.rand(n) for n in LENGTHS],
-            Projection(): noise(LENGTHS, 8),
-            Projection(heads="mean"): noise(LENGTHS, 4),
-            Normed(): noise(LENGTHS, 12),
-            EncoderAttention(): [torch.rand(n) for n in LENGTHS],
-            EncoderProjection(): noise(LENGTHS, 6),
-            Size(): [torch.randint(1, 4, (n,)).float() for n in LENGTHS],
-        },
-        "text": {
-            Features("text"): noise(WORDS, 12),
-            Normed("text"): noise(WORDS, 12),
-            Projection(of="text"): noise(WORDS, 8),
-        },
+        "signals": {need: rows for need, rows in signals.items() if not of_text(need) and need != Features()},
+        "text": {need: rows for need, rows in words.items() if of_text(need)},
     }
+
+
+def wide(need):
+    """Whether it is a vector per token, and not a number."""
+    return not isinstance(need, (Attention, EncoderAttention, Size))
+
+
+def one(need, n):
+    """A signal of n tokens: a number each, or a vector as long for the words as for the picture."""
+    if "each" in (getattr(need, "heads", ""), getattr(need, "over_rows", "")) or getattr(need, "columns", "") == "text":
+        raise NotImplementedError(f"{need}: say here what it looks like")
+    if isinstance(need, Size):
+        return torch.randint(1, 4, (n,)).float()
+    return torch.randn(n, 8 if "Projection" in type(need).__name__ else 12) if wide(need) else torch.rand(n)
 
 
 def batch(data, budgets, rows=range(5), width=None):
