@@ -7,15 +7,14 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
-from reference.build import chosen, visual_tokens
+from reference.spans import LENGTHS, TILES, answer, batch, of_text, share, spans_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_squeeze import ops
-from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.recipe.steps import PIPELINE
 from mllm_squeeze.reducers.base import DecodeReducer, Signals
-from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Size
+from mllm_squeeze.reducers.needs import Features
 from mllm_squeeze.registry import BUILTIN_REDUCERS, configs_dir, reducer_class
 
 # Numbers that are worth a try beside the defaults; a reducer needs no line here.
@@ -66,67 +65,7 @@ every_reducer = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
 
 
 def spans(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-
-    def noise(lengths, *tail):
-        return [torch.randn(n, *tail).to(dtype) for n in lengths]
-
-    needs = dict.fromkeys(need for r in REDUCERS for need in (*r.needs(), *r.row_needs()))
-    signals = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in LENGTHS] for need in needs}
-    words = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in WORDS] for need in needs}
-    return {
-        "features": noise(LENGTHS, 12),
-        "signals": {need: rows for need, rows in signals.items() if not of_text(need) and need != Features()},
-        "text": {need: rows for need, rows in words.items() if of_text(need)},
-    }
-
-
-def wide(need):
-    """Whether it is a vector per token, and not a number."""
-    return not isinstance(need, (Attention, EncoderAttention, Size))
-
-
-def one(need, n):
-    """A signal of n tokens: a number each, or a vector as long for the words as for the picture."""
-    if "each" in (getattr(need, "heads", ""), getattr(need, "over_rows", "")) or getattr(need, "columns", "") == "text":
-        raise NotImplementedError(f"{need}: say here what it looks like")
-    if isinstance(need, Size):
-        return torch.randint(1, 4, (n,)).float()
-    return torch.randn(n, 8 if "Projection" in type(need).__name__ else 12) if wide(need) else torch.rand(n)
-
-
-def batch(data, budgets, rows=range(5), width=None):
-    rows = list(rows)
-
-    def pick(lists):
-        return {name: [values[i] for i in rows] for name, values in lists.items()}
-
-    return visual_tokens(
-        [data["features"][i] for i in rows],
-        [budgets[i] for i in rows],
-        tiles=[TILES[i] for i in rows],
-        signals=pick(data["signals"]),
-        text=pick(data["text"]),
-        width=width,
-    )
-
-
-def of_text(need):
-    return getattr(need, "of", "visual") == "text"
-
-
-def share(fraction):
-    return [ops.kept_count(n, keep=fraction) for n in LENGTHS]
-
-
-def answer(reduction, row):
-    """Survivors and who is merged into whom with which weight, of one row."""
-    kept = chosen(reduction.keep, row)
-    if reduction.assign is None:
-        return kept, None
-    weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
-    pairs = {i: (int(a), round(float(weights[row, i]), 5)) for i, a in enumerate(reduction.assign[row]) if a >= 0}
-    return kept, pairs
+    return spans_with(dict.fromkeys(need for r in REDUCERS for need in (*r.needs(), *r.row_needs())), seed, dtype)
 
 
 def test_every_reducer_is_tested():
