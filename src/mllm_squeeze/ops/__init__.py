@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .greedy import *  # noqa: F403
     from .merge import *  # noqa: F403
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
     from .stride import *  # noqa: F403
 
 _MODULES = {
+    "attention": (
+        "attention_band",
+        "attention_from_rows",
+        "attention_joined",
+        "attention_received",
+        "rows_that_see",
+    ),
     "budget": (
         "floor_exact",
         "kept_count",
@@ -51,9 +59,6 @@ _MODULES = {
         "selection",
     ),
     "score": (
-        "attention_band",
-        "attention_from_rows",
-        "attention_received",
         "cosine",
         "gaussian_kernels",
         "paired_cosine",
