@@ -58,9 +58,6 @@ def of_recipes():
 
 
 REDUCERS = list({repr(r): r for r in (*built_in(), *of_recipes())}.values())
-TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
-LENGTHS = [sum(tile.cells for tile in tiles) for tiles in TILES]
-WORDS = [9, 2, 5, 4, 1]
 every_reducer = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
 
 
