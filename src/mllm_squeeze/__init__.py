@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     )
     from mllm_squeeze.recipe.recipe import describe, register_method
     from mllm_squeeze.registry import method_names as methods
-    from mllm_squeeze.registry import register_reducer, unregister_method, unregister_reducer
+    from mllm_squeeze.registry import (
+        register_part,
+        register_reducer,
+        unregister_method,
+        unregister_part,
+        unregister_reducer,
+    )
 
 __version__ = "0.1.0"
 
@@ -48,8 +54,10 @@ _HOMES = {
     "InUseError": "errors",
     "SqueezeWarning": "errors",
     "register_method": "recipe.recipe",
+    "register_part": "registry",
     "register_reducer": "registry",
     "unregister_method": "registry",
+    "unregister_part": "registry",
     "unregister_reducer": "registry",
 }
 
@@ -74,9 +82,11 @@ __all__ = [
     "families",
     "methods",
     "register_method",
+    "register_part",
     "register_reducer",
     "remove",
     "unregister_method",
+    "unregister_part",
     "unregister_reducer",
 ]
 
