@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
-from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.recipe.recipe import Recipe
-from mllm_squeeze.reporting.dims import ModelDims
 from mllm_squeeze.reporting.report import KeyRecord, PrefillRecord, SpanRecord, StageRecord
-from mllm_squeeze.upstream.configs import text_sizes
+from mllm_squeeze.upstream.configs import TextSizes, text_sizes
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class FinishedPrefill:
     held: Mapping[int, int]
     past: int
     layers: int
-    dims: ModelDims | None
+    dims: TextSizes | None
     element_bytes: int
 
 
@@ -49,7 +47,7 @@ def finished(prefill: Prefill) -> FinishedPrefill:
         held=dict(prefill.held),
         past=prefill.past,
         layers=len(parts.layers),
-        dims=model_dims(parts),
+        dims=text_sizes(parts.text_config, len(parts.layers)),
         element_bytes=next(parts.decoder.parameters()).element_size(),
     )
 
@@ -112,9 +110,3 @@ def _stages(recipe: Recipe, prefill: FinishedPrefill) -> tuple[StageRecord, ...]
         )
         for trace in prefill.traces
     )
-
-
-def model_dims(parts: ModelParts) -> ModelDims | None:
-    """Return the sizes of the language model, None where its config does not name them."""
-    sizes = text_sizes(parts.text_config)
-    return None if sizes is None else ModelDims(layers=len(parts.layers), **asdict(sizes))
