@@ -78,7 +78,7 @@ def _reduce(planned: PlannedCut, tokens: VisualTokens) -> Reduction:
 def cut_survivors(session: Prefill, planned: PlannedCut, hidden: Tensor) -> Tensor:
     """Cut what a reduction inside the encoder pruned, and the duplicates it left behind; at the input of layer 0."""
     groups = {m: f.groups for m, f in session.features.items() if f.groups is not None}
-    if not groups or session.layout is None:
+    if not groups:
         return hidden
     start = now(hidden.device)
     table = session.table
@@ -142,7 +142,6 @@ def _finish(
 def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     """Return what may be chosen from, None where the budget asks for all that is there, or nothing is."""
     layout = session.layout
-    assert layout is not None
     reducer, table = planned.reducer, session.table
     rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.facts.modalities]
     if not rows:
@@ -170,7 +169,6 @@ def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
 
 
 def _is_cell(session: Prefill, table: SpanTable, rows: list[int]) -> Tensor:
-    assert session.layout is not None
     unknown = torch.tensor([not session.layout.spans[n].tiles for n in rows], device=table.mask.device)
     return (table.grid[..., 0] >= 0) | unknown[:, None]
 
@@ -184,7 +182,6 @@ def _tokens(
     call: LayerCall | None,
     needs: tuple[Need, ...],
 ) -> VisualTokens:
-    assert session.layout is not None
     spans = [session.layout.spans[n] for n in found.rows]
     place = found.place
     origin, size = found.table.origin.gather(1, found.order), found.size
@@ -233,7 +230,6 @@ def _chosen(session: Prefill, planned: PlannedCut, found: _Candidates, keep: Ten
 @marked("select")
 def _counts(session: Prefill, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
-    assert session.layout is not None
     if planned.decides or not planned.reducer.facts.known_count:
         return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
     counts = list(session.table.current)

@@ -17,13 +17,13 @@ from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.streams import fold, unfold
 from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.signals.rows import Listener
-from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.handlers.inner_features import has_inner_features
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import DecodeReducer
@@ -38,6 +38,7 @@ class LayerHooks(Hooks):
         self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
     ) -> None:
         super().__init__(parts, plan, local, enabled, publish)
+        self._decode = None if plan.decode is None else _while_decoding(plan.decode)
         self._chooses_rows = [
             cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
         ]
@@ -73,7 +74,7 @@ class LayerHooks(Hooks):
                     continue
                 tapped.add(cut.layer if need.block == "next" else cut.layer - 1)
                 previewed |= {cut.layer} if need.block == "next" else set()
-        if self.plan.decode is not None:
+        if self._decode is not None:
             tapped.add(self._decode.layer - 1)
         for number in sorted(tapped):
             attention = find_attention(self.parts.layers[number])
@@ -85,12 +86,6 @@ class LayerHooks(Hooks):
             installer.tap(attention, functools.partial(self._listener, attention))
             if number in previewed:
                 preview.put_on(installer, attention, self._running)
-
-    @property
-    def _decode(self) -> DecodeReducer:
-        assert self.plan.decode is not None
-        assert isinstance(self.plan.decode.reducer, DecodeReducer)
-        return self.plan.decode.reducer
 
     def _running(self) -> Pass | None:
         return self._local.running
@@ -115,7 +110,7 @@ class LayerHooks(Hooks):
         if isinstance(running, Prefill):
             hidden = self._cut(running, number, running.with_inner(number, hidden), call)
             self._listen(running, number)
-        elif self.plan.decode is not None and number == self._decode.layer - 1 and running.width == 1:
+        elif self._decode is not None and number == self._decode.layer - 1 and running.width == 1:
             decoding.listen(running, find_attention(self.parts.layers[number]), self._decode, call.cache)
         new = running.arguments.shorten(number, hidden, call)
         running.lengths[number] = hidden.shape[1]
@@ -152,3 +147,9 @@ class LayerHooks(Hooks):
         if isinstance(output, tuple):
             return (prefill.restore(output[0]), *output[1:])
         return unfold(prefill.restore(fold(output)), output)
+
+
+def _while_decoding(planned: PlannedCut) -> DecodeReducer:
+    if not isinstance(planned.reducer, DecodeReducer):
+        raise ConfigError(f"'{planned.name}' cannot act while decoding: {type(planned.reducer).__name__} acts once.")
+    return planned.reducer
