@@ -7,15 +7,14 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
-from reference.build import chosen, visual_tokens
+from reference.spans import LENGTHS, TILES, answer, batch, of_text, share, spans_with
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mllm_squeeze import ops
-from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.recipe.steps import PIPELINE
 from mllm_squeeze.reducers.base import DecodeReducer, Signals
-from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Size
+from mllm_squeeze.reducers.needs import Features
 from mllm_squeeze.registry import BUILTIN_REDUCERS, configs_dir, reducer_class
 
 # Numbers that are worth a try beside the defaults; a reducer needs no line here.
@@ -59,75 +58,11 @@ def of_recipes():
 
 
 REDUCERS = list({repr(r): r for r in (*built_in(), *of_recipes())}.values())
-MERGING = [r for r in REDUCERS if r.facts.merges]
-TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
-LENGTHS = [sum(tile.cells for tile in tiles) for tiles in TILES]
-WORDS = [9, 2, 5, 4, 1]
 every_reducer = pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
 
 
 def spans(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-
-    def noise(lengths, *tail):
-        return [torch.randn(n, *tail).to(dtype) for n in lengths]
-
-    needs = dict.fromkeys(need for r in REDUCERS for need in (*r.needs(), *r.row_needs()))
-    signals = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in LENGTHS] for need in needs}
-    words = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in WORDS] for need in needs}
-    return {
-        "features": noise(LENGTHS, 12),
-        "signals": {need: rows for need, rows in signals.items() if not of_text(need) and need != Features()},
-        "text": {need: rows for need, rows in words.items() if of_text(need)},
-    }
-
-
-def wide(need):
-    """Whether it is a vector per token, and not a number."""
-    return not isinstance(need, (Attention, EncoderAttention, Size))
-
-
-def one(need, n):
-    """A signal of n tokens: a number each, or a vector as long for the words as for the picture."""
-    if "each" in (getattr(need, "heads", ""), getattr(need, "over_rows", "")) or getattr(need, "columns", "") == "text":
-        raise NotImplementedError(f"{need}: say here what it looks like")
-    if isinstance(need, Size):
-        return torch.randint(1, 4, (n,)).float()
-    return torch.randn(n, 8 if "Projection" in type(need).__name__ else 12) if wide(need) else torch.rand(n)
-
-
-def batch(data, budgets, rows=range(5), width=None):
-    rows = list(rows)
-
-    def pick(lists):
-        return {name: [values[i] for i in rows] for name, values in lists.items()}
-
-    return visual_tokens(
-        [data["features"][i] for i in rows],
-        [budgets[i] for i in rows],
-        tiles=[TILES[i] for i in rows],
-        signals=pick(data["signals"]),
-        text=pick(data["text"]),
-        width=width,
-    )
-
-
-def of_text(need):
-    return getattr(need, "of", "visual") == "text"
-
-
-def share(fraction):
-    return [ops.kept_count(n, keep=fraction) for n in LENGTHS]
-
-
-def answer(reduction, row):
-    """Survivors and who is merged into whom with which weight, of one row."""
-    kept = chosen(reduction.keep, row)
-    if reduction.assign is None:
-        return kept, None
-    weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
-    pairs = {i: (int(a), round(float(weights[row, i]), 5)) for i, a in enumerate(reduction.assign[row]) if a >= 0}
-    return kept, pairs
+    return spans_with(dict.fromkeys(need for r in REDUCERS for need in (*r.needs(), *r.row_needs())), seed, dtype)
 
 
 def test_every_reducer_is_tested():
@@ -178,7 +113,7 @@ def test_the_count_is_what_was_said(reducer, fraction):
     kept = reducer.reduce(batch(spans(), budgets)).keep.sum(1).tolist()
     if reducer.known_count:
         assert kept == [reducer.count(n, k, t) for n, k, t in zip(LENGTHS, budgets, TILES, strict=True)]
-    elif not reducer.facts.decides:
+    elif not reducer.facts.decides and fraction < 0.9:  # above, frames that may not grow leave some of it unused
         frames = [tile.frames for (tile,) in TILES]
         assert all(abs(k - b) <= f for k, b, f in zip(kept, budgets, frames, strict=True))
 
@@ -280,11 +215,15 @@ def test_tokens_left_out_of_the_candidates_play_no_part(reducer):
         assert torch.equal(sparse.assign, spread(moved, -1))
 
 
-@pytest.mark.parametrize("reducer", MERGING, ids=repr)
+@every_reducer
 def test_gradients_reach_what_was_merged(reducer):
+    """A rule that merges says so in its facts; one whose options turn that off may say it all the same."""
     tokens = batch(spans(), share(0.4))
     features = tokens.features.nan_to_num().requires_grad_()
     out = reducer.reduce(dataclasses.replace(tokens, signals=Signals({**tokens.signals, Features(): features})))
+    if out.assign is None:
+        return
+    assert reducer.facts.merges
     weights = ops.mean_weights(out.assign) if out.weights is None else out.weights
     merged = ops.merge_tokens(features, out.assign, weights)
     merged.masked_fill(~out.keep[..., None], 0).sum().backward()

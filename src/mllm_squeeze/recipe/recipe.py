@@ -33,6 +33,7 @@ class Paper(Strict):
 class Recipe(Strict):
     """A method: its parameters, filled in, and its steps in the order in which they run.
 
+    variants: for each word of the param `variant` a table of values that steps refer to.
     source: the method name or path it was loaded from, or "dict". raw: the same recipe with its `${...}` references.
     """
 
@@ -41,6 +42,7 @@ class Recipe(Strict):
     paper: Paper | None = None
     positions: Literal["keep", "repack"] = "keep"
     params: dict[str, Any] = Field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     steps: tuple[Step, ...] = Field(min_length=1)
     source: str = Field(default="dict", exclude=True, repr=False)
     raw: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
@@ -59,7 +61,7 @@ class Recipe(Strict):
         """Return a dict that `load_recipe` reads back; what was a `${...}` reference still is."""
         if self.raw:
             return copy.deepcopy(self.raw)
-        out = self.model_dump(exclude={"steps", "params"}, exclude_none=True)
+        out = self.model_dump(exclude={"steps", "params", "variants"}, exclude_none=True)
         out["steps"] = [_flat(step) for step in self.steps]
         return out
 

@@ -19,6 +19,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from mllm_squeeze import registry
 from mllm_squeeze.amount import ANYWHERE, RATIO_RULE, RULES
 from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
+from mllm_squeeze.recipe import variants
 
 _DOCUMENT = "_recipe"
 _REFERENCE = re.compile(r"\$\{\s*([^{}]*?)\s*\}")
@@ -115,15 +116,19 @@ def check_shape(raw: Mapping[str, Any], allowed: Sequence[str], where: str) -> N
         )
     if not isinstance(steps, list) or not steps or not all(isinstance(step, Mapping) for step in steps):
         raise ConfigError(f"{where}: steps is a list of at least one mapping with reducer and at; got {steps!r}.")
+    variants.check_variants(raw, where)
     _check_references(raw, params, where)
 
 
 def _check_references(raw: Mapping[str, Any], params: Mapping[str, Any], where: str) -> None:
     used = _references(raw)
+    known = [*params, *variants.values_of(raw)]
     for name in used:
-        if name not in params:
-            raise ConfigError(f"{where}: ${{{name}}} is not one of its params. {did_you_mean(name, params)}")
-    for name in params:
+        if name not in known:
+            raise ConfigError(f"{where}: ${{{name}}} is not one of its params. {did_you_mean(name, known)}")
+    if raw.get("variants"):
+        used.append(variants.PARAM)
+    for name in known:
         if name not in used:
             raise ConfigError(f"{where}: the param '{name}' is not used. Write ${{{name}}} in a step or take it out.")
 
@@ -195,13 +200,16 @@ def required(raw: Mapping[str, Any]) -> list[str]:
 def resolve(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the recipe with every reference replaced by the typed value of its param."""
     document = {key: value for key, value in raw.items() if key != "params"}
+    values = variants.chosen(raw, where)
     try:
-        plain: dict[str, Any] = json.loads(_resolved(json.dumps({**raw.get("params", {}), _DOCUMENT: document})))
+        root = {**raw.get("params", {}), **values, _DOCUMENT: document}
+        plain: dict[str, Any] = json.loads(_resolved(json.dumps(root)))
     except MissingMandatoryValue:
         raise ConfigError(f"{where}: the param {' and '.join(required(raw))} has no default; give a value.") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from None
-    return {**plain.pop(_DOCUMENT), "params": plain}
+    document = plain.pop(_DOCUMENT)
+    return {**document, "params": {name: value for name, value in plain.items() if name not in values}}
 
 
 @lru_cache(maxsize=256)

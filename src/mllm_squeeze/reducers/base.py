@@ -122,6 +122,7 @@ class Facts:
     merges: survivors may get other states than they had.
     reads_text: the choice depends on the prompt's text.
     modalities: what it reduces.
+    why_more: what the warning says where the rule leaves clearly more than its budget.
     """
 
     places: frozenset[Place]
@@ -131,6 +132,7 @@ class Facts:
     merges: bool
     reads_text: bool
     modalities: frozenset[str]
+    why_more: str = "its rule cannot remove more of such an input"
 
 
 class Reducer(BaseModel):
@@ -165,6 +167,7 @@ class Reducer(BaseModel):
             self.merges,
             any(need.reads_text for need in self.needs()),
             self.modalities,
+            self.why_more,
         )
 
     def needs(self) -> tuple[Need, ...]:

@@ -1,4 +1,4 @@
-"""Keeps what a session did once it ended, and turns it into the plain record that the report is made of."""
+"""Keeps what a prefill did once it ended, and turns it into the plain record that the report is made of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.recipe.recipe import Recipe
@@ -15,8 +15,8 @@ from mllm_squeeze.upstream.configs import TextSizes, text_sizes
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """What is left of a session once it ended: no part of the model, no activations.
+class FinishedPrefill:
+    """What is left of a prefill once it ended: no part of the model, no activations.
 
     layers: decoder layers of the model. lengths, held: columns and earlier cache entries of each layer that was hooked.
     """
@@ -34,26 +34,25 @@ class Prefill:
     element_bytes: int
 
 
-def prefill_of(session: Session) -> Prefill:
-    """Return what a session did; times are read from the device only when a record is made of it."""
-    parts, layout = session.parts, session.layout
-    assert layout is not None
-    return Prefill(
-        layout=layout,
-        cuts=tuple(session.cuts),
-        traces=tuple(session.traces),
-        encoder=session.plan.encoder,
-        attended=session.attended,
-        lengths=dict(session.lengths),
-        held=dict(session.held),
-        past=session.past,
+def finished(prefill: Prefill) -> FinishedPrefill:
+    """Return what a prefill did; times are read from the device only when a record is made of it."""
+    parts = prefill.parts
+    return FinishedPrefill(
+        layout=prefill.layout,
+        cuts=tuple(prefill.cuts),
+        traces=tuple(prefill.traces),
+        encoder=prefill.plan.encoder,
+        attended=prefill.attended,
+        lengths=dict(prefill.lengths),
+        held=dict(prefill.held),
+        past=prefill.past,
         layers=len(parts.layers),
         dims=text_sizes(parts.text_config, len(parts.layers)),
         element_bytes=next(parts.decoder.parameters()).element_size(),
     )
 
 
-def record(recipe: Recipe, prefill: Prefill) -> PrefillRecord:
+def record(recipe: Recipe, prefill: FinishedPrefill) -> PrefillRecord:
     """Return what a prefill did, in plain numbers."""
     if prefill.attended is not None:
         return _of_keys(recipe, prefill, prefill.attended)
@@ -73,7 +72,7 @@ def record(recipe: Recipe, prefill: Prefill) -> PrefillRecord:
     )
 
 
-def _of_keys(recipe: Recipe, prefill: Prefill, attended: Attended) -> PrefillRecord:
+def _of_keys(recipe: Recipe, prefill: FinishedPrefill, attended: Attended) -> PrefillRecord:
     """Return what a prefill did whose pictures are keys: no layer of the LLM runs on fewer tokens."""
     layout = prefill.layout
     layers = prefill.layers if attended.layers else 0
@@ -95,7 +94,7 @@ def _spans(layout: TokenLayout) -> tuple[SpanRecord, ...]:
     return tuple(SpanRecord(span.sample, span.modality, span.length) for span in layout.spans)
 
 
-def _stages(recipe: Recipe, prefill: Prefill) -> tuple[StageRecord, ...]:
+def _stages(recipe: Recipe, prefill: FinishedPrefill) -> tuple[StageRecord, ...]:
     place = "layer" if prefill.attended is None else "keys"
     return tuple(
         StageRecord(
