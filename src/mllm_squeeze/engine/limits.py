@@ -110,8 +110,8 @@ def warn_left(
         if left > number + max((pieces + 1) // 2, 1, number // 10):
             warn(
                 f"'{planned.name}' was asked to leave {number} of the {there} tokens of a span, and leaves {left}: "
-                f"{planned.reducer.facts.why_more}. Ask for less, give more frames, or use a method "
-                "that keeps any number."
+                f"{planned.reducer.facts.why_more}. Ask for less, give more frames, or use a method that keeps any "
+                "number."
             )
             return
 

@@ -6,12 +6,13 @@ how many each group keeps, `Select` picks them, `Merge` says what becomes of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, model_validator
 
+from mllm_squeeze.errors import did_you_mean
 from mllm_squeeze.reducers.base import MODALITIES, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import EVERYWHERE, Need, Place
 
@@ -69,7 +70,21 @@ class Picks:
         return self.turn == max(len(self.most) - 1, 0)
 
 
-class Part(BaseModel):
+class Written(BaseModel):
+    """What a recipe writes as a mapping; an unknown key is an error that names the known ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, given: Any) -> Any:
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key '{key}'. {did_you_mean(str(key), cls.model_fields)}")
+        return given
+
+
+class Part(Written):
     """Base of all parts; a subclass is of one kind and adds parameters.
 
     places, modalities: where it may act and on what; of a pipeline it is what all its parts allow.
@@ -77,8 +92,6 @@ class Part(BaseModel):
     main: the parameter that {name: value} gives, None where it has no such.
     why_more: what the warning says where it leaves clearly more than its budget, None where it never does.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: ClassVar[Kind]
     places: ClassVar[frozenset[Place]] = EVERYWHERE - {"cache"}

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from mllm_squeeze import ops
 from mllm_squeeze.errors import ConfigError
-from mllm_squeeze.parts.base import ABudget, AMerge, AScore, ASegment, ASelect, Groups, Merge, Part, Select
+from mllm_squeeze.parts.base import ABudget, AMerge, AScore, ASegment, ASelect, Groups, Merge, Part, Select, Written
 from mllm_squeeze.parts.budget.even import Even
 from mllm_squeeze.parts.select.top_k import TopK
 from mllm_squeeze.reducers.base import Reduction, VisualTokens
@@ -36,7 +34,7 @@ def reduced(
     return Reduction(picks.keep) if merge is None else merge.merge(tokens, groups, picks, score)
 
 
-class Half(BaseModel):
+class Half(Written):
     """What happens to one of the parts that a segment tells apart, such as what stands still in a video.
 
     score: a number per token; that of the step by default.
@@ -44,8 +42,6 @@ class Half(BaseModel):
     budget: how what the step's budget gives the part is shared over its groups; given with a segment, or alone.
     select, merge: as in a step.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     score: AScore | None = None
     segment: ASegment | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, model_validator
 
 from mllm_squeeze import ops
-from mllm_squeeze.parts.base import AScore, Groups, Part, Score
+from mllm_squeeze.parts.base import AScore, Groups, Part, Score, Written
 from mllm_squeeze.reducers.base import VisualTokens
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Scale = Literal["none", "minmax", "zscore", "softmax", "rank"]
 
 
-class Term(BaseModel):
+class Term(Written):
     """One of the scores.
 
     score: the score.
@@ -25,8 +25,6 @@ class Term(BaseModel):
     normalise: the scale that it is brought to, span by span: "minmax" to [0, 1], "zscore" to mean 0 and deviation 1,
         "softmax" to a sum of 1, "rank" to 1 for the best and 1 / n for the last.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     score: AScore
     weight: float = Field(default=1.0, ge=0)
@@ -44,8 +42,14 @@ class Fused(Score):
 
     main: ClassVar[str | None] = "of"
 
-    of: tuple[Term, ...] = Field(min_length=1)
+    of: tuple[Term, ...]
     how: Literal["sum", "product", "rank"] = "sum"
+
+    @model_validator(mode="after")
+    def _several(self) -> Fused:
+        if not self.of:
+            raise ValueError("of is a list of at least one {score: ...}; got none")
+        return self
 
     def inside(self) -> tuple[Part, ...]:
         """Return the scores."""

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from mllm_squeeze import ops
-from mllm_squeeze.parts.base import AScore, ASelect, Groups, Part, Picks, Select
+from mllm_squeeze.parts.base import AScore, ASelect, Groups, Part, Picks, Select, Written
 from mllm_squeeze.reducers.base import VisualTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Turn(BaseModel):
+class Turn(Written):
     """One of the selections.
 
     select: how it picks, of what is left.
     share: its part of each group's budget, half rounded up; None takes what the others leave.
     score: what it picks by; the score of the step by default.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     select: ASelect
     share: float | None = Field(default=None, ge=0, le=1)
@@ -37,7 +35,7 @@ class InTurn(Select):
 
     main: ClassVar[str | None] = "of"
 
-    of: tuple[Turn, ...] = Field(min_length=1)
+    of: tuple[Turn, ...]
 
     @model_validator(mode="after")
     def _shares(self) -> InTurn:
