@@ -117,7 +117,12 @@ def _table(rows: list[tuple[str, str, str]]) -> list[str]:
     if not rows:
         return []
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return ["| parameter | default | what it is |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in cells), ""]
+    return [
+        "| parameter | default | what it is |",
+        "| --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+    ]
 
 
 def _places(places: frozenset[str]) -> str:
@@ -128,7 +133,9 @@ def _places(places: frozenset[str]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Part):
-        return f"`{next(n for n in registry.part_names(value.kind) if registry.part_class(value.kind, n) is type(value))}`"
+        return (
+            f"`{next(n for n in registry.part_names(value.kind) if registry.part_class(value.kind, n) is type(value))}`"
+        )
     return "none" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -107,7 +107,7 @@ def test_methods_of_this_process() -> None:
     register_method("mine", RECIPE)
     register_method("mine", dict(RECIPE))
     assert "mine" in registry.method_names()
-    assert load_recipe("mine").steps[0].options == {"ratio": 0.5}
+    assert load_recipe("mine").steps[0].amount.ratio == 0.5
     with pytest.raises(ConfigError, match="'mine' is taken.*unregister_method"):
         register_method("mine", {**RECIPE, "summary": "Another."})
     with pytest.raises(ConfigError, match="must be the path of a recipe YAML or a dict"):
