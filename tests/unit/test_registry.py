@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mllm_squeeze import registry
+from mllm_squeeze import plugins, registry
 from mllm_squeeze.amount import Amount
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 from mllm_squeeze.recipe.recipe import load_recipe, register_method
@@ -48,10 +48,10 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[EntryPoint]]:
     """Yield the list that stands for the entry points of installed packages."""
     points: list[EntryPoint] = []
-    monkeypatch.setattr(registry, "entry_points", lambda *, group: [p for p in points if p.group == group])
-    registry._points.cache_clear()
+    monkeypatch.setattr(plugins, "entry_points", lambda *, group: [p for p in points if p.group == group])
+    plugins.points.cache_clear()
     yield points
-    registry._points.cache_clear()
+    plugins.points.cache_clear()
 
 
 def point(name: str, value: str, group: str) -> EntryPoint:
