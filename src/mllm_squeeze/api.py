@@ -12,7 +12,7 @@ from torch import nn
 
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
-from mllm_squeeze.engine.hooks.attachment import Runtime
+from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.hooks.compiled import forget_compiled, refuse_wrapped
 from mllm_squeeze.engine.hooks.running import require_idle
 from mllm_squeeze.engine.sequence.session import Session
@@ -21,6 +21,7 @@ from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeErr
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.planning.closest import naming_others
 from mllm_squeeze.planning.fit import make_plan, why_not
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe
 from mllm_squeeze.registry import family_plugins, method_names
@@ -46,9 +47,10 @@ class Handle:
         self._last: Prefill | None = None
         self._saw_text_only = False
         self._removed = False
-        runtime = Runtime(parts, make_plan(recipe, parts), self._publish)
-        self._runtime = weakref.ref(runtime)
-        runtime.attach()
+        with naming_others(recipe, parts):
+            runtime = Attachment(parts, make_plan(recipe, parts), self._publish)
+            self._runtime = weakref.ref(runtime)
+            runtime.attach()
 
     @property
     def method(self) -> str:

@@ -180,6 +180,28 @@ def test_text_folds_long_lists() -> None:
     assert "6 -> 6 -> 6 -> ... -> 6 -> 6" in text
 
 
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "NO_COLOR", "COLUMNS"])
+def test_text_is_plain_and_whole_in_80_columns(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long name is folded, numbers are whole; a name in brackets is a name and no colour."""
+    monkeypatch.setenv(variable, "20")
+    rule = "[red]" + "a_rule_with_a_long_name" * 3
+    stage = StageRecord(17, "layer", rule, (123456,), (12345,), 234567, 23456, 1.5)
+    text = str(Report(record(spans=(SpanRecord(0, "image", 123456),), stages=(stage,))))
+    assert "\x1b" not in text and "\u2026" not in text
+    tables = text.split("\n\n", 1)[1]
+    assert all(len(line) <= 80 for line in tables.splitlines())
+    for word in ("[red]", "123456 -> 12345", "234567 -> 23456", "1500.00 ms", "layer 17"):
+        assert word in text
+    assert "".join(line.split()[0 if number else 1] for number, line in enumerate(_lines_of(text, rule))) == rule
+
+
+def _lines_of(text: str, rule: str) -> list[str]:
+    """Return the lines over which the name of a rule is folded."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if "[red]" in line)
+    return lines[first : next(i for i in range(first, len(lines)) if not lines[i])]
+
+
 def test_without_visual_tokens_or_sizes() -> None:
     empty = Report(record(spans=(), stages=(), layer_lengths=(10, 10)))
     assert empty.ratio == 0.0

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mllm_squeeze.bench.measure import Spread, Times, paired, spread
+from mllm_squeeze.reporting.tables import markdown as table_lines
 
 Kind = Literal["dense", "ours", "oracle", "naive"]
 
@@ -213,19 +214,14 @@ def markdown(results: Results) -> str:
         "(oracle by this) are medians of the ratios within a round.",
         "",
     ]
-    lines += _markdown_table(HEADERS, [cells(row) for row in results.rows])
+    lines += table_lines(HEADERS, [cells(row) for row in results.rows])
     ours = [row for row in results.rows if row.kind == "ours"]
     if ours:
         parts = list(ours[0].rule)
         body = [[row.name, *(f"{1000 * row.rule[part]:.2f}" for part in parts)] for row in ours]
         lines += ["", "The rule's own work in milliseconds, by part:", ""]
-        lines += _markdown_table(("contestant", *parts), body)
+        lines += table_lines(("contestant", *parts), body)
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    bar = ["---", *["---:"] * (len(headers) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (headers, bar, *rows)]
 
 
 def machine(device: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mllm_squeeze.checking.prompt import LENGTH, TrialPrompt
 from mllm_squeeze.engine.hooks import self_check as selfcheck
-from mllm_squeeze.engine.hooks.attachment import Runtime
+from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.family.structure import ModelParts
@@ -26,9 +26,9 @@ PREFILL = LENGTH - STEPS
 
 
 @contextmanager
-def running(parts: ModelParts, plan: Plan) -> Iterator[Runtime]:
+def running(parts: ModelParts, plan: Plan) -> Iterator[Attachment]:
     """Hook a text model for a plan inside the block."""
-    runtime = Runtime(parts, plan, lambda session: None)
+    runtime = Attachment(parts, plan, lambda session: None)
     try:
         runtime.attach()
         yield runtime
@@ -39,7 +39,7 @@ def running(parts: ModelParts, plan: Plan) -> Iterator[Runtime]:
 class Run:
     """A squeezed prefill and its decode steps; `states` are what each of them gave."""
 
-    def __init__(self, parts: ModelParts, runtime: Runtime, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
+    def __init__(self, parts: ModelParts, runtime: Attachment, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
         self.parts, self.runtime, self.prompt = parts, runtime, prompt
         self.cache = new_static(parts.text_config, LENGTH) if static else new_growing(parts.text_config)
         self.session = Session(plan, parts, prompt.layout(PREFILL), {}, PREFILL, 0)

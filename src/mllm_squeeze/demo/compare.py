@@ -28,6 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm_squeeze as squeeze
 from mllm_squeeze.reporting import pictures as viz
+from mllm_squeeze.reporting.tables import markdown
 
 from . import folder
 from .contest import DENSE, Contender, Entry, hit, line_up, measure_accuracy, measure_time, summarise
@@ -66,8 +67,7 @@ class Comparison:
     def to_markdown(self) -> str:
         """Return the table for the documentation."""
         head = _head(self)
-        lines = [f"| {' | '.join(head)} |", f"|{' --- |' + ' ---: |' * (len(head) - 1)}"]
-        lines += [f"| {' | '.join(_cells(entry)[: len(head)])} |" for entry in self.entries]
+        lines = markdown(head, [_cells(entry)[: len(head)] for entry in self.entries])
         facts = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         how = (
             f"{self.questions} held-out questions, a picture each; the difference to dense is paired. Answers are read "

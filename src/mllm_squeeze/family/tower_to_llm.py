@@ -51,7 +51,7 @@ def to_llm_tokens(
     if [len(item) for item in items] != list(lengths):
         raise UnsupportedModelError(
             f"The vision encoder of '{parts.row.model_type}' gave {[len(item) for item in items]} token scores for "
-            f"{modality} features of {list(lengths)} tokens. Use a method that scores inside the LLM (fastv, divprune)."
+            f"{modality} features of {list(lengths)} tokens. Use a method that reads nothing of the vision encoder."
         )
     return items
 

@@ -25,6 +25,7 @@ _MODULES = {
         "kept_count",
         "recycle_sizes",
         "recycle_split",
+        "share_counts",
         "spread",
         "stage_counts",
         "stage_fractions",

@@ -150,6 +150,12 @@ class Merge(Part):
         raise NotImplementedError
 
 
+def counts_as_asked(part: Part) -> bool:
+    """Say whether a part of known count leaves what is asked for, to the token: it has no count of its own."""
+    kind = next((kind for kind in (Budget, Select) if isinstance(part, kind)), None)
+    return kind is None or type(part).count is kind.count  # type: ignore[attr-defined]
+
+
 def _built(kind: Kind) -> BeforeValidator:
     def build(value: Any) -> Any:
         # Parts are looked up by name, and the registry knows them by their addresses only.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from mllm_squeeze.parts.base import ABudget, AMerge, AScore, ASegment, ASelect, Part
+from mllm_squeeze.parts.base import ABudget, AMerge, AScore, ASegment, ASelect, Part, counts_as_asked
 from mllm_squeeze.parts.budget.even import Even
 from mllm_squeeze.parts.segment.whole import Whole
 from mllm_squeeze.parts.select.top_k import TopK
@@ -39,9 +39,11 @@ class Pipeline(Reducer):
         """What follows from the parts."""
         parts, needs = list(self._parts()), self.needs()
         decides = self.budget.decides or self.select.decides
+        known = not decides and all(part.known_count for part in parts)
         return Facts(
             places=self.places.intersection(*(part.places for part in parts), *(need.places for need in needs)),
-            known_count=not decides and all(part.known_count for part in parts),
+            known_count=known,
+            exact=known and all(counts_as_asked(part) for part in parts),
             decides=decides,
             merges=self.merge is not None,
             reads_text=any(need.reads_text for need in needs),

@@ -109,6 +109,7 @@ def _stages(recipe: Recipe, prefill: Prefill) -> tuple[StageRecord, ...]:
             sequence_before=trace.sequence_before,
             sequence_after=trace.sequence_after,
             seconds=trace.seconds,
+            asked=trace.asked,
         )
         for trace in prefill.traces
     )

@@ -25,8 +25,8 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, cache: Any)
     before = kv.kept_entries(cache, session.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
     if before is None or before.columns.shape != entries.columns.shape:
         raise ConfigError(
-            f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put "
-            "its layer at least one behind the last cut."
+            f"To choose entries of the cache from layer {reducer.layer} on while decoding, layer {reducer.layer - 1} "
+            "must hold the same entries; put the layer at least one behind the last cut."
         )
     visual = entries.visual
 
@@ -50,5 +50,8 @@ def _holder(session: Session, layer: int) -> int:
     parts = session.parts
     first = next((n for n in range(layer, len(parts.layers)) if parts.has_entries(n)), None)
     if first is None:
-        raise ConfigError(f"decode_refresh at layer {layer} has no attention layer behind it; choose a lower layer.")
+        raise ConfigError(
+            f"Entries of the cache are chosen from layer {layer} on while decoding, and no layer from there on has "
+            "attention; choose a lower layer."
+        )
     return parts.kv_sources.get(first, first)

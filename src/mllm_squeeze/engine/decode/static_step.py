@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,21 +16,6 @@ from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.calls import LayerCall, cache_of, is_one_token
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep torch.compile out of a function: a prefill chooses by content, so its graph would break at each choice."""
-    hidden = cast("Callable[P, R]", torch.compiler.disable(function))
-
-    # What `disable` returns costs tens of microseconds per call, and each layer of each step makes some.
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return hidden(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
-
-    return call
 
 
 def is_static_step(kwargs: Mapping[str, Any]) -> bool:

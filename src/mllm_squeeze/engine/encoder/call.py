@@ -11,7 +11,7 @@ from torch import Tensor
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_received, score_rows
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts
@@ -71,7 +71,7 @@ class EncodeCall:
         if not read:
             raise UnsupportedModelError(
                 f"The vision encoder of '{self.parts.row.model_type}' ran without calling the attention that gives "
-                f"{need}. Use a method that needs no encoder signal (fastv, divprune)."
+                f"{need}. Use a method that reads nothing of the vision encoder."
             )
         packed = self.parts.row.tower == "packed"
         values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)

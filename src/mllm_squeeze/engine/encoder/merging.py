@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze import ops
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.signals.rows import AttentionCall
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
@@ -22,11 +23,12 @@ from mllm_squeeze.reducers.needs import Features, Need, Projection, Size
 class EncoderMerge:
     """State of one call of the encoder: which patch is part of which token by now, and which were pruned.
 
-    blocks: numbers of the blocks in front of which tokens are reduced, with the keys of the block before.
+    amount: how much of each tile's tokens is left. blocks: numbers of the blocks in front of which tokens are reduced,
+    with the keys of the block before.
     """
 
-    def __init__(self, parts: ModelParts, reducer: Reducer, blocks: Sequence[int]) -> None:
-        self.parts, self.reducer, self.blocks = parts, reducer, list(blocks)
+    def __init__(self, parts: ModelParts, reducer: Reducer, amount: Amount, blocks: Sequence[int]) -> None:
+        self.parts, self.reducer, self.amount, self.blocks = parts, reducer, amount, list(blocks)
         self._keys: Tensor | None = None
         self._sizes: Tensor | None = None
         self._source: Tensor | None = None
@@ -72,7 +74,7 @@ class EncoderMerge:
     def _start(self, tiles: int, count: int, device: torch.device) -> None:
         self._source = torch.arange(count, device=device).expand(tiles, -1)
         self._sizes = torch.ones(tiles, count, device=device)
-        goal = ops.kept_count(count, self.reducer.ratio, self.reducer.keep)
+        (goal,) = self.amount.of_prompt((count,))
         self._schedule = schedule(count, goal, len(self.blocks), self.reducer)
         if self._schedule and self._schedule[-1] > goal:
             warnings.warn(
@@ -138,7 +140,7 @@ def _groups_of(number: Tensor, groups: Tensor) -> Tensor:
     if bool((number != number.round()).any()):
         raise UnsupportedInputError(
             "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no "
-            "longer whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
+            "longer whole. Use a smaller picture, or a method that acts at the projector."
         )
     return groups[number.long().clamp(min=0)].masked_fill(number < 0, SEPARATOR)
 

@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.current import Calls, Entry, Local, warn_no_image, words_behind_pictures
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.hooks.current import Calls, Local
+from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.keys import cache_layer as key_cache
 from mllm_squeeze.engine.keys.kept import KeptKeys, all_keys, open_mask, reduce_keys, take_columns
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.sequence.shorten import is_flash
+from mllm_squeeze.engine.tokens.prompt import warn_no_image, words_behind_pictures
 from mllm_squeeze.engine.trace import Attended
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.handlers.cross_attention import cross_layers, find_pictures
@@ -35,7 +37,7 @@ class _Pass:
 
     session: Session | None = None
     kept: KeptKeys | None = None
-    reader: weakref.ref[Entry[_Pass]] | None = None
+    reader: weakref.ref[key_cache.Reader] | None = None
 
 
 class _Now(threading.local):
@@ -43,22 +45,13 @@ class _Now(threading.local):
         self.passes: Calls[_Pass] = Calls()
 
 
-class CrossAttentionHooks(HookOwner):
-    """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them.
-
-    enabled: says whether the handle is switched on now.
-    """
+class CrossAttentionHooks(Hooks):
+    """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them."""
 
     def __init__(
-        self,
-        parts: ModelParts,
-        plan: Plan,
-        local: Local,
-        enabled: Callable[[], bool],
-        publish: Callable[[Session | None], None],
+        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
     ) -> None:
-        self.parts, self.plan = parts, plan
-        self._local, self._enabled, self._publish = local, enabled, publish
+        super().__init__(parts, plan, local, enabled, publish)
         self._layers = cross_layers(parts.layers)
         self._now = _Now()
 
@@ -98,8 +91,8 @@ class CrossAttentionHooks(HookOwner):
         return now.kept, short
 
     def _reduce(self, now: _Pass, call: TextCall, cross: CrossCall) -> tuple[KeptKeys | None, CrossCall]:
-        frame = self._local.frame
-        prompted = PromptCall({}) if frame is None else frame.call
+        run = self._local.prompt_run
+        prompted = PromptCall({}) if run is None else run.call
         tiles = self.parts.config.vision_config.max_num_tiles
         pictures = find_pictures(cross, call.batch, tiles, prompted)
         layout = pictures.layout
@@ -109,7 +102,7 @@ class CrossAttentionHooks(HookOwner):
         text = None
         if any(cut.reducer.facts.reads_text for cut in self.plan.keys):
             text = words_behind_pictures(self.parts, call, prompted, self._local.prompt)
-        session, states, kept = reduce_keys(self.parts, self.plan, layout, pictures.states, text)
+        session, states, kept = reduce_keys(self.parts, self.plan, layout, pictures.states, text, self._local.rows)
         held = key_cache.held_keys(call.cache, self._layers[0], call.batch, states.device)
         session.past = kv.tokens_seen(call.cache)
         session.attended = Attended(

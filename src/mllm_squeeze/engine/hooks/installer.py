@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
-from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.signals.rows import Listener, Tap
 from mllm_squeeze.errors import UnsupportedModelError
-
-
-class HookOwner:
-    """What hooks on a model belong to: whoever copies or pickles the model comes across it, and is told why not."""
-
-    plan: Plan
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self.plan.refuse_copy()
 
 
 class Fittings:

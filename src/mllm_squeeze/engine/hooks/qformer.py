@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.owner import Hooks
 from mllm_squeeze.engine.keys.kept import KeptKeys, reduce_keys
-from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.trace import Attended
-from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.upstream.attended import QueryCall
 
 
-class QueryHooks(HookOwner):
-    """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them.
-
-    enabled: says whether the handle is switched on now.
-    """
-
-    def __init__(
-        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session | None], None]
-    ) -> None:
-        self.parts, self.plan = parts, plan
-        self._enabled, self._publish = enabled, publish
+class QueryHooks(Hooks):
+    """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them."""
 
     def attach(self, fittings: Fittings) -> None:
         """Put the hook on."""

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Fittings
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence.session import Session
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
 from mllm_squeeze.layout import Tile, TokenLayout
@@ -74,7 +75,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 def probe_cut(layer: int) -> PlannedCut:
     """Return a cut that drops every other visual token at one layer."""
-    return PlannedCut(0, "self-check", layer, _EveryOther(ratio=0.5))
+    return PlannedCut(0, "self-check", layer, _EveryOther(), Amount(ratio=0.5))
 
 
 def prove(

@@ -55,14 +55,21 @@ def all_keys(batch: int, width: int, device: torch.device) -> KeptKeys:
 
 
 def reduce_keys(
-    parts: ModelParts, plan: Plan, layout: TokenLayout, states: Tensor, text: tuple[Tensor, Tensor] | None = None
+    parts: ModelParts,
+    plan: Plan,
+    layout: TokenLayout,
+    states: Tensor,
+    text: tuple[Tensor, Tensor] | None = None,
+    rows: int | None = None,
 ) -> tuple[Session, Tensor, KeptKeys | None]:
     """Run the cuts of a plan on keys that are still to be projected.
 
     states: (B, K, D). layout: spans in them. text: (features (B, T, D), mask bool (B, T)) for reducers that read the
-    words. Returns the session that tells what was done, states (B, M, D), and what is left, None where nothing was cut.
+    words. rows: of the prompt, before generate() repeated them for beams. Returns the session that tells what was
+    done, states (B, M, D), and what is left, None where nothing was cut.
     """
     session = Session(plan, parts, layout, {}, states.shape[1], 0)
+    session.rows = rows
     session.prepare(states.device)
     session.text = None if text is None else (text[0].to(states.device), text[1].to(states.device))
     for cut in plan.keys:

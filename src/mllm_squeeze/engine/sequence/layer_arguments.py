@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.kv.layers import KeptEntries
+from mllm_squeeze.engine.kv.entries import KeptEntries
 from mllm_squeeze.engine.sequence.shorten import (
     Rows,
     gather_positions,

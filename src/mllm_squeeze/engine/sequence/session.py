@@ -16,7 +16,8 @@ from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 from mllm_squeeze.engine.sequence.shorten import gather_rows
 from mllm_squeeze.engine.sequence.survivors import Survivors
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import Features, SpanTable, first_table
+from mllm_squeeze.engine.tokens.features import Features
+from mllm_squeeze.engine.tokens.table import SpanTable, first_table
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
@@ -41,6 +42,8 @@ class Session(Survivors):
 
     # Where keys are reduced that are attended to from outside: what was attended to, and the words beside the keys.
     attended: Attended | None = None
+    # Rows of the prompt before generate() repeated them for beams, None outside of it.
+    rows: int | None = None
     text: tuple[Tensor, Tensor] | None = None
 
     def __init__(

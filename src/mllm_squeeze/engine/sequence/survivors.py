@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mllm_squeeze.engine.kv.layers import KeptEntries
+from mllm_squeeze.engine.kv.entries import KeptEntries
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.attention import implementation

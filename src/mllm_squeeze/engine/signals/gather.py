@@ -12,7 +12,7 @@ from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.signals.preview import run_projections
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_rows
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import SpanTable
+from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
 from mllm_squeeze.reducers.base import Signals
