@@ -297,9 +297,14 @@ def refuses(m: Method, span: Any, **changes: Any) -> bool:
     """Say whether the rule itself cannot keep this budget of a span, so that it must say so."""
     try:
         left_of(m, span, **changes)
+        step = [step for step in m.recipe(**changes).steps if _cuts(step)][-1]
     except ConfigError:
         return True
-    return False
+    if not step.amount.counts_tokens:
+        return False
+    whole = sum(tile.cells for tile in span.tiles) or span.length
+    (_, asked), *_ = step.amount.left
+    return asked < min(step.built.fewest(whole, span.tiles), whole)
 
 
 def cut_layers(m: Method, layers: int) -> list[tuple[int, Reducer]]:
