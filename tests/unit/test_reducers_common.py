@@ -25,8 +25,8 @@ OTHER_NUMBERS = {
     "frame_uniqueness": {"channels": 1.0, "temperature": 1.0},
     "random_subset": {"seed": 9},
 }
-# It says what is left out before a rule is asked.
-LEFT_OUT = "separators"
+# The engine leaves them out before a rule is asked.
+OUTSIDE = {"separators"}
 
 
 def choices(cls):
@@ -35,7 +35,7 @@ def choices(cls):
     for name, field in cls.model_fields.items():
         kind = field.annotation
         words = (True, False) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
-        if name != LEFT_OUT:
+        if name not in OUTSIDE:
             yield from ({name: word} for word in words if word != field.default)
 
 
