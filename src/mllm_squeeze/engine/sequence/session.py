@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mllm_squeeze import ops
 from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 from mllm_squeeze.engine.sequence.shorten import gather_rows
@@ -212,11 +211,10 @@ class Session(Survivors):
 
         hidden: (B, M, D). place, mask: (S, N') of the candidates the reduction speaks of. Returns (B, M, D).
         """
-        if reduction.assign is None:
+        if not reduction.merges:
             return hidden
         sample = table.sample[:, None].expand(-1, place.shape[1])
-        weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
-        states = ops.merge_tokens(hidden[sample, place], reduction.assign, weights)
+        states = reduction.states(hidden[sample, place])
         write = mask & reduction.keep
         # Slots that do not survive write what stands there already.
         states = torch.where(write.unsqueeze(-1), states, hidden[sample, place].detach())
