@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from zlib import crc32
 
@@ -19,7 +20,7 @@ from torch import Tensor
 import mllm_squeeze as squeeze
 import tiny
 import ways
-from mllm_squeeze.family.table import TABLE
+from mllm_squeeze.family.table import TABLE, FamilyRow
 from tiny.parts import AFTER
 from tiny.prompts import KINDS, collate, sample
 from ways import changed, method, pick
@@ -52,25 +53,27 @@ QUICK |= {("qwen3_vl", CORE[0]), ("qwen3_vl", CORE[3]), ("llava_next", MERGED_BE
 def fits(name: str, family: str, kind: str) -> bool:
     """Say whether a method must work on this input of this family.
 
-    Towers pool the frames of a video, but where the road to the LLM is "identity", so the encoder leaves videos whole.
+    Towers pool the frames of a video, but where their `tower_to_llm` is "identity", so the encoder leaves videos whole.
     """
     if misfit(name, family) or not modalities(family, kind) & set(method(name).modalities):
         return False
-    return "encoder" not in method(name).way.places or "video" not in kind or TABLE[family].road == "identity"
+    whole = row_of(family).tower_to_llm == "identity"
+    return "encoder" not in method(name).way.places or "video" not in kind or whole
 
 
 def misfit(name: str, family: str) -> str | None:
-    """Return why a method cannot work on a family of the core, by the facts of both; None where it must.
+    """Return why a method cannot work on a family, by the facts of both; None where it must.
 
-    The planner must come to the same answer (test_errors.py, families/test_family_refusals.py).
+    The planner must come to the same answer (test_errors.py, families/test_family_refusals.py). What layers of a family
+    lack is told by `families.proof`; those of the core lack nothing.
     """
-    way, row = method(name).way, TABLE[family]
+    way, row = method(name).way, row_of(family)
     taken = {modality for kind in tiny.kinds(family) for modality in modalities(family, kind)}
     if not taken & set(method(name).modalities):
         return "reduces"
     if "encoder" in way.places and (row.tower != "batched" or not row.per_token):
         return "inside the vision encoder"
-    if "encoder" in way.roads and row.road == "none":
+    if "encoder" in way.roads and row.tower_to_llm == "none":
         return "vision encoder"
     return None
 
@@ -83,7 +86,17 @@ def has(family: str, kind: str) -> bool:
 def modalities(family: str, kind: str) -> set[str]:
     """Return the modalities of the spans of a prompt; a family whose table names no video shows it as images."""
     shown = {word for word in ("image", "video", "audio") if word in kind}
-    return {word if word in TABLE[family].modalities else "image" for word in shown}
+    return {word if word in row_of(family).modalities else "image" for word in shown}
+
+
+@cache
+def row_of(family: str) -> FamilyRow:
+    """Return the row that a tiny model stands for: that of its model_type, or of both where its tower has a row too."""
+    if family in FAMILIES:
+        return TABLE[family]
+    config = tiny.load(family).model.config
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    return TABLE.get(f"{config.model_type}+{tower}") or TABLE[config.model_type]
 
 
 def met(name: str, families: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm_squeeze.api import Handle, applied, apply, check, families, remove
+    from mllm_squeeze.choosing import Choice, choose
     from mllm_squeeze.engine.trace import Cut
     from mllm_squeeze.errors import (
         AlreadyAppliedError,
@@ -40,6 +41,8 @@ _HOMES = {
     "remove": "api",
     "check": "api",
     "families": "api",
+    "choose": "choosing",
+    "Choice": "choosing",
     "Handle": "api",
     "methods": "registry",
     "describe": "recipe.recipe",
@@ -65,6 +68,7 @@ _RENAMED = {"methods": "method_names"}
 
 __all__ = [
     "AlreadyAppliedError",
+    "Choice",
     "ConfigError",
     "Cut",
     "Handle",
@@ -78,6 +82,7 @@ __all__ = [
     "applied",
     "apply",
     "check",
+    "choose",
     "describe",
     "families",
     "methods",

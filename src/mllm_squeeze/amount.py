@@ -61,7 +61,7 @@ class Amount:
 
     @property
     def left(self) -> tuple[tuple[Unit, float], ...]:
-        """What is left in the end, with its unit: one entry for all rows or one for each, none where the rule decides."""
+        """What is left in the end, with its unit: for all rows or for each, nothing where the rule decides."""
         return tuple(_left(name, value) for name, value in self._last())
 
     @property

@@ -157,7 +157,7 @@ def test_what_does_not_fit_says_why_and_what_does(t: tiny.TinyModel, name: str, 
 
 def test_what_fits_is_what_check_says(t: tiny.TinyModel) -> None:
     fits = {name for name, said in squeeze.check(t.model)["methods"].items() if said == "fits"}
-    assert fits == set(keyed.METHODS)
+    assert fits == set(keyed.FIT)
     for name in set(squeeze.methods()) - fits:
         with pytest.raises(UnsupportedModelError):
             squeeze.apply(t.model, name)

@@ -206,13 +206,13 @@ def test_rounding_of_quantised_models_is_told_from_faults(monkeypatch: pytest.Mo
 
 def test_a_fault_of_a_quantised_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut that rotates its survivors wrongly: small in a model that rounds, and far above its rounding."""
-    given = LayerArguments.given
+    placed = LayerArguments._placed
 
-    def wrong(self: Any, layer: int, hidden: Any, call: Any) -> Any:
+    def wrong(self: Any, layer: int, hidden: Any, call: Any, entries: Any) -> Any:
         rope = tuple(table[:, : hidden.shape[1]] for table in call.rope)
-        return given(self, layer, hidden, call).replace(rope=rope)
+        return placed(self, layer, hidden, call, entries).replace(rope=rope)
 
-    monkeypatch.setattr(LayerArguments, "given", wrong)
+    monkeypatch.setattr(LayerArguments, "_placed", wrong)
     monkeypatch.setattr(trial, "decoding_of", lambda parts: canary.Verdict())
     said = self_check(rounded(tiny.fresh("llava").model))
     assert said["result"] == "failed", said

@@ -22,7 +22,7 @@ ALLOWED = {
     "upstream": {"errors"},
     "family": {"layout", "errors", "upstream"},
     # The parts of a model are found by the families' structural adapter; the engine knows no family by name (`table`).
-    "engine": {"layout", "ops", "reducers.base", "reducers.needs", "errors", "family", "upstream"},
+    "engine": {"amount", "layout", "ops", "reducers.base", "reducers.needs", "errors", "family", "upstream"},
 }
 OWN_FOLDER = {"ops", "parts", "upstream", "family", "engine"}
 FORBIDDEN = {"engine": {"family.table"}}
@@ -37,7 +37,8 @@ ROOMS: dict[str, set[str]] = {
     "kv": set(),
     "sequence": {"timing", "plan", "trace", "tokens", "kv"},
     "signals": {"timing", "plan", "tokens", "sequence"},
-    "cut": {"timing", "plan", "trace", "tokens", "sequence", "signals"},
+    "limits": {"plan", "sequence"},
+    "cut": {"timing", "plan", "trace", "tokens", "sequence", "signals", "limits"},
     "encoder": {"timing", "tokens", "signals"},
     "decode": {"kv", "sequence", "signals"},
     "keys": {"timing", "plan", "sequence", "cut"},

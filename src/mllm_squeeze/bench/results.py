@@ -163,8 +163,8 @@ def _group(results: Results, name: str, columns: Sequence[int]) -> Table:
     found = _table(name, [HEADERS[n] for n in columns])
     for row in results.rows:
         style = "bold" if row.kind == "ours" else "dim" if row.kind in ("oracle", "naive") else ""
-        told = cells(row, spreads=False)
-        found.add_row(Text(row.name, style=style), *(Text(told[n], style=style) for n in columns))
+        texts = cells(row, spreads=False)
+        found.add_row(Text(row.name, style=style), *(Text(texts[n], style=style) for n in columns))
     return found
 
 
@@ -207,8 +207,8 @@ def title(results: Results) -> str:
 def markdown(results: Results) -> str:
     """Return the results as a Markdown file: the command, the machine, the table, the parts of the rule."""
     lines = [f"# {title(results)}", "", "```", results.command, "```", ""]
-    told = {**results.environment, **{k: v for k, v in results.setting.items() if k in ("threads", "decoded_tokens")}}
-    lines += [", ".join(f"{name}: {value}" for name, value in told.items() if value is not None) + ".", ""]
+    facts = {**results.environment, **{k: v for k, v in results.setting.items() if k in ("threads", "decoded_tokens")}}
+    lines += [", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None) + ".", ""]
     lines += [
         "Times are medians over the rounds (quartiles in brackets); speed-up (dense by this) and efficiency "
         "(oracle by this) are medians of the ratios within a round.",

@@ -108,7 +108,7 @@ def _tried(parts: ModelParts, on: str) -> Trial:
         dense = _last_hidden(parts, prompt.given)
     except Exception as error:
         return Trial("not run", on, layer, reason=f"the text model alone does not run: {first_line(error)}")
-    runtime = Attachment(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda session: None)
+    runtime = Attachment(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda prefill: None)
     try:
         runtime.attach()
         proof = runtime.prove(layer, prompt.layout(), {}, TextCall.read(parts.decoder, (), prompt.given))

@@ -120,9 +120,9 @@ def _device(wanted: str | None) -> str:
 def _run(setting: Any, out: Path | None, name: str) -> None:
     from mllm_squeeze.bench import contest, results
 
-    with output.progress() as told:
+    with output.progress() as progress:
         save = (lambda so_far: None) if out is None else (lambda so_far: so_far.save(out, name))
-        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), told, save)
+        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), progress, save)
     screen = output.console()
     screen.print(results.title(found), highlight=False, soft_wrap=True)
     for table in results.tables(found):
@@ -140,14 +140,14 @@ def _profile(setting: Any, out: Path, name: str) -> None:
     contest.check(setting)
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
-    with output.progress() as told:
-        stage = contest.build(setting, told)
+    with output.progress() as progress:
+        stage = contest.build(setting, progress)
     for one in stage.contestants:
         if one.kind != "ours":
             continue
         path = out / f"{name}-{one.name.split(' ')[0]}-trace.json"
-        with output.progress() as told:
-            told(f"profiling {one.name}")
+        with output.progress() as progress:
+            progress(f"profiling {one.name}")
             found = profiling.trace(one, path)
         screen = output.console()
         screen.print(one.name, style="bold", highlight=False)

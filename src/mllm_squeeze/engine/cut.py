@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mllm_squeeze.engine import limits
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
@@ -49,7 +49,7 @@ class _Candidates:
         return torch.ones_like(self.order, dtype=torch.float32) if size is None else size.gather(1, self.order)
 
 
-def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, call: LayerCall | None = None) -> Tensor:
+def run_cut(session: Prefill, planned: PlannedCut, hidden: Tensor, call: LayerCall | None = None) -> Tensor:
     """Run one cut at the input of a layer; returns the hidden states (B, M', D) of what is left.
 
     call: of the layer, for signals that preview it. Warns where there was nothing to cut.
@@ -74,7 +74,7 @@ def _reduce(planned: PlannedCut, tokens: VisualTokens) -> Reduction:
     return planned.reducer.reduce(tokens)
 
 
-def cut_survivors(session: Session, planned: PlannedCut, hidden: Tensor) -> Tensor:
+def cut_survivors(session: Prefill, planned: PlannedCut, hidden: Tensor) -> Tensor:
     """Cut what a reduction inside the encoder pruned, and the duplicates it left behind; at the input of layer 0."""
     groups = {m: f.groups for m, f in session.features.items() if f.groups is not None}
     if not groups or session.layout is None:
@@ -107,7 +107,7 @@ def _first_of_groups(group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @marked("signal")
-def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
+def choose_rows(session: Prefill, planned: PlannedCut, hidden: Tensor) -> None:
     """Ask a reducer which text rows it wants to read; at the input of layer 0."""
     found = _candidates(session, planned)
     if found is None:
@@ -116,11 +116,11 @@ def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
     picked = planned.reducer.choose_rows(_tokens(session, planned, found, hidden, None, needs))
     votes = torch.zeros_like(session.text_mask, dtype=torch.float32)
     votes = votes.index_add(0, found.table.sample, picked.float())
-    session.row_weights[planned.step] = signals.mean_weights((votes > 0) & session.text_mask)
+    session.signals.row_weights[planned.step] = signals.mean_weights((votes > 0) & session.text_mask)
 
 
 def _finish(
-    session: Session,
+    session: Prefill,
     planned: PlannedCut,
     layer: int,
     hidden: Tensor,
@@ -138,7 +138,7 @@ def _finish(
 
 
 @marked("select")
-def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
+def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     """Return what may be chosen from, None where the budget asks for all that is there, or nothing is."""
     layout = session.layout
     assert layout is not None
@@ -168,7 +168,7 @@ def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
     return _Candidates(rows, picked, order, may.gather(1, order), there, budget)
 
 
-def _is_cell(session: Session, table: SpanTable, rows: list[int]) -> Tensor:
+def _is_cell(session: Prefill, table: SpanTable, rows: list[int]) -> Tensor:
     assert session.layout is not None
     unknown = torch.tensor([not session.layout.spans[n].tiles for n in rows], device=table.mask.device)
     return (table.grid[..., 0] >= 0) | unknown[:, None]
@@ -176,7 +176,7 @@ def _is_cell(session: Session, table: SpanTable, rows: list[int]) -> Tensor:
 
 @marked("signal")
 def _tokens(
-    session: Session,
+    session: Prefill,
     planned: PlannedCut,
     found: _Candidates,
     hidden: Tensor,
@@ -216,7 +216,7 @@ def _links(spans: Sequence[Span]) -> tuple[tuple[int, ...], ...]:
 
 
 @marked("select")
-def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Tensor) -> Tensor:
+def _chosen(session: Prefill, planned: PlannedCut, found: _Candidates, keep: Tensor) -> Tensor:
     """Return bool (S, N) over all spans: what the reducer keeps, and all it was not asked about."""
     inside = torch.zeros_like(found.table.mask).scatter(1, found.order, keep & found.mask)
     asked = torch.zeros_like(found.table.mask).scatter(1, found.order, found.mask)
@@ -230,7 +230,7 @@ def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Ten
 
 
 @marked("select")
-def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
+def _counts(session: Prefill, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
     assert session.layout is not None
     if planned.decides or not planned.reducer.facts.known_count:
@@ -242,7 +242,7 @@ def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: T
     return tuple(counts)
 
 
-def _asked(session: Session, planned: PlannedCut, found: _Candidates) -> tuple[int, ...] | None:
+def _asked(session: Prefill, planned: PlannedCut, found: _Candidates) -> tuple[int, ...] | None:
     """Return the tokens each span was asked to keep, what stays anyway included; None where the rule decides."""
     if planned.decides:
         return None
@@ -253,7 +253,7 @@ def _asked(session: Session, planned: PlannedCut, found: _Candidates) -> tuple[i
 
 
 @marked("merge")
-def _add_sizes(session: Session, found: _Candidates, reduction: Reduction) -> None:
+def _add_sizes(session: Prefill, found: _Candidates, reduction: Reduction) -> None:
     """Count for each survivor what was merged into it."""
     table = session.table
     size = torch.ones_like(table.mask, dtype=torch.float32) if table.size is None else table.size.clone()

@@ -8,12 +8,12 @@ from typing import Any
 
 from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.errors import ConfigError, SqueezeWarning
 from mllm_squeeze.layout import Span, TokenLayout
 
 
-def asked_of(session: Session, planned: PlannedCut, rows: Sequence[int]) -> dict[int, int] | None:
+def asked_of(session: Prefill, planned: PlannedCut, rows: Sequence[int]) -> dict[int, int] | None:
     """Return how many tokens each of some spans may have left, None where all of them may stay.
 
     rows: numbers of the spans. Separators that are kept or dropped anyway are not counted.
@@ -34,7 +34,7 @@ def asked_of(session: Session, planned: PlannedCut, rows: Sequence[int]) -> dict
     return None if asked == whole and not planned.decides else asked
 
 
-def _amounts(session: Session, layout: TokenLayout, amount: Amount) -> list[Amount]:
+def _amounts(session: Prefill, layout: TokenLayout, amount: Amount) -> list[Amount]:
     """Return the amount of each sample; generate() repeats a row for its beams, one copy behind the other."""
     rows = session.rows
     if rows is None or layout.batch % rows:
@@ -42,7 +42,7 @@ def _amounts(session: Session, layout: TokenLayout, amount: Amount) -> list[Amou
     return [one for one in amount.of_rows(rows) for _ in range(layout.batch // rows)]
 
 
-def current_of(session: Session, separators: str, row: int) -> int:
+def current_of(session: Prefill, separators: str, row: int) -> int:
     """Return how many tokens of a span a reducer may choose from now."""
     assert session.layout is not None
     span, current = session.layout.spans[row], session.table.current[row]
@@ -52,12 +52,12 @@ def current_of(session: Session, separators: str, row: int) -> int:
     return current - (span.length - cells) if separators == "keep" else current
 
 
-def beside(session: Session, planned: PlannedCut, row: int, current: int) -> int:
+def beside(session: Prefill, planned: PlannedCut, row: int, current: int) -> int:
     """Return how many tokens of a span stay without being asked for; current: those a reducer may choose from."""
     return 0 if planned.reducer.separators == "drop" else session.table.current[row] - current
 
 
-def asked_in_encoder(session: Session, planned: PlannedCut, rows: Sequence[int]) -> tuple[int, ...]:
+def asked_in_encoder(session: Prefill, planned: PlannedCut, rows: Sequence[int]) -> tuple[int, ...]:
     """Return the tokens each span was asked to keep by a reduction inside the encoder, its separators included.
 
     rows: numbers of the spans that it reduces.
@@ -73,7 +73,7 @@ def asked_in_encoder(session: Session, planned: PlannedCut, rows: Sequence[int])
 
 
 def require_reachable(
-    session: Session, planned: PlannedCut, rows: Sequence[int], current: Sequence[int], asked: Sequence[int]
+    session: Prefill, planned: PlannedCut, rows: Sequence[int], current: Sequence[int], asked: Sequence[int]
 ) -> None:
     """Raise ConfigError where a number of tokens is asked for that the rule cannot come down to."""
     assert session.layout is not None
@@ -90,7 +90,7 @@ def require_reachable(
 
 
 def warn_left(
-    session: Session,
+    session: Prefill,
     planned: PlannedCut,
     rows: Sequence[int],
     current: Sequence[int],

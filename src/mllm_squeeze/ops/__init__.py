@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .greedy import *  # noqa: F403
     from .merge import *  # noqa: F403
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from .stride import *  # noqa: F403
 
 _MODULES = {
+    "attention": (
+        "attention_band",
+        "attention_from_rows",
+        "attention_joined",
+        "attention_received",
+        "rows_that_see",
+    ),
     "budget": (
         "floor_exact",
         "kept_count",
@@ -65,9 +73,6 @@ _MODULES = {
     ),
     "rows": ("group_rows",),
     "score": (
-        "attention_band",
-        "attention_from_rows",
-        "attention_received",
         "cosine",
         "gaussian_kernels",
         "in_grains",

@@ -10,13 +10,23 @@ from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.planning.fit import why_not
 from mllm_squeeze.recipe.recipe import Recipe, facts, load_recipe
+from mllm_squeeze.reducers.needs import (
+    Attention,
+    EncoderAttention,
+    EncoderProjection,
+    EncoderStates,
+    Features,
+    Projection,
+    Size,
+    States,
+)
 from mllm_squeeze.registry import method_names
 
 _MOST = 3
-_OF_THE_ENCODER = frozenset({"EncoderAttention", "EncoderProjection", "EncoderStates"})
-_OF_THE_LLM = frozenset({"Attention", "Projection", "States"})
-# What a rule can read at every place of every model.
-_EVERYWHERE = frozenset({"Features", "Size"})
+# Names of signals, as facts say them. States at the place of the cut, and sizes, are there wherever a method acts.
+_OF_THE_ENCODER = frozenset(kind.__name__ for kind in (EncoderAttention, EncoderProjection, EncoderStates))
+_OF_THE_LLM = frozenset(kind.__name__ for kind in (Attention, Projection, States))
+_EVERYWHERE = frozenset(kind.__name__ for kind in (Features, Size))
 # Facts that an error asks to do without, as the signals that they stand for.
 _AVOIDED = {
     "attention": _OF_THE_LLM | _OF_THE_ENCODER,
@@ -41,7 +51,8 @@ def closest_methods(recipe: Recipe, parts: ModelParts, avoid: frozenset[str] = f
     """Return the names of at most three other methods that fit a model, those that are most like `recipe` first.
 
     avoid: what they must not read, as `SqueezeError.avoid` says it. Methods are alike that act at the same kinds of
-    places, then those for the same modalities, then by what they read and whether their count is known.
+    places, then those for the same modalities, then those of a paper, as baselines are like anything, then by what
+    they read and whether their count is known.
     """
     unread = frozenset[str]().union(*(_AVOIDED[word] for word in avoid))
     wanted = facts(recipe)
@@ -52,7 +63,7 @@ def closest_methods(recipe: Recipe, parts: ModelParts, avoid: frozenset[str] = f
             continue
         told = facts(other)
         if not unread & _read(told):
-            found.append((_distance(wanted, told), name))
+            found.append((_distance(wanted, told, baseline=other.paper is None), name))
     return [name for _, name in sorted(found)[:_MOST]]
 
 
@@ -64,10 +75,11 @@ def _loaded(name: str) -> Recipe | None:
         return None
 
 
-def _distance(wanted: dict[str, Any], told: dict[str, Any]) -> tuple[int, ...]:
+def _distance(wanted: dict[str, Any], told: dict[str, Any], baseline: bool) -> tuple[int, ...]:
     return (
         len(_places(wanted) ^ _places(told)),
         len(set(wanted["modalities"]) ^ set(told["modalities"])),
+        baseline,
         len(_read(wanted) ^ _read(told)),
         wanted["known_count"] != told["known_count"],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
-from mllm_squeeze.family.tower_to_llm import require_road
+from mllm_squeeze.family.tower_to_llm import require_tower_to_llm
 from mllm_squeeze.reducers.needs import Attention, EncoderNeed, Features, Normed, Projection, Size
 
 # What a rule can read in front of the blocks of the vision encoder.
@@ -58,12 +58,12 @@ def _check_encoder(method: str, parts: ModelParts) -> None:
             "cannot be read. Use a method that reads nothing of it.",
             avoid=["encoder attention"],
         )
-    require_road(parts)
+    require_tower_to_llm(parts)
 
 
 def _lacks_attention(parts: ModelParts) -> bool:
     block = parts.saliency_block
-    if block is None or parts.blocks is None or parts.row.road == "none":
+    if block is None or parts.blocks is None or parts.row.tower_to_llm == "none":
         return True
     return find_attention(parts.blocks[block]) is None
 

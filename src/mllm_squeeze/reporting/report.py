@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mllm_squeeze.reporting.dims import ModelDims
+from mllm_squeeze.reporting import flops
+
+if TYPE_CHECKING:
+    from mllm_squeeze.upstream.configs import TextSizes
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class PrefillRecord:
     spans: tuple[SpanRecord, ...]
     stages: tuple[StageRecord, ...]
     layer_lengths: tuple[int, ...]
-    dims: ModelDims | None = None
+    dims: TextSizes | None = None
     decode: tuple[str, ...] = ()
     element_bytes: int = 2
     cache_lengths: tuple[int, ...] | None = None
@@ -142,7 +145,7 @@ class Report:
 
     @property
     def flops_dense(self) -> int | None:
-        """FLOPs of the prefill with every token, see `ModelDims.layer_flops`."""
+        """FLOPs of the prefill with every token, see `reporting.flops.layer_flops`."""
         length, layers = self.record.layout_length, len(self.record.layer_lengths)
         return self._flops((length,) * layers, (length + self.record.past,) * layers, dense=True)
 
@@ -181,14 +184,14 @@ class Report:
         if dims is None:
             return None
         keys, new = self._crossed(keys, dense, held=True), self._crossed(lengths, dense, held=False)
-        return self.record.batch * dims.prefill_flops(lengths, keys, new)
+        return self.record.batch * flops.prefill_flops(dims, lengths, keys, new)
 
     def _cache_bytes(self, entries: Sequence[int], dense: bool = False) -> int | None:
         dims = self.record.dims
         if dims is None:
             return None
         entries = self._crossed(entries, dense, held=True)
-        return self.record.batch * dims.cache_bytes(entries, self.record.element_bytes)
+        return self.record.batch * flops.cache_bytes(dims, entries, self.record.element_bytes)
 
     def _crossed(self, counts: Sequence[int], dense: bool, held: bool) -> list[int]:
         """Return counts per layer, with those of the pictures' keys in layers that attend to them."""

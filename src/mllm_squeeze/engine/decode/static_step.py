@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.kv.layers import StaticCutLayer
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.shorten import is_flash
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
@@ -28,22 +28,22 @@ def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
     return torch.compiler.is_compiling() and is_static_step(kwargs)
 
 
-def refuse_static(session: Session, cache: Any) -> None:
-    """Check that what a session does works on a cache of fixed size, if it is one.
+def refuse_static(prefill: Prefill, cache: Any) -> None:
+    """Check that what a prefill does works on a cache of fixed size, if it is one.
 
     Raises:
         UnsupportedInputError: FlashAttention, whose masks have no columns, or a method that goes on while decoding.
     """
     if not kv.is_static(cache):
         return
-    if session.plan.decode is not None:
+    if prefill.plan.decode is not None:
         raise UnsupportedInputError(
-            f"'{session.plan.decode.name}' chooses anew while decoding, which a static cache cannot follow. Use "
+            f"'{prefill.plan.decode.name}' chooses anew while decoding, which a static cache cannot follow. Use "
             "cache_implementation='dynamic' (the default of generate)."
         )
-    if is_flash(session.implementation):
+    if is_flash(prefill.implementation):
         raise UnsupportedInputError(
-            f"A static cache cannot be cut under {session.implementation}, whose masks do not tell the slots that are "
+            f"A static cache cannot be cut under {prefill.implementation}, whose masks do not tell the slots that are "
             "still empty. Load the model with attn_implementation='sdpa', or use a dynamic cache."
         )
 

@@ -36,15 +36,15 @@ class EncodeCall:
     @marked("signal")
     def read(self, call: AttentionCall) -> bool:
         """Read one attention call of the feature layer; packed towers make one per segment."""
-        lead = self.parts.lead
+        special = self.parts.special_tokens
         for need, values in self._values.items():
             read = self._received(call) if isinstance(need, EncoderAttention) else call.key.float().mean(1)
-            values.append(read[:, lead:])
+            values.append(read[:, special:])
         return False
 
     def _received(self, call: AttentionCall) -> Tensor:
         batch, heads, _, _ = call.query.shape
-        if not self.parts.lead:
+        if not self.parts.special_tokens:
             return score_received(call)
         first = torch.zeros(batch, 1, dtype=torch.long, device=call.query.device)
         weights = torch.full_like(first, heads, dtype=torch.float32)

@@ -35,21 +35,20 @@ class EncoderMerge:
 
     def read(self, call: AttentionCall) -> bool:
         """Keep the keys of a block, mean over heads."""
-        self._keys = call.key.mean(1)[:, self.parts.lead :]
+        self._keys = call.key.mean(1)[:, self.parts.special_tokens :]
         return False
 
     @property
     def bias(self) -> Tensor | None:
-        """Log sizes (tiles, 1, 1, lead + N) for proportional attention, None where it is off."""
+        """Log sizes (tiles, 1, 1, special + N) for proportional attention, None where it is off."""
         if not getattr(self.reducer, "proportional", False) or self._sizes is None:
             return None
-        ones = self._sizes.new_ones(self._sizes.shape[0], self.parts.lead)
+        ones = self._sizes.new_ones(self._sizes.shape[0], self.parts.special_tokens)
         return torch.cat([ones, self._sizes], dim=1).log()[:, None, None, :]
 
     def merge(self, block: int, hidden: Tensor) -> Tensor:
-        """Reduce tokens in front of a block; hidden states (tiles, lead + N, C) become (tiles, lead + N', C)."""
-        lead = self.parts.lead
-        special, patches = hidden[:, :lead], hidden[:, lead:]
+        """Reduce tokens in front of a block; hidden states (tiles, special + N, C) become (tiles, special + N', C)."""
+        special, patches = hidden.tensor_split([self.parts.special_tokens], dim=1)
         tiles, count, _ = patches.shape
         if self._source is None or self._sizes is None:
             self._start(tiles, count, hidden.device)
@@ -94,7 +93,7 @@ class EncoderMerge:
             origin=torch.arange(count, device=patches.device).expand(tiles, -1),
             lengths=(self._source.shape[1] if self._source is not None else count,) * tiles,
             current=(count,) * tiles,
-            special_tokens=self.parts.lead,
+            special_tokens=self.parts.special_tokens,
             signals=Signals(there),
         )
 

@@ -12,13 +12,13 @@ from mllm_squeeze.engine.hooks.cross_attention import CrossAttentionHooks
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.decoder import DecoderHooks
 from mllm_squeeze.engine.hooks.encoder import EncoderHooks
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.layers import LayerHooks
 from mllm_squeeze.engine.hooks.owner import HookOwner, Hooks, Publish
 from mllm_squeeze.engine.hooks.qformer import QueryHooks
 from mllm_squeeze.engine.hooks.switch import Switch
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
@@ -30,7 +30,7 @@ R = TypeVar("R")
 class Attachment(HookOwner):
     """The hooks of one handle on one model, which keep it alive as long as they are there.
 
-    publish: gets the session of each prefill when it ends, None for a prompt without visual tokens.
+    publish: gets each prefill when it ends, None for a prompt without visual tokens.
     """
 
     def __init__(self, parts: ModelParts, plan: Plan, publish: Publish) -> None:
@@ -39,20 +39,20 @@ class Attachment(HookOwner):
         self.switch = Switch()
         self._publish = publish
         self._local = Local()
-        self._fittings = Fittings()
+        self._installer = Installer()
 
     def attach(self) -> None:
         """Hook the model; on an error everything is taken off again."""
         try:
             for kind in self._kinds():
-                kind(self.parts, self.plan, self._local, self._is_on, self._publish).attach(self._fittings)
+                kind(self.parts, self.plan, self._local, self._is_on, self._publish).attach(self._installer)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Take off all hooks, taps and overrides; the model is as it was."""
-        self._fittings.remove()
+        self._installer.remove()
 
     def _kinds(self) -> tuple[type[Hooks], ...]:
         """Return the hooks that the plan needs, in the order in which they are put on."""
@@ -65,12 +65,12 @@ class Attachment(HookOwner):
         """True where the handle acts; the hooks hold this method, and with it the attachment."""
         return self.switch.is_on()
 
-    def run_with(self, session: Session | None, function: Callable[[], R]) -> R:
-        """Call the text model with a session made by hand; with None it runs dense.
+    def run_with(self, prefill: Prefill | None, function: Callable[[], R]) -> R:
+        """Call the text model with a prefill made by hand; with None it runs dense.
 
         function: calls the text model.
         """
-        entry = self._local.probes.enter((session,), sys._getframe())
+        entry = self._local.probes.enter((prefill,), sys._getframe())
         try:
             return function()
         finally:
@@ -80,4 +80,4 @@ class Attachment(HookOwner):
         self, layer: int, layout: TokenLayout, features: Mapping[str, Features], call: TextCall
     ) -> self_check.Proof:
         """Compare a cut with masking the same tokens. See `self_check.prove`."""
-        return self_check.prove(self.parts, self._local, self._fittings, layer, layout, features, call)
+        return self_check.prove(self.parts, self._local, self._installer, layer, layout, features, call)

@@ -10,7 +10,7 @@ from torch import nn
 
 from mllm_squeeze.engine.decode.static_step import is_traced_step
 from mllm_squeeze.engine.hooks.current import PromptRun, Whole
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.engine.tokens.recorded import recorded
@@ -21,13 +21,13 @@ from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall, flat, wanted
 class CallHooks(Hooks):
     """Keeps `local` told of the calls that run in this thread, with their inputs."""
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on."""
-        self._override_generate(fittings)
-        fittings.around(self.parts.model, self._enter_model, self._leave_model)
-        fittings.around(self.parts.base, self._enter_base, self._leave_base)
+        self._override_generate(installer)
+        installer.around(self.parts.model, self._enter_model, self._leave_model)
+        installer.around(self.parts.base, self._enter_base, self._leave_base)
 
-    def _override_generate(self, fittings: Fittings) -> None:
+    def _override_generate(self, installer: Installer) -> None:
         original: Any = getattr(self.parts.model, "generate", None)
         if original is None:
             return
@@ -49,7 +49,7 @@ class CallHooks(Hooks):
                 if run is not None:
                     runs.leave(run)
 
-        fittings.override(self.parts.model, "generate", generate)
+        installer.override(self.parts.model, "generate", generate)
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_traced_step(kwargs):

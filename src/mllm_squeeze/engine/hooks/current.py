@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.hooks.running import caller, is_running
 from mllm_squeeze.engine.hooks.untraced import untraced
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.passes import Pass
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall
 
@@ -107,11 +108,11 @@ class Local(threading.local):
 
     def __init__(self) -> None:
         self.prompt_runs: Calls[PromptRun] = Calls()
-        self.sessions: Calls[Session | None] = Calls()
+        self.passes: Calls[Pass | None] = Calls()
         self.wholes: Calls[Whole] = Calls()
         self.encodings: Calls[EncodeCall] = Calls()
-        # The session of a self-check that runs now: the text model is called inside its own pre-hook.
-        self.probes: Calls[tuple[Session | None]] = Calls()
+        # The prefill of a self-check that runs now: the text model is called inside its own pre-hook.
+        self.probes: Calls[tuple[Prefill | None]] = Calls()
         self.prompts: Calls[GenerateCall] = Calls()
 
     @property
@@ -120,8 +121,8 @@ class Local(threading.local):
         return self.encodings.top
 
     @property
-    def probe(self) -> tuple[Session | None] | None:
-        """The session that a self-check runs the text model with, None outside of one."""
+    def probe(self) -> tuple[Prefill | None] | None:
+        """The prefill that a self-check runs the text model with, None outside of one."""
         return self.probes.top
 
     @property
@@ -145,6 +146,6 @@ class Local(threading.local):
         return None if self.wholes.top is None else self.wholes.top.wanted
 
     @property
-    def session(self) -> Session | None:
-        """The session of the innermost decoder pass."""
-        return self.sessions.top
+    def running(self) -> Pass | None:
+        """The innermost decoder pass, None where its layers need nothing of us."""
+        return self.passes.top

@@ -1,4 +1,4 @@
-"""Hooks on the text model: each call of it is a pass, which gets a session where its layers need something of us."""
+"""Hooks on the text model: each call of it whose layers need something of us is a pass of ours."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from mllm_squeeze.engine.decode.static_step import is_static_step, is_traced_step
 from mllm_squeeze.engine.hooks import self_check
-from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.current import Local, PromptRun
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.passes import Pass
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.engine.tokens.prompt import features_of, layout_of, warn_no_image
 from mllm_squeeze.errors import SqueezeError, UnsupportedInputError
@@ -32,7 +33,7 @@ from mllm_squeeze.upstream.versions import installed
 
 
 class DecoderHooks(Hooks):
-    """Starts a session when the text model is called, and hands it on when the call ends."""
+    """Starts a pass when the text model is called, and hands a prefill on when its call ends."""
 
     def __init__(
         self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
@@ -41,16 +42,16 @@ class DecoderHooks(Hooks):
         self._verified = parts.row.verified
         self._windowed = any(parts.window(number) for number in range(len(parts.layers)))
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on."""
-        self._fittings = fittings
-        fittings.around(self.parts.decoder, self._enter, self._leave)
+        self._installer = installer
+        installer.around(self.parts.decoder, self._enter, self._leave)
         if has_deepstack(self.parts.decoder):
-            fittings.add(follow_cuts(self.parts.decoder, self._kept_now))
+            installer.add(follow_cuts(self.parts.decoder, self._kept_now))
 
     def _kept_now(self) -> tuple[Tensor, Tensor | None] | None:
-        session = self._local.session
-        return None if session is None or session.index is None else (session.index, session.valid)
+        left = None if self._local.running is None else self._local.running.left
+        return None if left is None else (left.index, left.valid)
 
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -59,61 +60,76 @@ class DecoderHooks(Hooks):
             return None
         call = TextCall.read(module, args, kwargs)
         live = dict(call.named)
-        entry = self._local.sessions.enter(None)
+        entry = self._local.passes.enter(None)
         probe = self._local.probe
-        session = probe[0] if probe is not None else self._start(call, live)
-        entry.value = session
-        if session is not None and session.cutting:
-            given, session.inner = take_inner_features(live)
+        entry.value = running = probe[0] if probe is not None else self._start(call, live)
+        if isinstance(running, Prefill):
+            given, running.inner = take_inner_features(live)
             live.update(given)
         return (), live
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if is_traced_step(kwargs):
             return
-        session = self._local.sessions.leave()
+        ended = self._local.passes.leave()
         # A self-check is not what the user ran.
-        if session is not None and session.cutting and output is not None and self._local.probe is None:
-            self._publish(session)
+        if isinstance(ended, Prefill) and output is not None and self._local.probe is None:
+            self._publish(ended)
 
     @untraced
-    def _start(self, call: TextCall, live: dict[str, Any]) -> Session | None:
-        """Return the session of a pass, None where its layers need nothing of us.
+    def _start(self, call: TextCall, live: dict[str, Any]) -> Pass | None:
+        """Return the pass of a call, None where its layers need nothing of us.
 
         live: arguments of the text model that go on to it; positions of a decode step may change in them.
         """
         if is_static_step(call.named):
             return None
-        run = self._local.prompt_run
         past = kv.tokens_seen(call.cache)
-        # Where generate() itself is the run, its later passes are decode steps.
-        decodes = (self.parts.row.own_generate and past) or call.width == 1
-        features = (
-            {} if decodes or run is None or not self._enabled() else features_of(run.call, run.features, self.parts.ids)
-        )
+        run, features = self._prompted(call, past)
         if not features and not kv.is_cut(call.cache):
             if self._enabled() and call.width > 1 and not past:
                 self._publish(None)
                 warn_no_image()
             return None
-        layout = None
-        if features and run is not None:
-            _refuse_packed(call)
-            _refuse_recomputed(self.parts)
-            layout = layout_of(run.call, features, self.parts, call, past, self._local.prompt)
-            if not layout.spans:
-                # Some families are given their pictures again in later passes, which hold no placeholder.
-                layout, features = None, {}
-        if layout is None and (not kv.is_cut(call.cache) or self._is_plain_step(call, live)):
+        if run is not None and features:
+            prefill = self._prefill(call, run, features, past)
+            if prefill is not None:
+                return prefill
+        # Some families are given their pictures again in later passes, which hold no placeholder.
+        if not kv.is_cut(call.cache) or self._is_plain_step(call, live):
             return None
         refuse_scaled(self.parts.text_config, past + call.width)
-        session = Session(self.plan, self.parts, layout, features, call.width, past)
-        session.rows = self._local.rows
-        if layout is not None:
-            session.prepare(call.states.device)
-            session.wanted = self._local.wanted
-            self._check(layout, features, call)
-        return session
+        return Pass(self.plan, self.parts, call.width, past)
+
+    def _prompted(self, call: TextCall, past: int) -> tuple[PromptRun | None, dict[str, Features]]:
+        """Return the call of the inner model, and what was encoded for this pass, which may be a decode step."""
+        run = self._local.prompt_run
+        # Where generate() itself is the run, its later passes are decode steps.
+        decodes = (self.parts.row.own_generate and past) or call.width == 1
+        if run is None or decodes or not self._enabled():
+            return run, {}
+        return run, features_of(run.call, run.features, self.parts.ids)
+
+    def _prefill(self, call: TextCall, run: PromptRun, features: Mapping[str, Features], past: int) -> Prefill | None:
+        """Return the pass over a prompt, None where no visual token stands in it."""
+        _refuse_packed(call)
+        _refuse_recomputed(self.parts)
+        layout = layout_of(run.call, features, self.parts, call, past, self._local.prompt)
+        if not layout.spans:
+            return None
+        refuse_scaled(self.parts.text_config, past + call.width)
+        prefill = Prefill(
+            self.plan,
+            self.parts,
+            layout,
+            features,
+            call.states.device,
+            past=past,
+            rows=self._local.rows,
+            wanted=self._local.wanted,
+        )
+        self._check(layout, features, call)
+        return prefill
 
     def _is_plain_step(self, call: TextCall, live: dict[str, Any]) -> bool:
         """True for a decode step in which no layer needs anything of us: one token, none padded, positions alike."""
@@ -139,7 +155,7 @@ class DecoderHooks(Hooks):
         if self._verified or layer is None:
             return
         try:
-            proof = self_check.prove(self.parts, self._local, self._fittings, layer, layout, features, call)
+            proof = self_check.prove(self.parts, self._local, self._installer, layer, layout, features, call)
         except SqueezeError:
             raise
         # The code of a model that nobody has tried may raise anything when it is cut.

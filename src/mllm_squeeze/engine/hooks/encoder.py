@@ -14,7 +14,7 @@ from torch import nn
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.signals.rows import Listener
@@ -34,23 +34,23 @@ class EncoderHooks(Hooks):
         super().__init__(parts, plan, local, enabled, publish)
         self._signals = plan.encoder_needs
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on.
 
         Raises:
             UnsupportedModelError: a part that the plan needs was not found, or was patched by other code.
         """
-        self._override_features(fittings)
-        self._hook_blocks(fittings)
-        self._tap_saliency(fittings)
+        self._override_features(installer)
+        self._hook_blocks(installer)
+        self._tap_saliency(installer)
 
-    def _override_features(self, fittings: Fittings) -> None:
+    def _override_features(self, installer: Installer) -> None:
         # Audio needs no override: it is encoded in each forward, and a run of placeholders is one recording.
         for modality in (modality for modality in self.parts.ids if modality != "audio"):
             name = f"get_{modality}_features"
             original = getattr(self.parts.base, name, None)
             if original is not None:
-                fittings.override(self.parts.base, name, self._recording(modality, original))
+                installer.override(self.parts.base, name, self._recording(modality, original))
 
     def _recording(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
         # generate() reads the signature, which `wraps` keeps.
@@ -83,7 +83,7 @@ class EncoderHooks(Hooks):
         last = self.parts.feature_block
         if self.plan.encoder is None or last is None:
             return None
-        if modality == "video" and self.parts.row.road != "identity":
+        if modality == "video" and self.parts.row.tower_to_llm != "identity":
             warnings.warn(
                 f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
                 "tokens behind the encoder; use a method that acts at the projector for them.",
@@ -94,7 +94,7 @@ class EncoderHooks(Hooks):
         blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
         return EncoderMerge(self.parts, self.plan.encoder.reducer, self.plan.encoder.amount, blocks)
 
-    def _hook_blocks(self, fittings: Fittings) -> None:
+    def _hook_blocks(self, installer: Installer) -> None:
         last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector
         if self.plan.encoder is None or blocks is None or projector is None or last is None:
             return
@@ -104,10 +104,10 @@ class EncoderHooks(Hooks):
                 raise UnsupportedModelError(
                     f"Block {number} of the vision encoder has no attention whose keys can be read."
                 )
-            fittings.tap(attention, self._merge_listener)
+            installer.tap(attention, self._merge_listener)
             before = functools.partial(self._before_block, number + 1)
-            fittings.before(blocks[number + 1], before)
-        fittings.after(projector, self._after_projector)
+            installer.before(blocks[number + 1], before)
+        installer.after(projector, self._after_projector)
 
     def _merge_listener(self) -> Listener | None:
         merge = None if self._local.encode is None else self._local.encode.merge
@@ -128,7 +128,7 @@ class EncoderHooks(Hooks):
         merge = None if self._local.encode is None else self._local.encode.merge
         return None if merge is None else merge.restore(output)
 
-    def _tap_saliency(self, fittings: Fittings) -> None:
+    def _tap_saliency(self, installer: Installer) -> None:
         if not self._signals:
             return
         block = self.parts.saliency_block
@@ -139,7 +139,7 @@ class EncoderHooks(Hooks):
                 "method that reads nothing of the vision encoder.",
                 avoid=["encoder attention"],
             )
-        fittings.tap(attention, self._encoder_listener)
+        installer.tap(attention, self._encoder_listener)
 
     def _encoder_listener(self) -> Listener | None:
         return None if self._local.encode is None else self._local.encode.read

@@ -11,7 +11,7 @@ from mllm_squeeze.engine.signals.rows import Listener, Tap
 from mllm_squeeze.errors import UnsupportedModelError
 
 
-class Fittings:
+class Installer:
     """Collects what is put on a model; `remove` leaves it as it was."""
 
     def __init__(self) -> None:
@@ -53,9 +53,9 @@ class Fittings:
         self._undo.append(lambda: module.__dict__.pop(name, None))
         module.__dict__[name] = method
 
-    def nested(self) -> Fittings:
-        """Return what collects the fittings of a while; they come off with these at the latest."""
-        inner = Fittings()
+    def nested(self) -> Installer:
+        """Return what collects the installer of a while; they come off with these at the latest."""
+        inner = Installer()
         self._undo.append(inner.remove)
         return inner
 

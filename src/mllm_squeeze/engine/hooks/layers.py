@@ -13,12 +13,13 @@ from mllm_squeeze.engine.decode import choice as decoding
 from mllm_squeeze.engine.decode.static_step import refuse_static, serve_step
 from mllm_squeeze.engine.hooks import preview
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.passes import Pass
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.streams import fold, unfold
 from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.signals.rows import Listener
@@ -31,7 +32,7 @@ from mllm_squeeze.upstream.calls import LayerCall
 
 
 class LayerHooks(Hooks):
-    """Runs the session of a pass in front of each layer, and behind the last one."""
+    """Runs what a pass needs in front of each layer, and behind the last one."""
 
     def __init__(
         self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
@@ -41,16 +42,16 @@ class LayerHooks(Hooks):
             cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
         ]
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on.
 
         Raises:
             UnsupportedModelError: a layer whose attention the plan reads has none.
         """
-        self._hook_layers(fittings)
-        self._tap_attention(fittings)
+        self._hook_layers(installer)
+        self._tap_attention(installer)
 
-    def _hook_layers(self, fittings: Fittings) -> None:
+    def _hook_layers(self, installer: Installer) -> None:
         first = self.plan.first
         if first is None:
             return
@@ -59,11 +60,11 @@ class LayerHooks(Hooks):
         layers = self.parts.layers
         for number in range(start, len(layers)):
             before = functools.partial(self._before_layer, number)
-            fittings.before(layers[number], before)
+            installer.before(layers[number], before)
         # Ahead of hooks that record hidden states, so that they see the full length as HF promises for the last one.
-        fittings.after(layers[-1], self._after_last_layer, first=True)
+        installer.after(layers[-1], self._after_last_layer, first=True)
 
-    def _tap_attention(self, fittings: Fittings) -> None:
+    def _tap_attention(self, installer: Installer) -> None:
         tapped: set[int] = set()
         previewed: set[int] = set()
         for cut in self.plan.cuts:
@@ -81,9 +82,9 @@ class LayerHooks(Hooks):
                     f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another "
                     "layer."
                 )
-            fittings.tap(attention, functools.partial(self._listener, attention))
+            installer.tap(attention, functools.partial(self._listener, attention))
             if number in previewed:
-                preview.put_on(fittings, attention, self._session)
+                preview.put_on(installer, attention, self._running)
 
     @property
     def _decode(self) -> DecodeReducer:
@@ -91,65 +92,63 @@ class LayerHooks(Hooks):
         assert isinstance(self.plan.decode.reducer, DecodeReducer)
         return self.plan.decode.reducer
 
-    def _session(self) -> Session | None:
-        return self._local.session
+    def _running(self) -> Pass | None:
+        return self._local.running
 
     def _listener(self, attention: nn.Module) -> Listener | None:
-        session = self._local.session
-        return None if session is None else session.listeners.get(attention)
+        running = self._local.running
+        return None if running is None else running.signals.listeners.get(attention)
 
     # In front of a layer
 
     def _before_layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        session, call = self._local.session, LayerCall.read(args, kwargs)
-        new = serve_step(self.parts, number, call) if session is None else self._run_before(session, number, call)
+        running, call = self._local.running, LayerCall.read(args, kwargs)
+        new = serve_step(self.parts, number, call) if running is None else self._run_before(running, number, call)
         return None if new is None else new.out()
 
     @untraced
-    def _run_before(self, session: Session, number: int, call: LayerCall) -> LayerCall | None:
+    def _run_before(self, running: Pass, number: int, call: LayerCall) -> LayerCall | None:
         """Cut in front of a layer, and return its call on what is left; None where it is as it came."""
-        hidden = fold(call.hidden)
-        if session.cutting:
-            if session.inner is not None:
-                hidden = session.inner.add(number, hidden, session.index, session.valid)
-            hidden = self._cut(session, number, hidden, call)
-            self._listen(session, number)
-        elif self.plan.decode is not None and number == self._decode.layer - 1 and session.width == 1:
-            decoding.listen(session, find_attention(self.parts.layers[number]), self._decode, call.cache)
-        new = session.arguments.shorten(number, hidden, call)
-        session.lengths[number] = hidden.shape[1]
-        session.held[number] = kv.held_entries(call.cache, number, session.past)
-        if new is call and session.index is None and session.inner is None:
+        folded = hidden = fold(call.hidden)
+        if isinstance(running, Prefill):
+            hidden = self._cut(running, number, running.with_inner(number, hidden), call)
+            self._listen(running, number)
+        elif self.plan.decode is not None and number == self._decode.layer - 1 and running.width == 1:
+            decoding.listen(running, find_attention(self.parts.layers[number]), self._decode, call.cache)
+        new = running.arguments.shorten(number, hidden, call)
+        running.lengths[number] = hidden.shape[1]
+        running.held[number] = kv.held_entries(call.cache, number, running.past)
+        if new is call and running.left is None and hidden is folded:
             return None
-        others = tuple(session.arguments.per_token(other) for other in call.others)
+        others = tuple(running.arguments.per_token(other) for other in call.others)
         return new.replace(hidden=unfold(hidden, call.hidden), others=others)
 
-    def _cut(self, session: Session, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
-        cuts, stage = session.plan.at(number), session.stage
+    def _cut(self, prefill: Prefill, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
+        cuts, stage = prefill.plan.at(number), prefill.stage
         if number == 0:
-            for cut in self._chooses_rows if session.plan is self.plan else ():
-                cutting.choose_rows(session, cut, hidden)
-            if session.plan.encoder is not None:
-                hidden = cutting.cut_survivors(session, session.plan.encoder, hidden)
+            for cut in self._chooses_rows if prefill.plan is self.plan else ():
+                cutting.choose_rows(prefill, cut, hidden)
+            if prefill.plan.encoder is not None:
+                hidden = cutting.cut_survivors(prefill, prefill.plan.encoder, hidden)
         for cut in cuts:
-            hidden = cutting.run_cut(session, cut, hidden, call)
+            hidden = cutting.run_cut(prefill, cut, hidden, call)
         # A cut that removes nothing asks nothing of the cache.
-        if session.stage > stage and call.cache is not None:
+        if prefill.stage > stage and call.cache is not None:
             kv.require_cuttable(call.cache)
-            refuse_static(session, call.cache)
-        session.read.clear()
+            refuse_static(prefill, call.cache)
+        prefill.signals.read.clear()
         return hidden
 
-    def _listen(self, session: Session, number: int) -> None:
-        for cut in session.plan.at(number + 1):
-            signals.listen(session, cut, number)
+    def _listen(self, prefill: Prefill, number: int) -> None:
+        for cut in prefill.plan.at(number + 1):
+            signals.listen(prefill, cut, number)
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
-        session = self._local.session
-        if session is None or session.index is None:
+        prefill = self._local.running
+        if not isinstance(prefill, Prefill) or prefill.left is None:
             return None
         if isinstance(output, tuple):
-            return (session.restore(output[0]), *output[1:])
-        return unfold(session.restore(fold(output)), output)
+            return (prefill.restore(output[0]), *output[1:])
+        return unfold(prefill.restore(fold(output)), output)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.family.structure import ModelParts
 
-Publish = Callable[[Session | None], None]
+Publish = Callable[[Prefill | None], None]
 
 
 class HookOwner:
@@ -27,8 +27,8 @@ class HookOwner:
 class Hooks(HookOwner):
     """The hooks of one plan on one kind of modules.
 
-    local: what runs in this thread now. enabled: says whether the handle is switched on now. publish: gets the session
-    of each prefill when it ends, None for a prompt without visual tokens.
+    local: what runs in this thread now. enabled: says whether the handle is switched on now. publish: gets each
+    prefill when it ends, None for a prompt without visual tokens.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Hooks(HookOwner):
         self.parts = parts
         self._local, self._enabled, self._publish = local, enabled, publish
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on.
 
         Raises:

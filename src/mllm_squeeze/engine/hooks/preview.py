@@ -7,21 +7,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.installer import Fittings
-from mllm_squeeze.engine.sequence.session import OneRow, Session
+from mllm_squeeze.engine.hooks.installer import Installer
+from mllm_squeeze.engine.sequence.passes import Pass
+from mllm_squeeze.engine.sequence.signal_store import OneRow
 from mllm_squeeze.upstream.calls import Arguments
 from mllm_squeeze.upstream.projections import rowwise_projections
 
 
-def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Session | None]) -> None:
+def put_on(installer: Installer, attention: nn.Module, running: Callable[[], Pass | None]) -> None:
     """Put hooks on the projections of an attention module, which do nothing but in a preview that runs one row.
 
     They are there as long as the handle is, so that nothing is left on the model however a preview ends.
     """
 
     def one() -> OneRow | None:
-        now = session()
-        return None if now is None else now.one_row.get(attention)
+        now = running()
+        return None if now is None else now.signals.one_row.get(attention)
 
     def narrow(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Arguments | None:
         wanted = one()
@@ -37,5 +38,5 @@ def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Sessi
         return None if wanted is None else output.expand(-1, wanted.length, -1)
 
     for projection in rowwise_projections(attention):
-        fittings.before(projection, narrow)
-        fittings.after(projection, widen)
+        installer.before(projection, narrow)
+        installer.after(projection, widen)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks
 from mllm_squeeze.engine.keys.kept import KeptKeys, reduce_keys
 from mllm_squeeze.engine.trace import Attended
@@ -19,10 +19,10 @@ from mllm_squeeze.upstream.attended import QueryCall
 class QueryHooks(Hooks):
     """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them."""
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hook on."""
         assert self.parts.queries is not None
-        fittings.before(self.parts.queries, self._before)
+        installer.before(self.parts.queries, self._before)
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -31,9 +31,9 @@ class QueryHooks(Hooks):
         if call.states is None or not self._enabled():
             return None
         layout = _layout(call.states, call.mask)
-        session, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
-        session.attended = Attended((), 0, call.states.shape[1], short.shape[1])
-        self._publish(session)
+        prefill, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
+        prefill.attended = Attended((), 0, call.states.shape[1], short.shape[1])
+        self._publish(prefill)
         if kept is None:
             return None
         return args, {**kwargs, **QueryCall(short, _mask(call.mask, kept)).arguments()}

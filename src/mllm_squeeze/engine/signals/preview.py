@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.sequence.session import OneRow, Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
+from mllm_squeeze.engine.sequence.signal_store import OneRow
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.upstream.calls import LayerCall, attention_arguments
 from mllm_squeeze.upstream.projections import is_offloaded
@@ -20,7 +21,7 @@ class _Enough(Exception):
 
 
 def run_projections(
-    attention: nn.Module, normed: Tensor, row: Tensor | None, call: LayerCall, session: Session, read: Reader
+    attention: nn.Module, normed: Tensor, row: Tensor | None, call: LayerCall, session: Prefill, read: Reader
 ) -> None:
     """Call an attention module up to its attention function and read queries and keys there.
 
@@ -37,14 +38,14 @@ def run_projections(
             return True
         raise _Enough
 
-    session.listeners[attention] = listener
+    session.signals.listeners[attention] = listener
     if row is not None and not offloaded:
-        session.one_row[attention] = OneRow(row, normed.shape[1])
+        session.signals.one_row[attention] = OneRow(row, normed.shape[1])
     try:
         with torch.no_grad():
             attention(normed, **attention_arguments(call))
     except _Enough:
         pass
     finally:
-        session.one_row.pop(attention, None)
-        del session.listeners[attention]
+        session.signals.one_row.pop(attention, None)
+        del session.signals.listeners[attention]
