@@ -12,7 +12,8 @@ from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Need
 
 
-@dataclass(frozen=True)
+# Told apart by which it is: what a rule is made of may have no hash, and two cuts of one rule are two.
+@dataclass(frozen=True, eq=False)
 class PlannedCut:
     """One cut at the input of a decoder layer.
 
