@@ -14,6 +14,7 @@ from mllm_squeeze import ops
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.signals import gather as signals
+from mllm_squeeze.engine.signals.source import Found
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR, SpanTable
 from mllm_squeeze.engine.trace import StageTrace, now
@@ -203,11 +204,9 @@ def _tokens(
 ) -> VisualTokens:
     assert session.layout is not None
     spans = [session.layout.spans[n] for n in found.rows]
-    place = found.place
-    origin, size = found.table.origin.gather(1, found.order), found.size
-    gathered, words = signals.gather(
-        session, planned, needs, hidden, call, found.table, place, origin, size, found.rows
-    )
+    origin = found.table.origin.gather(1, found.order)
+    wanted = Found(found.table, found.place, origin, found.size, found.mask, found.rows)
+    gathered, words = signals.gather(session, planned, needs, hidden, call, wanted)
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
         mask=found.mask,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mllm_squeeze.engine import cut as cutting
 from mllm_squeeze.engine.decode import choice as decoding
 from mllm_squeeze.engine.decode.static_step import is_static_step, is_traced_step, refuse_static, serve_step, untraced
+from mllm_squeeze.engine.hooks import listening
 from mllm_squeeze.engine.hooks import self_check as selfcheck
 from mllm_squeeze.engine.hooks.calls import CallHooks
 from mllm_squeeze.engine.hooks.cross_attention import CrossAttentionHooks
@@ -22,12 +23,13 @@ from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
 from mllm_squeeze.engine.hooks.qformer import QueryHooks
 from mllm_squeeze.engine.hooks.switch import Switch
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.sequence.streams import fold, unfold
-from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.signals import preview
-from mllm_squeeze.engine.signals.rows import Listener
+from mllm_squeeze.engine.signals.rows import AttentionCall, Listener
+from mllm_squeeze.engine.signals.source import Spot
+from mllm_squeeze.engine.signals.sources import Sources
 from mllm_squeeze.engine.tokens.spans import Features
 from mllm_squeeze.errors import SqueezeError, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
@@ -36,7 +38,7 @@ from mllm_squeeze.family.handlers.temperature import refuse_scaled
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import DecodeReducer
-from mllm_squeeze.reducers.needs import Attention, Projection
+from mllm_squeeze.reducers.needs import Attention
 from mllm_squeeze.upstream.attention import implementation
 from mllm_squeeze.upstream.calls import LayerCall, TextCall
 from mllm_squeeze.upstream.names import POSITIONS
@@ -59,8 +61,11 @@ class Runtime(HookOwner):
         self._local = Local()
         self._fittings = Fittings()
         self._windowed = any(parts.window(number) for number in range(len(parts.layers)))
+        self._sources = Sources(plan, parts)
         self._chooses_rows = [
-            cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
+            cut
+            for cut in plan.cuts
+            if any(isinstance(need, Attention) and need.rows == "chosen" for need in cut.reducer.needs())
         ]
 
     # Life
@@ -103,7 +108,8 @@ class Runtime(HookOwner):
         if first is None:
             return
         from_start = self._chooses_rows or has_inner_features(self.parts.decoder)
-        start = 0 if from_start else max(first - 1, 0)
+        read = self._sources.first_layer
+        start = 0 if from_start else max(first if read is None else min(first, read), 0)
         layers = self.parts.layers
         for number in range(start, len(layers)):
             before = functools.partial(self._before_layer, number)
@@ -112,16 +118,12 @@ class Runtime(HookOwner):
         self._fittings.after(layers[-1], self._after_last_layer, first=True)
 
     def _tap_decoder(self) -> None:
-        tapped: set[int] = set()
-        previewed: set[int] = set()
-        for cut in self.plan.cuts:
-            for need in cut.reducer.needs():
-                if not isinstance(need, (Attention, Projection)):
-                    continue
-                tapped.add(cut.layer if need.block == "next" else cut.layer - 1)
-                previewed |= {cut.layer} if need.block == "next" else set()
+        spots = self._sources.spots
+        heard = {spot.module: functools.partial(self._hear, spot) for spot in spots if spot.side == "call"}
+        tapped = {number for number in range(len(self.parts.layers)) if number in self._sources.previewed}
         if self.plan.decode is not None:
             tapped.add(self._decode.layer - 1)
+        modules = dict.fromkeys(heard)
         for number in sorted(tapped):
             attention = find_attention(self.parts.layers[number])
             if attention is None:
@@ -129,9 +131,12 @@ class Runtime(HookOwner):
                     f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another "
                     "layer."
                 )
-            self._fittings.tap(attention, functools.partial(self._decoder_listener, attention))
-            if number in previewed:
+            modules[attention] = None
+            if number in self._sources.previewed:
                 preview.put_on(self._fittings, attention, self._session)
+        for module in modules:
+            self._fittings.tap(module, functools.partial(self._decoder_listener, module, heard.get(module)))
+        listening.put_on(self._fittings, self._sources, self._session)
 
     @property
     def _decode(self) -> DecodeReducer:
@@ -146,9 +151,17 @@ class Runtime(HookOwner):
     def _session(self) -> Session | None:
         return self._local.session
 
-    def _decoder_listener(self, attention: nn.Module) -> Listener | None:
+    def _decoder_listener(self, attention: nn.Module, heard: Listener | None) -> Listener | None:
         session = self._local.session
-        return None if session is None else session.listeners.get(attention)
+        if session is None:
+            return None
+        return session.listeners.get(attention, heard if session.cutting else None)
+
+    def _hear(self, spot: Spot, call: AttentionCall) -> bool:
+        session = self._local.session
+        assert session is not None
+        self._sources.hear_attention(session, spot, call)
+        return False
 
     def _finish(self, session: Session | None) -> None:
         """Hand on a prefill that ended, None where it had no visual tokens."""
@@ -285,7 +298,7 @@ class Runtime(HookOwner):
             if session.inner is not None:
                 hidden = session.inner.add(number, hidden, session.index, session.valid)
             hidden = self._cut(session, number, hidden, call)
-            self._listen(session, number)
+            self._sources.enter(session, number, hidden)
         elif self.plan.decode is not None and number == self._decode.layer - 1 and session.width == 1:
             decoding.listen(session, find_attention(self.parts.layers[number]), self._decode, call.cache)
         new = session.arguments.shorten(number, hidden, call)
@@ -299,6 +312,7 @@ class Runtime(HookOwner):
     def _cut(self, session: Session, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
         cuts, stage = session.plan.at(number), session.stage
         if number == 0:
+            self._sources.start(session, hidden)
             for cut in self._chooses_rows if session.plan is self.plan else ():
                 cutting.choose_rows(session, cut, hidden)
             if session.plan.encoder is not None:
@@ -309,13 +323,8 @@ class Runtime(HookOwner):
         if session.stage > stage and call.cache is not None:
             kv.require_cuttable(call.cache)
             refuse_static(session, call.cache)
-        session.read.clear()
+        self._sources.forget(session, number)
         return hidden
-
-    def _listen(self, session: Session, number: int) -> None:
-        upcoming: list[PlannedCut] = list(session.plan.at(number + 1))
-        for cut in upcoming:
-            signals.listen(session, cut, number)
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         session = self._local.session

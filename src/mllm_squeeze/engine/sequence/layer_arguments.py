@@ -77,6 +77,22 @@ class LayerArguments:
         renumbers = self._survivors.renumbers(entries)
         return self._renumbered(layer, call, hidden, entries) if renumbers else self._gathered(call)
 
+    def mask_now(self, layer: int, hidden: Tensor, call: LayerCall) -> Any:
+        """Return the mask of a layer over the keys it would see if it ran now, on hidden (B, M, D)."""
+        source = self._parts.kv_sources.get(layer)
+        if self._survivors.index is None and kv.kept_entries(call.cache, layer if source is None else source) is None:
+            return call.mask
+        rows, _ = self._rows_of(layer, call.cache, hidden.shape[1])
+        return self._mask(layer, call.mask, rows)
+
+    def entries_before(self, layer: int, call: LayerCall) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values (B, Hkv, n, d) that a layer holds of earlier passes, None where it holds none."""
+        held = kv.held_entries(call.cache, layer, self._survivors.past)
+        if not held:
+            return None
+        found: Any = kv.layer_at(call.cache, layer)
+        return found.keys[:, :, :held], found.values[:, :, :held]
+
     def per_token(self, given: Any) -> Any:
         """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
         index, width = self._survivors.index, self._survivors.width

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mllm_squeeze import ops
-from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 from mllm_squeeze.engine.sequence.shorten import gather_rows
 from mllm_squeeze.engine.sequence.survivors import Survivors
@@ -22,7 +22,6 @@ from mllm_squeeze.family.handlers.inner_features import InnerFeatures
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Reduction
-from mllm_squeeze.reducers.needs import Need
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class Session(Survivors):
         # Sequence length of each layer in this pass, and the entries it held before.
         self.lengths: dict[int, int] = {}
         self.held: dict[int, int] = {}
-        # What taps of this pass should read, by attention module, and what they read, by cut.
+        # What taps of this pass should read, by attention module, and what was read, by its source.
         self.listeners: dict[nn.Module, Any] = {}
         # Attention modules that shall project one row only, while they are asked for a preview.
         self.one_row: dict[nn.Module, OneRow] = {}
-        self.read: dict[tuple[PlannedCut, Need], Tensor] = {}
+        self.read: dict[Any, Any] = {}
         self.row_weights: dict[int, Tensor] = {}
         # Features that the text model would have added in front of inner layers, None in most families.
         self.inner: InnerFeatures | None = None
@@ -148,8 +147,6 @@ class Session(Survivors):
         self.table = self.table.take(chosen, counts, place[self.table.sample[:, None], self.table.place])
         self.text_place = place[rows, self.text_place].clamp(min=0)
         self.last_place = place[rows, self.last_place]
-        # What another cut at this layer still has to read.
-        self.read = {key: _taken(value, order) for key, value in self.read.items()}
         self.stage += 1
         self.arguments.forget()
         self.cuts.append(Cut(layer, self.index, self.valid))
@@ -220,9 +217,3 @@ class Session(Survivors):
         target = torch.where(mask, place, place[:, :1])
         states = torch.where(mask.unsqueeze(-1), states, states[:, :1].detach())
         return hidden.index_put((sample, target), states)
-
-
-def _taken(values: Tensor, order: Tensor) -> Tensor:
-    """Take columns (B, M') of what was read of each token, (B, M) or (B, M, D)."""
-    order = order.to(values.device)
-    return values.gather(1, order) if values.ndim == 2 else gather_rows(values, order)

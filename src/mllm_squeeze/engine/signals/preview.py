@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.session import OneRow, Session
+from mllm_squeeze.engine.signals.attention import AttentionSource
+from mllm_squeeze.engine.signals.projection import ProjectionSource
 from mllm_squeeze.engine.signals.rows import AttentionCall
+from mllm_squeeze.engine.signals.source import Source
+from mllm_squeeze.engine.signals.sources import source_of
+from mllm_squeeze.engine.timing import marked
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.family.structure import find_attention, find_pre_norm
+from mllm_squeeze.reducers.needs import Need
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, attention_arguments
 from mllm_squeeze.upstream.projections import is_offloaded, rowwise_projections
 
@@ -50,6 +59,65 @@ def run_projections(
     finally:
         session.one_row.pop(attention, None)
         del session.listeners[attention]
+
+
+def read_ahead(
+    session: Session, planned: PlannedCut, needs: tuple[Need, ...], hidden: Tensor, call: LayerCall | None
+) -> None:
+    """Read what a cut needs of the layer behind it: its norm and projections on hidden (B, M, D), as they stand now.
+
+    Raises:
+        UnsupportedModelError: they are not found.
+    """
+    every = dict.fromkeys(source_of(planned, need) for need in needs)
+    sources = [source for source in every if source is not None and source.ahead]
+    if not sources:
+        return
+    layer = session.parts.layers[planned.layer]
+    attention, norm = find_attention(layer), find_pre_norm(layer)
+    if attention is None or norm is None:
+        raise UnsupportedModelError(
+            f"The projections of {type(layer).__name__} cannot be previewed; read the layer before the cut: block: -1."
+        )
+    assert call is not None
+    states = norm(hidden)
+    plain = [source for source in sources if isinstance(source, ProjectionSource) and not source.asked.rope]
+    for source in plain:
+        _keep(session, source, source.projected(session.parts).module(states))
+    others = [source for source in sources if source not in plain]
+    if others:
+        _run(session, planned.layer, attention, states, hidden, call, others)
+
+
+def _run(
+    session: Session,
+    number: int,
+    attention: nn.Module,
+    states: Tensor,
+    hidden: Tensor,
+    call: LayerCall,
+    sources: list[Source],
+) -> None:
+    """Read what sources need of the queries and keys of a layer; states: (B, M, D), the norm of hidden."""
+    mask = session.arguments.mask_now(number, hidden, call)
+    before = session.arguments.entries_before(number, call)
+
+    @marked("signal")
+    def read(heard: AttentionCall) -> None:
+        whole = heard if before is None else heard.behind(*before)
+        for source in sources:
+            _keep(session, source, whole.replace(mask=mask))
+
+    last = all(isinstance(source, AttentionSource) and source.asked.rows == "last" for source in sources)
+    given = session.arguments.given(number, hidden, call)
+    run_projections(attention, states, session.last_place if last else None, given, session, read)
+
+
+def _keep(session: Session, source: Source, given: Any) -> None:
+    with torch.no_grad():
+        found = source.take(session, given)
+    if found is not None:
+        session.read[source] = found
 
 
 def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Session | None]) -> None:
