@@ -89,7 +89,7 @@ class ModelParts:
         return modules.final_norm_of(self.decoder)
 
     @cached_property
-    def lead(self) -> int:
+    def special_tokens(self) -> int:
         """Special tokens in front of the patches inside the tower: 1 with a CLS token, else 0."""
         # LLaVA takes CLIP (CLS) or SigLIP (none).
         return 1 if self.row.cls and self.tower is not None and modules.has_class_token(self.tower) else 0
@@ -102,7 +102,7 @@ class ModelParts:
         full = configs.full_blocks(self.tower.config, self.row.saliency) if self.row.saliency else []
         if full:
             return full[-1]
-        return self.feature_block if self.lead else max(len(self.blocks) - 2, 0)
+        return self.feature_block if self.special_tokens else max(len(self.blocks) - 2, 0)
 
     @property
     def feature_layers(self) -> int | list[int]:
@@ -196,7 +196,7 @@ def _require_known(parts: ModelParts) -> None:
     encoded = () if row.by_runs or not row.verified else tuple(m for m in row.modalities if m != "audio")
     named = row.modalities if row.verified and not row.id_paths and not row.shared_id else ()
     broken = check_structure(parts, encoded=encoded, named=named, tried=row.verified)
-    if row.verified and "anyres" in (row.grid, row.road):
+    if row.verified and "anyres" in (row.grid, row.tower_to_llm):
         broken += functions.check_tiles(parts.base)
     contract.require(broken)
 

@@ -33,36 +33,36 @@ def to_llm_tokens(
     Raises:
         UnsupportedModelError: the family's features take a way that is not known, or the lengths do not fit.
     """
-    road = parts.row.road
-    if road == "block_merge":
+    way = parts.row.tower_to_llm
+    if way == "block_merge":
         items = _block_merge(parts, modality, inputs, lengths, values)
-    elif road == "packed_rows":
+    elif way == "packed_rows":
         items = _packed_rows(parts, inputs, values)
-    elif road == "anyres" and modality == "video":
+    elif way == "anyres" and modality == "video":
         items = _pool_frames(parts, inputs, values, fill)
-    elif road == "anyres":
+    elif way == "anyres":
         items = pack_anyres(parts, values, inputs, fill)
-    elif road == "pool":
+    elif way == "pool":
         items = _pool(values, lengths)
-    elif road == "identity":
+    elif way == "identity":
         items = list(values)
     else:
         items = []
     if [len(item) for item in items] != list(lengths):
         raise UnsupportedModelError(
             f"The vision encoder of '{parts.row.model_type}' gave {[len(item) for item in items]} token scores for "
-            f"{modality} features of {list(lengths)} tokens. Use a method that scores inside the LLM (fastv, divprune)."
+            f"{modality} features of {list(lengths)} tokens. Use a method that reads nothing of the vision encoder."
         )
     return items
 
 
-def require_road(parts: ModelParts) -> None:
+def require_tower_to_llm(parts: ModelParts) -> None:
     """Check that what this way needs of transformers is there.
 
     Raises:
         UnsupportedModelError: the order in which the encoder walks its tokens cannot be told.
     """
-    if parts.row.road == "block_merge" and parts.tower is not None:
+    if parts.row.tower_to_llm == "block_merge" and parts.tower is not None:
         functions.window_function(parts.tower, parts.config.vision_config)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.family.tower_to_llm import require_road
+from mllm_squeeze.family.tower_to_llm import require_tower_to_llm
 from mllm_squeeze.planning.text_model import check_text_model
 from mllm_squeeze.reducers.needs import EncoderNeed, Features, Normed, Projection, Size
 
@@ -24,7 +24,10 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
         if isinstance(need, EncoderNeed):
             _check_encoder(method, parts)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):
-            raise UnsupportedModelError(f"'{method}' reads normed states; no final norm was found in this model.")
+            raise UnsupportedModelError(
+                f"'{method}' reads normed states; no final norm was found in this model. Use a method that reads none.",
+                avoid=[],
+            )
         else:
             check_text_model(method, cut, need, parts)
 
@@ -53,13 +56,14 @@ def _check_encoder(method: str, parts: ModelParts) -> None:
     if _lacks_attention(parts):
         raise UnsupportedModelError(
             f"'{method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
-            "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
+            "cannot be read. Use a method that reads nothing of it.",
+            avoid=["encoder attention"],
         )
-    require_road(parts)
+    require_tower_to_llm(parts)
 
 
 def _lacks_attention(parts: ModelParts) -> bool:
     block = parts.saliency_block
-    if block is None or parts.blocks is None or parts.row.road == "none":
+    if block is None or parts.blocks is None or parts.row.tower_to_llm == "none":
         return True
     return find_attention(parts.blocks[block]) is None

@@ -38,7 +38,9 @@ def check_text_model(method: str, cut: PlannedCut, need: Need, parts: ModelParts
     attention = find_attention(parts.layers[layer])
     if attention is None:
         raise UnsupportedModelError(
-            f"'{method}' reads the attention of layer {layer}, which has none. Choose another layer."
+            f"'{method}' reads the attention of layer {layer}, which has none. Choose another layer, or a method that "
+            "reads none.",
+            avoid=["attention of the LLM"],
         )
     if isinstance(need, Projection) and not need.rope:
         _check_projection(method, need, layer, parts)
@@ -59,7 +61,8 @@ def _check_block(method: str, cut: PlannedCut, need: Attention | Projection | St
     if cut.layer == 0:
         raise ConfigError(
             f"'{method}' reads {need.phrase} in front of the cut, so layer must be between 1 and "
-            f"{len(parts.layers) - 1}; got 0. Before the LLM, use divprune, visionzip or random."
+            f"{len(parts.layers) - 1}; got 0. Before the LLM, use a method that reads nothing of it.",
+            avoid=["attention of the LLM"],
         )
     if not 0 <= layer < cut.layer:
         raise ConfigError(
@@ -106,5 +109,6 @@ def _check_embedding(method: str, need: Embedding) -> None:
     if need.space == "clip" and not need.fallback:
         raise UnsupportedModelError(
             f"'{method}' reads {need.phrase} (CLIP's), and no text model of that space is given. Use a method that "
-            "reads the language model's own (space: llm), or let that stand in (fallback: true)."
+            "reads the language model's own (space: llm), or let that stand in (fallback: true).",
+            avoid=[],
         )

@@ -13,14 +13,20 @@ _FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
 
 @dataclass(frozen=True)
 class TextSizes:
-    """The sizes of a text model that its FLOPs follow from; intermediate: of all MLPs that one token goes through."""
+    """The sizes of a text model that its FLOPs and the bytes of its cache follow from.
 
+    intermediate: what one token passes in the MLP (all active experts together). mlp_matrices: 3 in a gated MLP, 2 in a
+    plain one.
+    """
+
+    layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     intermediate: int
     vocab: int
+    mlp_matrices: int = 3
 
 
 def model_type_of(config: Any) -> str | None:
@@ -103,14 +109,15 @@ def temperature_start(config: Any) -> int | None:
     return int(start) if start and getattr(config, "attn_temperature_tuning", False) else None
 
 
-def text_sizes(config: Any) -> TextSizes | None:
-    """Return the sizes of a text model, None where its config does not name them."""
+def text_sizes(config: Any, layers: int) -> TextSizes | None:
+    """Return the sizes of a text model of so many layers, None where its config does not name them."""
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     inner = _intermediate(config)
     if heads is None or hidden is None or inner is None:
         return None
     return TextSizes(
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,

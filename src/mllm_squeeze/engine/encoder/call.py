@@ -11,7 +11,7 @@ from torch import Tensor
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_received, score_rows
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts
@@ -36,15 +36,15 @@ class EncodeCall:
     @marked("signal")
     def read(self, call: AttentionCall) -> bool:
         """Read one attention call of the feature layer; packed towers make one per segment."""
-        lead = self.parts.lead
+        special = self.parts.special_tokens
         for need, values in self._values.items():
             read = self._received(call) if isinstance(need, EncoderAttention) else call.key.float().mean(1)
-            values.append(read[:, lead:])
+            values.append(read[:, special:])
         return False
 
     def _received(self, call: AttentionCall) -> Tensor:
         batch, heads, _, _ = call.query.shape
-        if not self.parts.lead:
+        if not self.parts.special_tokens:
             return score_received(call)
         first = torch.zeros(batch, 1, dtype=torch.long, device=call.query.device)
         weights = torch.full_like(first, heads, dtype=torch.float32)
@@ -71,7 +71,7 @@ class EncodeCall:
         if not read:
             raise UnsupportedModelError(
                 f"The vision encoder of '{self.parts.row.model_type}' ran without calling the attention that gives "
-                f"{need}. Use a method that needs no encoder signal (fastv, divprune)."
+                f"{need}. Use a method that reads nothing of the vision encoder."
             )
         packed = self.parts.row.tower == "packed"
         values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_joined
 from mllm_squeeze.engine.signals.source import Found, Reading, Source, Spot, inverse
 from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
@@ -36,38 +36,38 @@ class AttentionSource(Source):
         assert isinstance(self.need, Attention)
         return self.need
 
-    def take(self, session: Session, given: Any) -> Reading | None:
+    def take(self, prefill: Prefill, given: Any) -> Reading | None:
         """Return the scores of all tokens; rows that were never chosen are those of a cut that has nothing to do."""
         call: AttentionCall = given
         need, causal = self.asked, is_causal(call.module)
         new = call.key.shape[2] - call.query.shape[2]
         if need.rows == "visual":
-            return self._by_span(session, call, causal, new)
-        if need.rows == "chosen" and self.step not in session.row_weights:
+            return self._by_span(prefill, call, causal, new)
+        if need.rows == "chosen" and self.step not in prefill.signals.row_weights:
             return None
-        rows, there = self._rows(session, call)
+        rows, there = self._rows(prefill, call)
         scores = score_joined(call, rows, there, causal, need.heads, need.over_rows, need.rows == "all")
-        return Reading(scores[..., new:].movedim(-1, 1), session.index)
+        return Reading(scores[..., new:].movedim(-1, 1), prefill.index)
 
-    def _rows(self, session: Session, call: AttentionCall) -> tuple[Tensor | None, Tensor]:
+    def _rows(self, prefill: Prefill, call: AttentionCall) -> tuple[Tensor | None, Tensor]:
         """Return the rows (B, R) that are read, None for all of them, and bool (B, R): which of them count."""
         device = call.query.device
         if self.asked.rows == "all":
-            there = session.present
+            there = prefill.present
             if there is None:
                 there = torch.ones(call.query.shape[0], call.query.shape[2], dtype=torch.bool, device=device)
             return None, there.to(device)
         if self.asked.rows == "last":
-            return session.last_place.to(device), torch.ones_like(session.last_place, dtype=torch.bool, device=device)
-        chosen = session.row_weights[self.step] > 0 if self.asked.rows == "chosen" else session.text_mask
-        return session.text_place.to(device), chosen.to(device)
+            return prefill.last_place.to(device), torch.ones_like(prefill.last_place, dtype=torch.bool, device=device)
+        chosen = prefill.signals.row_weights[self.step] > 0 if self.asked.rows == "chosen" else prefill.text_mask
+        return prefill.text_place.to(device), chosen.to(device)
 
-    def _by_span(self, session: Session, call: AttentionCall, causal: bool, new: int) -> Reading:
+    def _by_span(self, prefill: Prefill, call: AttentionCall, causal: bool, new: int) -> Reading:
         """Read the rows of each span by itself, so that the keys of a prompt are not repeated for its spans."""
-        assert session.layout is not None
-        need, table = self.asked, session.table
+        assert prefill.layout is not None
+        need, table = self.asked, prefill.table
         found: list[Tensor] = []
-        for row, (span, count) in enumerate(zip(session.layout.spans, table.current, strict=True)):
+        for row, (span, count) in enumerate(zip(prefill.layout.spans, table.current, strict=True)):
             # A span of which nothing is left has one row, which does not count.
             places = table.place[row : row + 1, : max(count, 1)].to(call.query.device)
             there = torch.full_like(places, count > 0, dtype=torch.bool)
@@ -77,11 +77,11 @@ class AttentionSource(Source):
                 scores = functional.pad(scores, (0, 0, 0, max(table.place.shape[1], 1) - places.shape[1]))
             found.append(scores.movedim(-1, 0))
         origin = table.origin if need.over_rows == "each" else None
-        return Reading(torch.stack(found), session.index, True, origin)
+        return Reading(torch.stack(found), prefill.index, True, origin)
 
-    def answer(self, session: Session, reading: Reading, found: Found, side: str) -> Tensor:
+    def answer(self, prefill: Prefill, reading: Reading, found: Found, side: str) -> Tensor:
         """Return the scores with their tokens last: (S, N), (S, H, N), (S, R, N) or (S, H, R, N)."""
-        scores = super().answer(session, reading, found, self.asked.columns)
+        scores = super().answer(prefill, reading, found, self.asked.columns)
         if reading.row_origin is not None:
             spans = torch.tensor(found.rows, device=reading.row_origin.device)
             scores = _take_rows(scores, reading.row_origin[spans], found)

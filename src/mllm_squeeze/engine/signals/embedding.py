@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.source import Reading, Source, Spot
 from mllm_squeeze.family.structure import ModelParts
 
@@ -18,6 +18,6 @@ class EmbeddingSource(Source):
         """None: it is handed over in front of layer 0."""
         return None
 
-    def take(self, session: Session, given: Any) -> Reading | None:
+    def take(self, prefill: Prefill, given: Any) -> Reading | None:
         """Return (B, T, D)."""
-        return Reading(given.detach(), session.index)
+        return Reading(given.detach(), prefill.index)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import preview
 from mllm_squeeze.engine.signals.carried import carried
 from mllm_squeeze.engine.signals.normed import normed
@@ -25,7 +25,7 @@ def mean_weights(mask: Tensor) -> Tensor:
 
 
 def gather(
-    session: Session,
+    prefill: Prefill,
     planned: PlannedCut,
     needs: tuple[Need, ...],
     hidden: Tensor,
@@ -36,31 +36,31 @@ def gather(
 
     hidden: (B, M, D) in front of the cut's layer. call: of that layer.
     """
-    preview.read_ahead(session, planned, needs, hidden, call)
+    preview.read_ahead(prefill, planned, needs, hidden, call)
     now: dict[Need, Reading] = {}
-    signals = {need: _signal(session, planned, need, hidden, found, now) for need in dict.fromkeys(needs)}
+    signals = {need: _signal(prefill, planned, need, hidden, found, now) for need in dict.fromkeys(needs)}
     if not any(need.reads_text for need in needs):
         return Signals(signals), None
-    there = session.text_mask if session.text is None else session.text[1]
+    there = prefill.text_mask if prefill.text is None else prefill.text[1]
     return Signals(signals), there[found.table.sample]
 
 
 def _signal(
-    session: Session, planned: PlannedCut, need: Need, hidden: Tensor, found: Found, now: dict[Need, Reading]
+    prefill: Prefill, planned: PlannedCut, need: Need, hidden: Tensor, found: Found, now: dict[Need, Reading]
 ) -> Tensor:
     if isinstance(need, EncoderNeed):
-        return carried(session, need, found.origin, found.rows)
+        return carried(prefill, need, found.origin, found.rows)
     if isinstance(need, Size):
         return found.size
     side = getattr(need, "of", "visual")
-    if need == Features("text") and session.text is not None:
-        return session.text[0][found.table.sample]
+    if need == Features("text") and prefill.text is not None:
+        return prefill.text[0][found.table.sample]
     source = source_of(planned, need)
     if source is not None:
-        return source.shaped(need).answer(session, session.read[source], found, side).to(hidden.device)
+        return source.shaped(need).answer(prefill, prefill.signals.read[source], found, side).to(hidden.device)
     assert isinstance(need, (Features, Normed))
     whole = replace(need, of="visual")
     if whole not in now:
-        states = hidden if isinstance(need, Features) else normed(session, hidden)
-        now[whole] = Reading(states, session.index)
-    return now[whole].at(session, found, found.of(side, session)).to(hidden.device)
+        states = hidden if isinstance(need, Features) else normed(prefill, hidden)
+        now[whole] = Reading(states, prefill.index)
+    return now[whole].at(prefill, found, found.of(side, prefill)).to(hidden.device)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.installer import Fittings
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import OneRow, Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
+from mllm_squeeze.engine.sequence.signal_store import OneRow
 from mllm_squeeze.engine.signals.attention import AttentionSource
 from mllm_squeeze.engine.signals.projection import ProjectionSource
 from mllm_squeeze.engine.signals.rows import AttentionCall
@@ -20,8 +20,8 @@ from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm
 from mllm_squeeze.reducers.needs import Need
-from mllm_squeeze.upstream.calls import Arguments, LayerCall, attention_arguments
-from mllm_squeeze.upstream.projections import is_offloaded, rowwise_projections
+from mllm_squeeze.upstream.calls import LayerCall, attention_arguments
+from mllm_squeeze.upstream.projections import is_offloaded
 
 Reader = Callable[[AttentionCall], None]
 
@@ -31,12 +31,12 @@ class _Enough(Exception):
 
 
 def run_projections(
-    attention: nn.Module, normed: Tensor, row: Tensor | None, call: LayerCall, session: Session, read: Reader
+    attention: nn.Module, normed: Tensor, row: Tensor | None, call: LayerCall, prefill: Prefill, read: Reader
 ) -> None:
     """Call an attention module up to its attention function and read queries and keys there.
 
     attention: a tapped module. normed: (B, M, D). row: int64 (B, 1), the one row whose query is read, so that queries
-    are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. session:
+    are projected for it alone; None projects all. call: of its layer; the cache and the mask stay out of it. prefill:
     the pass that runs. read: gets what the attention function is called with.
     """
     offloaded = is_offloaded(attention)
@@ -48,21 +48,21 @@ def run_projections(
             return True
         raise _Enough
 
-    session.listeners[attention] = listener
+    prefill.signals.listeners[attention] = listener
     if row is not None and not offloaded:
-        session.one_row[attention] = OneRow(row, normed.shape[1])
+        prefill.signals.one_row[attention] = OneRow(row, normed.shape[1])
     try:
         with torch.no_grad():
             attention(normed, **attention_arguments(call))
     except _Enough:
         pass
     finally:
-        session.one_row.pop(attention, None)
-        del session.listeners[attention]
+        prefill.signals.one_row.pop(attention, None)
+        del prefill.signals.listeners[attention]
 
 
 def read_ahead(
-    session: Session, planned: PlannedCut, needs: tuple[Need, ...], hidden: Tensor, call: LayerCall | None
+    prefill: Prefill, planned: PlannedCut, needs: tuple[Need, ...], hidden: Tensor, call: LayerCall | None
 ) -> None:
     """Read what a cut needs of the layer behind it: its norm and projections on hidden (B, M, D), as they stand now.
 
@@ -73,7 +73,7 @@ def read_ahead(
     sources = [source for source in every if source is not None and source.ahead]
     if not sources:
         return
-    layer = session.parts.layers[planned.layer]
+    layer = prefill.parts.layers[planned.layer]
     attention, norm = find_attention(layer), find_pre_norm(layer)
     if attention is None or norm is None:
         raise UnsupportedModelError(
@@ -83,14 +83,14 @@ def read_ahead(
     states = norm(hidden)
     plain = [source for source in sources if isinstance(source, ProjectionSource) and not source.asked.rope]
     for source in plain:
-        _keep(session, source, source.projected(session.parts).module(states))
+        _keep(prefill, source, source.projected(prefill.parts).module(states))
     others = [source for source in sources if source not in plain]
     if others:
-        _run(session, planned.layer, attention, states, hidden, call, others)
+        _run(prefill, planned.layer, attention, states, hidden, call, others)
 
 
 def _run(
-    session: Session,
+    prefill: Prefill,
     number: int,
     attention: nn.Module,
     states: Tensor,
@@ -99,50 +99,22 @@ def _run(
     sources: list[Source],
 ) -> None:
     """Read what sources need of the queries and keys of a layer; states: (B, M, D), the norm of hidden."""
-    mask = session.arguments.mask_now(number, hidden, call)
-    before = session.arguments.entries_before(number, call)
+    mask = prefill.arguments.mask_now(number, hidden, call)
+    before = prefill.arguments.entries_before(number, call)
 
     @marked("signal")
     def read(heard: AttentionCall) -> None:
         whole = heard if before is None else heard.behind(*before)
         for source in sources:
-            _keep(session, source, whole.replace(mask=mask))
+            _keep(prefill, source, whole.replace(mask=mask))
 
     last = all(isinstance(source, AttentionSource) and source.asked.rows == "last" for source in sources)
-    given = session.arguments.given(number, hidden, call)
-    run_projections(attention, states, session.last_place if last else None, given, session, read)
+    given = prefill.arguments.given(number, hidden, call)
+    run_projections(attention, states, prefill.last_place if last else None, given, prefill, read)
 
 
-def _keep(session: Session, source: Source, given: Any) -> None:
+def _keep(prefill: Prefill, source: Source, given: Any) -> None:
     with torch.no_grad():
-        found = source.take(session, given)
+        found = source.take(prefill, given)
     if found is not None:
-        session.read[source] = found
-
-
-def put_on(fittings: Fittings, attention: nn.Module, session: Callable[[], Session | None]) -> None:
-    """Put hooks on the projections of an attention module, which do nothing but in a preview that runs one row.
-
-    They are there as long as the handle is, so that nothing is left on the model however a preview ends.
-    """
-
-    def one() -> OneRow | None:
-        now = session()
-        return None if now is None else now.one_row.get(attention)
-
-    def narrow(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        wanted = one()
-        if wanted is None:
-            return None
-        hidden = args[0]
-        index = wanted.row.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return (hidden.gather(1, index), *args[1:]), kwargs
-
-    # Rotary embedding comes behind the projection and by place, so the chosen row still gets its own rotation.
-    def widen(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        wanted = one()
-        return None if wanted is None else output.expand(-1, wanted.length, -1)
-
-    for projection in rowwise_projections(attention):
-        fittings.before(projection, narrow)
-        fittings.after(projection, widen)
+        prefill.signals.read[source] = found

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.signals.source import Found, Reading, Source, Spot
 from mllm_squeeze.errors import UnsupportedModelError
@@ -45,21 +45,21 @@ class ProjectionSource(Source):
             raise UnsupportedModelError(f"The projections of layer {self.layer} cannot be read: {found}.")
         return found
 
-    def take(self, session: Session, given: Any) -> Reading | None:
+    def take(self, prefill: Prefill, given: Any) -> Reading | None:
         """Return (B, M, H, d)."""
-        return Reading(self._states(session, given), session.index)
+        return Reading(self._states(prefill, given), prefill.index)
 
-    def _states(self, session: Session, given: Any) -> Tensor:
+    def _states(self, prefill: Prefill, given: Any) -> Tensor:
         if not self.asked.rope:
-            return self.projected(session.parts).take(given.detach())
+            return self.projected(prefill.parts).take(given.detach())
         call: AttentionCall = given
         states: Tensor = getattr(call, self.asked.what)
         # Keys and values come with those of earlier passes in front.
         return states[:, :, states.shape[2] - call.query.shape[2] :].transpose(1, 2).detach()
 
-    def answer(self, session: Session, reading: Reading, found: Found, side: str) -> Tensor:
+    def answer(self, prefill: Prefill, reading: Reading, found: Found, side: str) -> Tensor:
         """Return (S, N, H * d), (S, N, d) or (S, N, H, d)."""
-        states = super().answer(session, reading, found, side)
+        states = super().answer(prefill, reading, found, side)
         if self.asked.heads == "concat":
             return states.flatten(2)
         return states.mean(2) if self.asked.heads == "mean" else states

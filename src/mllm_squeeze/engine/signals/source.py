@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
-from mllm_squeeze.engine.tokens.spans import SpanTable
+from mllm_squeeze.engine.sequence.prefill import Prefill
+from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.reducers.needs import Attention, Need, Projection, States
 
@@ -41,21 +41,21 @@ class Reading:
     by_span: bool = False
     row_origin: Tensor | None = None
 
-    def at(self, session: Session, found: Found, place: Tensor) -> Tensor:
+    def at(self, prefill: Prefill, found: Found, place: Tensor) -> Tensor:
         """Return (S, N, ...) of the tokens that stand at `place` (S, N) now, whatever was cut since."""
-        place = self._then(session, found.table.sample, place).to(self.values.device)
+        place = self._then(prefill, found.table.sample, place).to(self.values.device)
         rows = torch.tensor(found.rows, device=place.device) if self.by_span else found.table.sample.to(place.device)
         return self.values[rows[:, None], place]
 
-    def _then(self, session: Session, sample: Tensor, place: Tensor) -> Tensor:
+    def _then(self, prefill: Prefill, sample: Tensor, place: Tensor) -> Tensor:
         """Return where the tokens that stand at `place` now stood when this was read."""
-        if session.index is self.index:
+        if prefill.index is self.index:
             return place
-        assert session.index is not None
-        column = session.index.to(place.device)[sample[:, None], place]
+        assert prefill.index is not None
+        column = prefill.index.to(place.device)[sample[:, None], place]
         if self.index is None:
             return column
-        before = inverse(self.index, session.width).to(place.device)
+        before = inverse(self.index, prefill.width).to(place.device)
         return before[sample[:, None], column]
 
 
@@ -80,9 +80,9 @@ class Found:
     mask: Tensor
     rows: list[int]
 
-    def of(self, side: str, session: Session) -> Tensor:
+    def of(self, side: str, prefill: Prefill) -> Tensor:
         """Return the places of the visual tokens (S, N), or of the words (S, T)."""
-        return session.text_place[self.table.sample] if side == "text" else self.place
+        return prefill.text_place[self.table.sample] if side == "text" else self.place
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,16 @@ class Source(ABC):
         """Return where the model is read as it runs, None where the engine hands it over by itself."""
 
     @abstractmethod
-    def take(self, session: Session, given: Any) -> Reading | None:
+    def take(self, prefill: Prefill, given: Any) -> Reading | None:
         """Return what to keep of what is there; None where the pass has no use for it."""
 
     def shaped(self, need: Need) -> Source:
         """Return the same source for a need that wants it in a form of its own."""
         return replace(self, need=need)
 
-    def answer(self, session: Session, reading: Reading, found: Found, side: str) -> Tensor:
+    def answer(self, prefill: Prefill, reading: Reading, found: Found, side: str) -> Tensor:
         """Return the signal (S, N, ...) of the wanted visual tokens, or (S, T, ...) of the words."""
-        return reading.at(session, found, found.of(side, session))
+        return reading.at(prefill, found, found.of(side, prefill))
 
 
 def layer_of(planned: PlannedCut, need: Attention | Projection | States) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.attention import AttentionSource
 from mllm_squeeze.engine.signals.embedding import EmbeddingSource
 from mllm_squeeze.engine.signals.projection import ProjectionSource
@@ -65,43 +65,43 @@ class Sources:
         """Number of the first layer that is read, None where none is."""
         return min((source.layer for source in self.last), default=None)
 
-    def start(self, session: Session, hidden: Tensor) -> None:
+    def start(self, prefill: Prefill, hidden: Tensor) -> None:
         """Keep what layer 0 gets ahead of any cut; hidden: (B, T, D)."""
-        for source in self._read_in(session, 0):
+        for source in self._read_in(prefill, 0):
             if isinstance(source, EmbeddingSource):
-                self._keep(session, source, hidden)
+                self._keep(prefill, source, hidden)
 
-    def enter(self, session: Session, number: int, hidden: Tensor) -> None:
+    def enter(self, prefill: Prefill, number: int, hidden: Tensor) -> None:
         """Keep what a layer gets behind the cuts in front of it; hidden: (B, M, D)."""
-        for source in self._read_in(session, number):
+        for source in self._read_in(prefill, number):
             if isinstance(source, StatesSource) and source.asked.where == "in":
-                self._keep(session, source, hidden)
+                self._keep(prefill, source, hidden)
 
-    def hear(self, session: Session, spot: Spot, given: Any) -> None:
+    def hear(self, prefill: Prefill, spot: Spot, given: Any) -> None:
         """Keep what is there at a place of the model."""
         # A self-check runs other cuts.
-        for source in self.spots[spot] if session.plan is self.plan else ():
-            self._keep(session, source, given)
+        for source in self.spots[spot] if prefill.plan is self.plan else ():
+            self._keep(prefill, source, given)
 
-    def hear_attention(self, session: Session, spot: Spot, call: AttentionCall) -> None:
+    def hear_attention(self, prefill: Prefill, spot: Spot, call: AttentionCall) -> None:
         """Keep what is read of a call of an attention function."""
         number = self.spots[spot][0].layer
         # A cache of fixed size hands out empty slots as well.
-        self.hear(session, spot, call.filled(session.held[number] + session.lengths[number]))
+        self.hear(prefill, spot, call.filled(prefill.held[number] + prefill.lengths[number]))
 
-    def forget(self, session: Session, number: int) -> None:
+    def forget(self, prefill: Prefill, number: int) -> None:
         """Let go of what no cut behind the ones in front of a layer reads."""
-        for source in [source for source in session.read if self.last.get(source, -1) <= number]:
-            del session.read[source]
+        for source in [source for source in prefill.signals.read if self.last.get(source, -1) <= number]:
+            del prefill.signals.read[source]
 
-    def _read_in(self, session: Session, number: int) -> list[Source]:
-        if session.plan is not self.plan:
+    def _read_in(self, prefill: Prefill, number: int) -> list[Source]:
+        if prefill.plan is not self.plan:
             return []
         return [source for source in self.last if source.layer == number]
 
     @marked("signal")
-    def _keep(self, session: Session, source: Source, given: Any) -> None:
+    def _keep(self, prefill: Prefill, source: Source, given: Any) -> None:
         with torch.no_grad():
-            found = source.take(session, given)
+            found = source.take(prefill, given)
         if found is not None:
-            session.read[source] = found
+            prefill.signals.read[source] = found

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.source import Reading, Source, Spot
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.needs import States
@@ -32,17 +32,17 @@ class StatesSource(Source):
         side: Literal["input", "output"] = "output" if self.asked.where.endswith("_out") else "input"
         return None if module is None else Spot(module, side)
 
-    def take(self, session: Session, given: Any) -> Reading | None:
+    def take(self, prefill: Prefill, given: Any) -> Reading | None:
         """Return (B, M, D)."""
         states = given.detach()
-        added = _added(self.asked.where, session.parts.layers[self.layer])
+        added = _added(self.asked.where, prefill.parts.layers[self.layer])
         if added is not None and added[1] != 1:
             states = states * added[1]
         # Some layers run their MLP on all tokens of a batch in one row.
-        batch = session.text_place.shape[0]
+        batch = prefill.text_place.shape[0]
         if states.ndim == 2:
             states = states.reshape(batch, -1, states.shape[-1])
-        return Reading(states, session.index)
+        return Reading(states, prefill.index)
 
 
 def module_of(where: str, layer: nn.Module) -> nn.Module | None:
