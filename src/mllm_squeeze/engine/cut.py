@@ -13,6 +13,7 @@ from mllm_squeeze.engine import limits
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import gather as signals
+from mllm_squeeze.engine.signals.source import Found
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.engine.tokens.table import SpanTable
@@ -182,11 +183,9 @@ def _tokens(
     needs: tuple[Need, ...],
 ) -> VisualTokens:
     spans = [session.layout.spans[n] for n in found.rows]
-    place = found.place
-    origin, size = found.table.origin.gather(1, found.order), found.size
-    gathered, words = signals.gather(
-        session, planned, needs, hidden, call, found.table, place, origin, size, found.rows
-    )
+    origin = found.table.origin.gather(1, found.order)
+    wanted = Found(found.table, found.place, origin, found.size, found.mask, found.rows)
+    gathered, words = signals.gather(session, planned, needs, hidden, call, wanted)
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
         mask=found.mask,
