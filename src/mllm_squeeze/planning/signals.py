@@ -5,7 +5,7 @@ from __future__ import annotations
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
-from mllm_squeeze.family.tower_to_llm import require_road
+from mllm_squeeze.planning.encoder_signals import check_encoder_need
 from mllm_squeeze.reducers.needs import Attention, EncoderNeed, Features, Normed, Projection, Size
 
 # What a rule can read in front of the blocks of the vision encoder.
@@ -23,7 +23,7 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
         if isinstance(need, (Attention, Projection)):
             _check_attention(method, cut, need, parts)
         elif isinstance(need, EncoderNeed):
-            _check_encoder(method, parts)
+            check_encoder_need(method, need, parts)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(f"'{method}' reads normed states; no final norm was found in this model.")
 
@@ -46,22 +46,6 @@ def check_inside(method: str, step: PlannedCut) -> None:
             f"'{method}' leaves a number of tokens inside the vision encoder that follows from the picture, and "
             "all tiles must keep the same number there. Use a reducer whose count is known, or act at the projector."
         )
-
-
-def _check_encoder(method: str, parts: ModelParts) -> None:
-    if _lacks_attention(parts):
-        raise UnsupportedModelError(
-            f"'{method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
-            "cannot be read. Use a method that needs no encoder signal (fastv, divprune)."
-        )
-    require_road(parts)
-
-
-def _lacks_attention(parts: ModelParts) -> bool:
-    block = parts.saliency_block
-    if block is None or parts.blocks is None or parts.row.road == "none":
-        return True
-    return find_attention(parts.blocks[block]) is None
 
 
 def _check_attention(method: str, cut: PlannedCut, need: Attention | Projection, parts: ModelParts) -> None:

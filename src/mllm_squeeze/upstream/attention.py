@@ -158,6 +158,11 @@ class _ModuleView:
         return getattr(self._module, name)
 
 
+def computes_by_itself(attention: nn.Module) -> bool:
+    """True where an attention module does not choose its attention by its config and a registry: no tap can read it."""
+    return getattr(attention, "config", None) is None or not _reads_registry(type(attention))
+
+
 def check_registry(module: nn.Module) -> list[Broken]:
     """Return what does not hold of how a decoder's attention is chosen and masked, tapped or not; runs no forward.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.hooks.current import Local
@@ -21,7 +22,9 @@ from mllm_squeeze.engine.tokens.spans import Features
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.needs import EncoderNeed, EncoderStates
 from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
+from mllm_squeeze.upstream.outputs import block_states
 from mllm_squeeze.upstream.prompts import flat, vision_inputs
 
 # Attribute under which a feature method's output carries what was recorded about it.
@@ -69,7 +72,7 @@ class EncoderHooks(HookOwner):
         """
         self._override_features(fittings)
         self._hook_blocks(fittings)
-        self._tap_saliency(fittings)
+        self._tap_signals(fittings)
 
     def _override_features(self, fittings: Fittings) -> None:
         # Audio needs no override: it is encoded in each forward, and a run of placeholders is one recording.
@@ -155,17 +158,27 @@ class EncoderHooks(HookOwner):
         merge = None if self._local.encode is None else self._local.encode.merge
         return None if merge is None else merge.restore(output)
 
-    def _tap_saliency(self, fittings: Fittings) -> None:
-        if not self._signals:
-            return
-        block = self.parts.saliency_block
-        attention = None if block is None or self.parts.blocks is None else find_attention(self.parts.blocks[block])
-        if attention is None:
-            raise UnsupportedModelError(
-                f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a "
-                "method that needs no encoder signal (fastv, divprune)."
-            )
-        fittings.tap(attention, self._encoder_listener)
+    def _tap_signals(self, fittings: Fittings) -> None:
+        needs = [need for need in self._signals if isinstance(need, EncoderNeed)]
+        for block in sorted({block for need in needs if (block := block_of(need, self.parts)) is not None}):
+            assert self.parts.blocks is not None
+            module = self.parts.blocks[block]
+            mine = [need for need in needs if block_of(need, self.parts) == block]
+            attention = find_attention(module)
+            if any(not isinstance(need, EncoderStates) for need in mine):
+                if attention is None:
+                    raise UnsupportedModelError(
+                        f"Block {block} of the vision encoder of '{self.parts.row.model_type}' has no attention that "
+                        "could be read. Use a method that needs no encoder signal (fastv, divprune)."
+                    )
+                fittings.tap(attention, functools.partial(self._attention_listener, block))
+            if any(is_of_states(need) for need in mine):
+                fittings.after(module, functools.partial(self._after_block, block))
 
-    def _encoder_listener(self) -> Listener | None:
-        return None if self._local.encode is None else self._local.encode.read
+    def _attention_listener(self, block: int) -> Listener | None:
+        encode = self._local.encode
+        return None if encode is None else functools.partial(encode.read_attention, block)
+
+    def _after_block(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._local.encode is not None:
+            self._local.encode.read_states(block, block_states(output))

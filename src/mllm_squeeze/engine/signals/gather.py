@@ -16,7 +16,16 @@ from mllm_squeeze.engine.tokens.spans import SpanTable
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
 from mllm_squeeze.reducers.base import Signals
-from mllm_squeeze.reducers.needs import Attention, EncoderNeed, Features, Need, Normed, Projection, Size
+from mllm_squeeze.reducers.needs import (
+    Attention,
+    EncoderAttention,
+    EncoderNeed,
+    Features,
+    Need,
+    Normed,
+    Projection,
+    Size,
+)
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -151,9 +160,10 @@ def _encoder_signal(session: Session, need: Need, origin: Tensor, rows: list[int
         items = session.features[span.modality].signals[need]
         parts.append(torch.cat([items[span.item + n] for n in range(span.items)]).to(origin.device))
     padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    if padded.ndim == 2:
-        return padded.gather(1, origin)
-    return padded.gather(1, origin[..., None].expand(-1, -1, padded.shape[-1]))
+    wide = (1,) * (padded.ndim - 2)
+    found = padded.gather(1, origin.view(*origin.shape, *wide).expand(*origin.shape, *padded.shape[2:]))
+    # Of attention, an axis of heads stands in front of the tokens.
+    return found.transpose(1, 2) if isinstance(need, EncoderAttention) and found.ndim == 3 else found
 
 
 def _preview(session: Session, planned: PlannedCut, need: Attention, hidden: Tensor, call: LayerCall | None) -> Tensor:
