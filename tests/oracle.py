@@ -352,6 +352,11 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
             handle.remove()
 
 
+def leading(states: Tensor, kept: Sequence[Tensor]) -> Tensor:
+    """Return states (B, M, D) behind a cut, whose shorter rows are padded in front, with the padding behind."""
+    return torch.stack([row.roll(len(mine), 0) for row, mine in zip(states, kept, strict=True)])
+
+
 def survivors(inputs: Inputs, cuts: Sequence[CutLike]) -> Tensor:
     """Bool (B, T): the columns that the last layer still sees; without cuts all but the padding."""
     ids = inputs["input_ids"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mllm_squeeze.api import Handle, applied, apply, check, families, remove
+    from mllm_squeeze.choosing import Choice, choose
     from mllm_squeeze.engine.trace import Cut
     from mllm_squeeze.errors import (
         AlreadyAppliedError,
@@ -24,7 +25,13 @@ if TYPE_CHECKING:
     )
     from mllm_squeeze.recipe.recipe import describe, register_method
     from mllm_squeeze.registry import method_names as methods
-    from mllm_squeeze.registry import register_reducer, unregister_method, unregister_reducer
+    from mllm_squeeze.registry import (
+        register_part,
+        register_reducer,
+        unregister_method,
+        unregister_part,
+        unregister_reducer,
+    )
 
 __version__ = "0.1.0"
 
@@ -34,6 +41,8 @@ _HOMES = {
     "remove": "api",
     "check": "api",
     "families": "api",
+    "choose": "choosing",
+    "Choice": "choosing",
     "Handle": "api",
     "methods": "registry",
     "describe": "recipe.recipe",
@@ -48,8 +57,10 @@ _HOMES = {
     "InUseError": "errors",
     "SqueezeWarning": "errors",
     "register_method": "recipe.recipe",
+    "register_part": "registry",
     "register_reducer": "registry",
     "unregister_method": "registry",
+    "unregister_part": "registry",
     "unregister_reducer": "registry",
 }
 
@@ -57,6 +68,7 @@ _RENAMED = {"methods": "method_names"}
 
 __all__ = [
     "AlreadyAppliedError",
+    "Choice",
     "ConfigError",
     "Cut",
     "Handle",
@@ -70,13 +82,16 @@ __all__ = [
     "applied",
     "apply",
     "check",
+    "choose",
     "describe",
     "families",
     "methods",
     "register_method",
+    "register_part",
     "register_reducer",
     "remove",
     "unregister_method",
+    "unregister_part",
     "unregister_reducer",
 ]
 

@@ -12,19 +12,20 @@ from torch import nn
 
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
-from mllm_squeeze.engine.hooks.attachment import Runtime
+from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.hooks.compiled import forget_compiled, refuse_wrapped
 from mllm_squeeze.engine.hooks.running import require_idle
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.trace import Cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
+from mllm_squeeze.planning.closest import naming_others
 from mllm_squeeze.planning.fit import make_plan, why_not
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe
 from mllm_squeeze.registry import family_plugins, method_names
-from mllm_squeeze.reporting.record import Prefill, prefill_of, record
+from mllm_squeeze.reporting.record import FinishedPrefill, finished, record
 from mllm_squeeze.reporting.report import Report
 from mllm_squeeze.upstream.modules import unwrap
 
@@ -43,12 +44,13 @@ class Handle:
         self.recipe = recipe
         self._model = weakref.ref(model)
         self._inner = weakref.ref(parts.model)
-        self._last: Prefill | None = None
+        self._last: FinishedPrefill | None = None
         self._saw_text_only = False
         self._removed = False
-        runtime = Runtime(parts, make_plan(recipe, parts), self._publish)
-        self._runtime = weakref.ref(runtime)
-        runtime.attach()
+        with naming_others(recipe, parts):
+            runtime = Attachment(parts, make_plan(recipe, parts), self._publish)
+            self._runtime = weakref.ref(runtime)
+            runtime.attach()
 
     @property
     def method(self) -> str:
@@ -132,11 +134,11 @@ class Handle:
         if self._removed:
             raise NotAppliedError(f"'{self.method}' was already removed from this model.")
 
-    def _publish(self, session: Session | None) -> None:
-        self._last = None if session is None else prefill_of(session)
-        self._saw_text_only = session is None
-        if session is not None:
-            session.forget()
+    def _publish(self, prefill: Prefill | None) -> None:
+        self._last = None if prefill is None else finished(prefill)
+        self._saw_text_only = prefill is None
+        if prefill is not None:
+            prefill.forget()
 
     def __repr__(self) -> str:
         state = "removed" if self._removed else "applied"

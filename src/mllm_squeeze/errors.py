@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 
 class SqueezeError(Exception):
-    """Base of all errors of this library; its message says what was given, what is allowed and what to do."""
+    """Base of all errors of this library; its message says what was given, what is allowed and what to do.
+
+    avoid: what another method must not read so that it may work where this one does not: some of "attention" (of any
+    module), "attention of the LLM", "encoder attention" and "text". Empty where any other method may work, None where
+    another method is no way out. To an error that says so `apply` adds the names of methods that do fit.
+    """
+
+    def __init__(self, *args: object, avoid: Iterable[str] | None = None) -> None:
+        super().__init__(*args)
+        self.avoid = None if avoid is None else frozenset(avoid)
 
 
 class ConfigError(SqueezeError, ValueError):

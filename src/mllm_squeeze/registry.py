@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
 from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.shipped import BUILTIN_PARTS, BUILTIN_REDUCERS
 
 if TYPE_CHECKING:
     from mllm_squeeze.parts.base import Part
@@ -25,29 +26,6 @@ REDUCERS_GROUP = "mllm_squeeze.reducers"
 PARTS_GROUP = "mllm_squeeze.parts"
 METHODS_GROUP = "mllm_squeeze.methods"
 FAMILIES_GROUP = "mllm_squeeze.families"
-
-BUILTIN_REDUCERS: Mapping[str, str] = {
-    "pipeline": "mllm_squeeze.reducers.pipeline:Pipeline",
-    "attention_rank": "mllm_squeeze.reducers.attention_rank:AttentionRank",
-    "text_rank_recycle": "mllm_squeeze.reducers.text_rank_recycle:TextRankRecycle",
-    "dominant_contextual": "mllm_squeeze.reducers.dominant_contextual:DominantContextual",
-    "farthest_point": "mllm_squeeze.reducers.farthest_point:FarthestPoint",
-    "pivot_dissimilar": "mllm_squeeze.reducers.pivot_dissimilar:PivotDissimilar",
-    "bipartite_merge": "mllm_squeeze.reducers.bipartite_merge:BipartiteMerge",
-    "frame_uniqueness": "mllm_squeeze.reducers.frame_uniqueness:FrameUniqueness",
-    "temporal_windows": "mllm_squeeze.reducers.temporal_windows:TemporalWindows",
-    "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
-    "random_subset": "mllm_squeeze.reducers.random_subset:RandomSubset",
-    "uniform_stride": "mllm_squeeze.reducers.uniform_stride:UniformStride",
-    "average_pool": "mllm_squeeze.reducers.average_pool:AveragePool",
-}
-
-# By kind. The entry points of other packages, and `register_part`, name a part "kind.name", like "score.attention".
-BUILTIN_PARTS: Mapping[str, str] = {
-    "segment.whole": "mllm_squeeze.parts.segment.whole:Whole",
-    "budget.even": "mllm_squeeze.parts.budget.even:Even",
-    "select.top_k": "mllm_squeeze.parts.select.top_k:TopK",
-}
 
 _own_parts: dict[str, type[Part]] = {}
 _own_reducers: dict[str, type[Reducer]] = {}

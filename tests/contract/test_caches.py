@@ -20,7 +20,7 @@ import oracle
 import tiny
 from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 
-METHODS = ["random", *matrix.CORE, "visionzip"]
+METHODS = [matrix.KEEPS_POSITIONS, *matrix.EVERYWHERE]
 STEPS = 4
 
 

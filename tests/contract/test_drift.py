@@ -18,7 +18,7 @@ import mllm_squeeze as squeeze
 import oracle
 import tiny
 from mllm_squeeze.checking import canary
-from mllm_squeeze.upstream import caches, versions
+from mllm_squeeze.upstream import cache_contract, caches, versions
 
 Patch = pytest.MonkeyPatch
 
@@ -100,13 +100,13 @@ def test_a_new_argument_of_a_layer(model: Any, monkeypatch: Patch) -> None:
 @pytest.mark.quick
 def test_a_new_mutator_of_a_cache(model: Any, monkeypatch: Patch) -> None:
     monkeypatch.setattr(DynamicLayer, "evict", lambda self, count: None, raising=False)
-    caches.check_caches.cache_clear()
+    cache_contract.check_caches.cache_clear()
     try:
         with pytest.raises(squeeze.SqueezeError, match="evict"):
             squeeze.apply(model, "divprune")
     finally:
         monkeypatch.undo()
-        caches.check_caches.cache_clear()
+        cache_contract.check_caches.cache_clear()
     squeeze.apply(model, "divprune").remove()
 
 
@@ -218,7 +218,7 @@ def scales_keys(monkeypatch: Patch, decoder: Any) -> None:
 def test_what_only_decoding_shows(drift: Any, model: Any, untested: None, monkeypatch: Patch) -> None:
     """Names and signatures are as before; a cut, or what it is compared with, is not."""
     drift(monkeypatch, oracle.text_model(model))
-    caches.check_caches.cache_clear()
+    cache_contract.check_caches.cache_clear()
     with pytest.raises(squeeze.SqueezeError, match=r"a cut of a small \w+.*decode steps"):
         squeeze.apply(model, "divprune")
     said = squeeze.check(model, run=True)["self_check"]

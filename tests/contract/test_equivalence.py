@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,13 +11,9 @@ import matrix
 import mllm_squeeze as squeeze
 import oracle
 import tiny
+import ways
 
 STEPS = 8
-
-
-def expected_count(length: int, ratio: float) -> int:
-    """Return the tokens that stay of one image or video."""
-    return max(1, math.floor(round(length * (1 - ratio), 9) + 0.5))
 
 
 def squeeze_and_prove(t: tiny.TinyModel, inputs: tiny.Inputs, method: str, **changes: Any) -> Any:
@@ -29,9 +24,9 @@ def squeeze_and_prove(t: tiny.TinyModel, inputs: tiny.Inputs, method: str, **cha
             squeezed = oracle.run(t.model, inputs, forced)
         cuts, repack = handle.cuts, matrix.repacks(handle)
     assert cuts, "nothing was cut"
-    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
+    merged = matrix.merged(method, cuts, states)
     expected = oracle.masked_logits(t.model, inputs, cuts, forced, merged, repack)
-    if matrix.METHODS[method].decodes:
+    if matrix.method(method).decodes:
         expected.decode = squeezed.decode[:, :0]
     oracle.assert_steps(squeezed, expected, inputs, cuts, method)
     return handle
@@ -51,6 +46,18 @@ def check_cuts(t: tiny.TinyModel, inputs: tiny.Inputs, handle: Any) -> None:
             before = set(kept)
 
 
+def check_counts(handle: Any, method: str, **changes: Any) -> None:
+    """Each span is left with what the rule says of it, to the token; or nearly, where `ways.left_of` says why."""
+    m, cuts = matrix.method(method), handle.cuts
+    for span in handle.layout.spans:
+        if span.modality not in m.modalities:
+            continue
+        kept = [len(set(cut.kept[span.sample].tolist()) & set(span.columns)) for cut in cuts]
+        expected = ways.left_of(m, span, kept[-2] if len(kept) > 1 else None, **changes)
+        if expected is not None:
+            assert abs(kept[-1] - expected.tokens) <= expected.slack, f"{kept[-1]} tokens are left of a span"
+
+
 @pytest.mark.parametrize(
     ("family", "method", "kind", "implementation"), matrix.cells(implementations=("sdpa", "eager"))
 )
@@ -60,10 +67,7 @@ def test_cut_equals_mask(family: str, method: str, kind: str, implementation: st
     with matrix.attention(t.model, implementation):
         handle = squeeze_and_prove(t, inputs, method)
     check_cuts(t, inputs, handle)
-    if len(handle.layout.spans) == 1:
-        whole, kept = int(t.visual(inputs).sum()), int(t.visual(inputs)[0][handle.cuts[-1].kept[0]].sum())
-        budget = expected_count(whole, matrix.METHODS[method].params["ratio"])
-        assert abs(kept - budget) <= (0 if matrix.METHODS[method].exact else whole // 4)
+    check_counts(handle, method)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +77,7 @@ def test_several_pictures_in_one_prompt(family: str, method: str, kind: str, imp
     t = tiny.load(family)
     handle = squeeze_and_prove(t, t.inputs[kind], method)
     check_cuts(t, t.inputs[kind], handle)
+    check_counts(handle, method)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
@@ -93,7 +98,7 @@ def test_every_layer(family: str, ratio: float, layer: int) -> None:
         squeezed = oracle.run(t.model, inputs, forced)
     assert [c.layer for c in handle.cuts] == [layer]
     kept = int(t.visual(inputs)[0][handle.cuts[0].kept[0]].sum())
-    assert kept == expected_count(int(t.visual(inputs).sum()), ratio)
+    assert kept == ways.kept_of(int(t.visual(inputs).sum()), None, ratio)
     expected = oracle.masked_logits(t.model, inputs, handle.cuts, forced)
     oracle.assert_steps(squeezed, expected, inputs, handle.cuts, f"layer {layer}")
 

@@ -16,7 +16,7 @@ import oracle
 import tiny
 from mllm_squeeze.family.table import TABLE
 
-METHODS = ["random", *matrix.CORE, "visionzip"]
+METHODS = [matrix.KEEPS_POSITIONS, *matrix.EVERYWHERE]
 STEPS = 5
 
 
@@ -86,9 +86,7 @@ def prove(t: tiny.TinyModel, inputs: tiny.Inputs, method: str) -> None:
             squeezed = oracle.run(t.model, inputs, forced)
         generated = oracle.generate(t.model, inputs, forced)
         cuts, repack = handle.cuts, matrix.repacks(handle)
-        merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
-    if merged is not None and inputs["input_ids"].shape[0] > 1:
-        return
+    merged = {c.layer: oracle.leading(states[c.layer], c.kept) for c in cuts} if matrix.method(method).merges else None
     expected = oracle.masked_logits(t.model, inputs, cuts, forced, merged, repack)
     oracle.assert_steps(squeezed, expected, inputs, cuts, method)
     if bool(inputs["attention_mask"][:, -1].all()):

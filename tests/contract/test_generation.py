@@ -34,7 +34,7 @@ def against_mask(t: tiny.TinyModel, inputs: tiny.Inputs, method: str, **settings
         group = len(cut.kept) // inputs["input_ids"].shape[0]
         for b, kept in enumerate(cut.kept):
             assert kept.tolist() == cut.kept[b - b % group].tolist(), "rows of one prompt keep different tokens"
-    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
+    merged = matrix.merged(method, cuts, states)
     with oracle.masked(t.model, inputs["input_ids"].shape[1], cuts, merged, repack):
         torch.manual_seed(5)
         expected = t.model.generate(**inputs, **SETTINGS, **settings)
@@ -113,7 +113,7 @@ def test_a_squeezed_assistant(family: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", [*matrix.CORE, "visionzip"])
+@pytest.mark.parametrize("method", matrix.EVERYWHERE)
 @pytest.mark.parametrize("family", matrix.FAMILIES)
 def test_a_loop_by_hand_equals_generate(family: str, method: str, implementation: str) -> None:
     """Only the new token and the cache go in: no position_ids, no attention_mask."""
@@ -129,7 +129,7 @@ def test_a_loop_by_hand_equals_generate(family: str, method: str, implementation
     oracle.assert_close(torch.stack(loop, 1), generated, "by hand")
 
 
-@pytest.mark.parametrize("method", [*matrix.CORE, "visionzip"])
+@pytest.mark.parametrize("method", matrix.EVERYWHERE)
 @pytest.mark.parametrize("family", matrix.FAMILIES)
 def test_cached_equals_recomputed(family: str, method: str) -> None:
     """With use_cache=False the whole prompt is squeezed anew at every step."""

@@ -17,7 +17,7 @@ import tiny
 from mllm_squeeze.errors import NotAppliedError
 
 
-@pytest.mark.parametrize("method", [*matrix.CORE, "visionzip"])
+@pytest.mark.parametrize("method", matrix.EVERYWHERE)
 @pytest.mark.parametrize("family", matrix.FAMILIES)
 def test_disabled_is_the_dense_model(family: str, method: str) -> None:
     t = tiny.load(family)

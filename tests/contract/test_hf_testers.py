@@ -22,7 +22,7 @@ from tiny.parts import AFTER
 from tiny.prompts import collate, sample
 
 FAMILIES = ("llava", "qwen2_5_vl", "internvl", "llava_onevision")
-METHODS = ("divprune", "fastv", "pyramiddrop", "sparsevlm", "visionzip")
+METHODS = matrix.EVERYWHERE
 STEPS = 3
 
 
@@ -198,7 +198,7 @@ def prove(t: tiny.TinyModel, inputs: tiny.Inputs, method: str, how: Form, decode
         cuts, repack = handle.cuts, matrix.repacks(handle)
     assert cuts, f"{method}: nothing was cut"
     placed = [with_holes(cut, inputs["attention_mask"]) for cut in cuts]
-    merges = matrix.METHODS[method].merges
+    merges = matrix.method(method).merges
     merged = {c.layer: at_columns(states[c.layer], c, p) for c, p in zip(cuts, placed, strict=True)} if merges else None
     with oracle.masked(t.model, width, placed, merged, repack):
         expected = call(t, inputs, how, labels)

@@ -36,11 +36,6 @@ def fix_positions(t: tiny.TinyModel, inputs: tiny.Inputs, monkeypatch: pytest.Mo
     monkeypatch.setattr(oracle, "positions", lambda model, _, steps: original(model, inputs, steps))
 
 
-def leading(states: Tensor, kept: list[Tensor]) -> Tensor:
-    """Return states (B, M, D) behind a cut, whose shorter rows are padded in front, with the padding behind."""
-    return torch.stack([row.roll(len(mine), 0) for row, mine in zip(states, kept, strict=True)])
-
-
 def prove(t: tiny.TinyModel, method: str, inputs: tiny.Inputs, **changes: object) -> list[Tensor]:
     """Compare a squeezed run with the masked dense one; returns what the last cut keeps."""
     forced = oracle.forced_tokens(len(inputs["input_ids"]), STEPS)
@@ -57,7 +52,7 @@ def prove(t: tiny.TinyModel, method: str, inputs: tiny.Inputs, **changes: object
             assert bool(torch.isin(words, kept).all()), "a word was dropped"
     for span in spans:
         assert bool(real[span.sample, list(span.columns)].all())
-    merged = {c.layer: leading(states[c.layer], c.kept) for c in cuts} if matrix.METHODS[method].merges else None
+    merged = {c.layer: oracle.leading(states[c.layer], c.kept) for c in cuts} if matrix.method(method).merges else None
     expected = oracle.masked_logits(t.model, inputs, cuts, forced, merged, repack)
     oracle.assert_steps(squeezed, expected, inputs, cuts, method)
     assert cuts, "nothing was cut"
@@ -65,7 +60,7 @@ def prove(t: tiny.TinyModel, method: str, inputs: tiny.Inputs, **changes: object
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", [*matrix.CORE, "visionzip", "random"])
+@pytest.mark.parametrize("method", [*matrix.EVERYWHERE, matrix.KEEPS_POSITIONS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_with_holes_equals_masking(family: str, method: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     t = tiny.load(family)
@@ -92,14 +87,14 @@ def test_other_kinds_of_masks(family: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("left", [1, 5])
-@pytest.mark.parametrize("method", [*matrix.CORE, "visionzip"])
+@pytest.mark.parametrize("method", matrix.EVERYWHERE)
 def test_most_of_a_picture_is_masked(method: str, left: int) -> None:
     t = tiny.load("llava")
     inputs = {k: v.clone() for k, v in t.batch(("image", "two_images")).inputs.items()}
     mine = t.visual(inputs)[0].nonzero().flatten()
     inputs["attention_mask"][0, mine[: len(mine) - left]] = 0
     kept = prove(t, method, inputs)
-    budget = ops.kept_count(left, matrix.METHODS[method].params["ratio"])
+    budget = ops.kept_count(left, matrix.method(method).params["ratio"])
     assert int(t.visual(inputs)[0, kept[0]].sum()) == budget
 
 

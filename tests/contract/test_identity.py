@@ -19,7 +19,7 @@ def test_ratio_zero_is_bit_equal(family: str, method: str, kind: str, implementa
     with matrix.attention(t.model, implementation):
         steps = oracle.run(t.model, inputs, forced)
         generated = oracle.generate(t.model, inputs, forced)
-        with matrix.applied(t.model, method, ratio=0):
+        with matrix.applied(t.model, method, **matrix.method(method).nothing):
             squeezed = oracle.run(t.model, inputs, forced)
             assert torch.equal(squeezed.prefill, steps.prefill)
             assert torch.equal(squeezed.decode, steps.decode)

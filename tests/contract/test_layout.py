@@ -8,14 +8,15 @@ from torch import Tensor
 
 import matrix
 import tiny
+from mllm_squeeze.family.table import TABLE
 
 SPANS = {"image": 1, "video": 1, "two_images": 2, "image_video": 2}
 CELLS = [(f, k) for f in matrix.FAMILIES for k in SPANS if matrix.has(f, k)]
 
 
 def expected_spans(family: str, kind: str) -> int:
-    """Return the number of pictures; InternVL shows the three frames of a video as images of their own."""
-    return SPANS[kind] + (2 if family == "internvl" and "video" in kind else 0)
+    """Return the number of pictures; a family without videos shows the three frames of one as images of their own."""
+    return SPANS[kind] + (2 if "video" in kind and "video" not in matrix.modalities(family, kind) else 0)
 
 
 def visual_columns(t: tiny.TinyModel, inputs: tiny.Inputs, sample: int) -> Tensor:
@@ -35,7 +36,7 @@ def test_spans_of_one_prompt(family: str, kind: str) -> None:
         assert span.tiles, "the grid of this family is known"
         assert sum(tile.length for tile in span.tiles) == span.length
     videos = [span for span in layout.spans if span.modality == "video"]
-    assert len(videos) == (1 if "video" in kind and family != "internvl" else 0)
+    assert len(videos) == (1 if "video" in matrix.modalities(family, kind) else 0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -63,27 +64,39 @@ def test_each_picture_has_its_own_budget(family: str) -> None:
             assert len(kept & set(span.columns)) == (span.length + 1) // 2
 
 
-GRIDS = {
-    "llava": [[(1, 5, 5)], [(1, 5, 5)]],
+# Worked out by hand, for towers that cut pictures into tiles; other grids follow from the inputs.
+TILED = {
     "llava_next": [[(1, 4, 4), (1, 8, 4)], [(1, 4, 4), (1, 8, 8)]],
     "llava_next_video": [[(1, 4, 4), (1, 8, 4)], [(1, 4, 4), (1, 8, 8)]],
     "llava_onevision": [[(1, 4, 4), (1, 8, 4)], [(1, 4, 4), (1, 8, 8)]],
     "internvl": [[(1, 4, 4)] * 2, [(1, 4, 4)] * 3],
-    "qwen2_vl": [[(1, 3, 5)], [(1, 6, 4)]],
-    "qwen2_5_vl": [[(1, 3, 5)], [(1, 6, 4)]],
-    "qwen3_vl": [[(1, 3, 5)], [(1, 6, 4)]],
 }
-VIDEO_GRIDS = {"llava_next_video": (8, 2, 2), "llava_onevision": (8, 2, 2)}
+POOLED_VIDEO = (8, 2, 2)
+
+
+def grids(t: tiny.TinyModel, kind: str) -> list[list[tuple[int, int, int]]]:
+    """Return (frames, height, width) of each tile of each picture, from the inputs or the size of the tower."""
+    if t.name in TILED and kind == "two_images":
+        return TILED[t.name]
+    if TABLE[t.name].grid == "anyres":
+        return [[POOLED_VIDEO]]
+    vision = t.model.config.vision_config
+    found = t.inputs[kind].get("video_grid_thw" if kind == "video" else "image_grid_thw")
+    if found is not None:
+        merge = vision.spatial_merge_size
+        return [[(frames, height // merge, width // merge)] for frames, height, width in found.tolist()]
+    side = vision.image_size // vision.patch_size
+    return [[(1, side, side)]] * SPANS[kind]
 
 
 @pytest.mark.parametrize("family", matrix.FAMILIES)
 def test_grids(family: str) -> None:
-    """A family that joins adds its two pictures here."""
     t = tiny.load(family)
     with matrix.applied(t.model, "random") as handle, torch.no_grad():
-        t.model(**t.inputs["two_images"])
-        found = [[(i.frames, i.height, i.width) for i in span.tiles] for span in handle.layout.spans]
-        assert found == GRIDS[family]
-        if matrix.has(family, "video") and family != "internvl":
-            t.model(**t.inputs["video"])
-            assert handle.layout.spans[0].grid == VIDEO_GRIDS.get(family, (4, 2, 4))
+        for kind in ("two_images", "video"):
+            # A video that is shown as images is as many pictures.
+            if not matrix.has(family, kind) or matrix.modalities(family, kind) != {kind.replace("two_images", "image")}:
+                continue
+            t.model(**t.inputs[kind])
+            found = [[(i.frames, i.height, i.width) for i in span.tiles] for span in handle.layout.spans]
+            assert found == grids(t, kind)

@@ -130,7 +130,7 @@ def sampled(lines: list[tuple[str, int]]) -> list[tuple[str, int]]:
     ("family", "method", "files"),
     [
         ("llava", "pyramiddrop", {"preview.py"}),
-        ("llava", "visionzip", {"encoders.py"}),
+        ("llava", "visionzip", {"encoder.py"}),
         ("llava", "pyramiddrop", None),
         ("qwen2_5_vl", "fastv", None),
         ("llava", "tome", None),

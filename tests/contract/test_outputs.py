@@ -14,7 +14,7 @@ import oracle
 import tiny
 from mllm_squeeze import errors
 
-METHODS = [*matrix.CORE, "visionzip"]
+METHODS = matrix.EVERYWHERE
 
 
 def squeezed(family: str, method: str, kind: str = "image", **settings: Any) -> tuple[tiny.TinyModel, Any, Any]:

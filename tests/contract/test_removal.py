@@ -41,7 +41,7 @@ def test_everything_is_put_back(family: str, method: str, kind: str, implementat
     with matrix.attention(t.model, implementation):
         dense = oracle.run(t.model, inputs, forced)
         before = snapshot.snapshot(t.model)
-        handle = squeeze.apply(t.model, method, **matrix.METHODS[method].params)
+        handle = squeeze.apply(t.model, method, **matrix.method(method).params)
         oracle.run(t.model, inputs, forced)
         oracle.generate(t.model, inputs, forced)
         handle.remove()
@@ -52,7 +52,7 @@ def test_everything_is_put_back(family: str, method: str, kind: str, implementat
 
 
 @pytest.mark.parametrize("where", ["tower", "first layer", "middle layer", "last layer", "attention", "head"])
-@pytest.mark.parametrize("method", [*matrix.CORE, "visionzip"])
+@pytest.mark.parametrize("method", matrix.EVERYWHERE)
 @pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
 def test_put_back_after_an_exception(family: str, method: str, where: str) -> None:
     t = tiny.load(family)

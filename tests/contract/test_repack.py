@@ -14,6 +14,14 @@ import tiny
 STEPS = 8
 ONE_AXIS = [f for f in matrix.FAMILIES if not f.startswith("qwen")]
 
+# Ways that act before the LLM alone: what they leave is a prompt of its own.
+BEFORE = [
+    name
+    for name in matrix.WAYS
+    if matrix.method(name).way.repacks and set(matrix.method(name).way.places) <= {"before", "encoder"}
+]
+REPACKED = matrix.cells(BEFORE, ONE_AXIS)
+
 
 def recipe(positions: str, *layers: int) -> dict[str, Any]:
     """Return uniform cuts at these layers."""
@@ -39,14 +47,11 @@ def test_before_the_llm_it_is_the_plain_text_model(family: str, kind: str) -> No
     oracle.assert_close(generated[:, 1:], plain.decode, "generate")
 
 
-@pytest.mark.parametrize("method", ["divprune", "visionzip", "avgpool", "tome"])
-@pytest.mark.parametrize("family", ONE_AXIS)
-def test_methods_whose_papers_repack(family: str, method: str) -> None:
-    if not matrix.fits(method, family, "image"):
-        method = "divprune"
+@pytest.mark.parametrize(("family", "method", "kind", "implementation"), REPACKED)
+def test_methods_whose_papers_repack(family: str, method: str, kind: str, implementation: str) -> None:
     t = tiny.load(family)
-    inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
-    with matrix.applied(t.model, method) as handle:
+    inputs, forced = t.inputs[kind], oracle.forced_tokens(1, STEPS)
+    with matrix.attention(t.model, implementation), matrix.applied(t.model, method) as handle:
         assert handle.recipe.positions == "repack"
         with oracle.capture(t.model, [0]) as states:
             squeezed = oracle.run(t.model, inputs, forced)

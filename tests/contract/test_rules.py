@@ -333,7 +333,10 @@ def _closing(alive: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("step", "says"),
     [
-        ({"reducer": "largest_norm", "reads": "saliency", "ratio": 0.5}, "reads saliency inside the vision encoder"),
+        (
+            {"reducer": "largest_norm", "reads_normed": True, "ratio": 0.5},
+            r"reads Normed\(\) inside the vision encoder",
+        ),
         ({"reducer": "above_average"}, "number of tokens inside the vision encoder"),
     ],
 )

@@ -17,7 +17,7 @@ import tiny
 
 STEPS = 5
 KINDS = ("two_images", "image")
-METHODS = [*matrix.CORE, "visionzip"]
+METHODS = matrix.EVERYWHERE
 
 
 def answers(t: tiny.TinyModel, kind: str) -> Tensor:

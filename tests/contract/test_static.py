@@ -18,7 +18,7 @@ from mllm_squeeze import errors
 STEPS = 4
 ROOM = 3
 CELLS = matrix.cells(
-    [name for name, method in matrix.METHODS.items() if not method.decodes],
+    [name for name in matrix.WAYS if not matrix.method(name).decodes],
     matrix.REPRESENTATIVE,
     implementations=("sdpa", "eager"),
 )

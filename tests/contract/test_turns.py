@@ -17,7 +17,7 @@ import tiny
 NEW = 5
 SETTINGS: dict[str, Any] = {"max_new_tokens": NEW, "return_dict_in_generate": True, "output_logits": True}
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
-CELLS = [(f, m) for f in matrix.FAMILIES for m in (*matrix.CORE, "visionzip")]
+CELLS = [(f, m) for f in matrix.FAMILIES for m in matrix.EVERYWHERE]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -36,7 +36,7 @@ def test_a_second_turn_of_text(family: str, method: str, implementation: str) ->
             text = {k: turn.whole[k] for k in TEXT if k in turn.whole}
             forced = oracle.forced_tokens(1, NEW)
             second = oracle.generate(t.model, text, forced, **cache_role.behind(first))
-        merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
+        merged = matrix.merged(method, cuts, states)
         with oracle.masked(t.model, inputs["input_ids"].shape[1], cuts, merged, repack):
             # The dense model reads the answer as it was generated, token by token, then the new turn.
             expected = read_on(t, inputs, answer, turn.new["input_ids"], forced)
@@ -84,7 +84,7 @@ def two_turns(
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", ["random", *matrix.CORE, "dart"])
+@pytest.mark.parametrize("method", [matrix.KEEPS_POSITIONS, *matrix.CORE, "dart"])
 @pytest.mark.parametrize("family", matrix.REPRESENTATIVE)
 def test_two_turns_on_a_static_cache(family: str, method: str, implementation: str) -> None:
     """Slots that the second cut sets free stay where they are; both turns answer as with a growing cache."""

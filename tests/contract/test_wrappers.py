@@ -20,7 +20,7 @@ import oracle
 import snapshot
 import tiny
 
-METHODS = [*matrix.CORE, "visionzip"]
+METHODS = matrix.EVERYWHERE
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,7 +42,7 @@ def test_bfloat16_keeps_the_same_budget(family: str, method: str) -> None:
     assert steps.prefill.dtype == torch.bfloat16
     assert torch.isfinite(steps.prefill).all()
     assert torch.isfinite(generated).all()
-    if not matrix.METHODS[method].merges:
+    if not matrix.method(method).merges:
         expected = oracle.masked_logits(half.model, short, cuts, forced, repack=repack)
         assert oracle.gap(steps.decode, expected.decode) < 0.1
 
@@ -77,7 +77,7 @@ def test_a_lora_model(family: str, method: str) -> None:
     inputs, forced = t.inputs["image"], oracle.forced_tokens(1, 4)
     dense = oracle.run(wrapped, inputs, forced)
     before = snapshot.snapshot(wrapped)
-    handle = squeeze.apply(wrapped, method, **matrix.METHODS[method].params)
+    handle = squeeze.apply(wrapped, method, **matrix.method(method).params)
     with oracle.capture(wrapped, range(4)) as states:
         steps = oracle.run(wrapped, inputs, forced)
     generated = oracle.generate(wrapped, inputs, forced)
@@ -85,7 +85,7 @@ def test_a_lora_model(family: str, method: str) -> None:
     repack = handle.recipe.positions == "repack" and not hasattr(t.model.model, "get_rope_index")
     squeeze.remove(wrapped)
     snapshot.assert_same(before, snapshot.snapshot(wrapped))
-    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
+    merged = matrix.merged(method, cuts, states)
     expected = oracle.masked_logits(wrapped, inputs, cuts, forced, merged, repack)
     oracle.assert_steps(steps, expected, inputs, cuts, method)
     oracle.assert_close(generated[:, 1:], expected.decode, "generate")
@@ -144,7 +144,7 @@ def test_weights_offloaded_by_accelerate(family: str, method: str) -> None:
     accelerate.cpu_offload(t.model, execution_device=torch.device("cpu"), state_dict=state)
     assert any(p.is_meta for p in t.model.parameters())
     before = snapshot.snapshot(t.model)
-    handle = squeeze.apply(t.model, method, **matrix.METHODS[method].params)
+    handle = squeeze.apply(t.model, method, **matrix.method(method).params)
     steps = oracle.run(t.model, inputs, forced)
     handle.remove()
     assert torch.equal(steps.prefill, expected.prefill)

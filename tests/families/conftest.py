@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-import tiny
-from mllm_squeeze.family.table import TABLE
+import matrix
 
 _KEY = "proves"
 _results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -28,19 +27,9 @@ def covers(request: pytest.FixtureRequest) -> Callable[..., None]:
     def say(family: str, *columns: str | None, refused: str = "") -> None:
         for column in columns:
             if column:
-                request.node.user_properties.append((_KEY, [row_of(family), column, refused]))
+                request.node.user_properties.append((_KEY, [matrix.row_of(family).model_type, column, refused]))
 
     return say
-
-
-def row_of(family: str) -> str:
-    """Return the name of the row that a tiny model stands for: its model_type, with its tower where that has a row."""
-    config = tiny.load(family).model.config
-    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    both = f"{config.model_type}+{tower}"
-    name = both if both in TABLE else config.model_type
-    assert name in TABLE
-    return name
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -12,11 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import matrix
 import oracle
 import tiny
 
-# Methods that reduce keys in front of the LLM, and whether they merge.
-METHODS = {"divprune": False, "avgpool": True, "random": False, "uniform": False}
+
+def reduces_keys(name: str) -> bool:
+    """Say whether a method reduces keys in front of the LLM: it acts there alone and reads nothing but what it cuts."""
+    way = matrix.method(name).way
+    return way.places == ("before",) and not way.roads and "image" in matrix.method(name).modalities
+
+
+# All of them; and one for each way, with whether it merges.
+FIT = tuple(filter(reduces_keys, matrix.ALL))
+METHODS = {name: matrix.method(name).merges for name in matrix.WAYS if name in FIT}
 
 
 def width(inputs: tiny.Inputs) -> int:

@@ -7,7 +7,6 @@ take no such mask; those families are proved against the dense model from which 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,21 +20,14 @@ import matrix
 import mllm_squeeze as squeeze
 import oracle
 import tiny
+import ways
+from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.reducers.needs import Attention, Normed, Projection
 
 STEPS = 3
 # What the library breaks is told of this release on; older ones break more.
 RECENT = matrix.RECENT
 recent = pytest.mark.skipif(not RECENT, reason=f"what 5.23 breaks; here is transformers {transformers.__version__}")
-# One method per place of action; the recipe of each, and where it acts.
-PLACES = {
-    "divprune": "projector",
-    "visionzip": "scores",
-    "fastv": "layer",
-    "pyramiddrop": "layers",
-    "tome": "encoder",
-    "vidcom2": "video",
-    "dycoke": "video",
-}
 # Models that cannot be squeezed at all, and a word of the reason.
 REFUSED = {"blip_2_t5": "Encoder-decoder"}
 # Models whose pictures are keys beside the LLM's sequence; test_cross_*.py prove them.
@@ -43,12 +35,6 @@ KEYED = ("mllama",)
 SERVED = tuple(name for name in tiny.FAMILIES if name not in (*REFUSED, *KEYED))
 # The prompt looks ahead, so words that come later change what was said before: only generate() shows the same.
 PREFIX = ("molmo2", "paligemma", "paligemma2")
-# These classes keep no cache of a conversation, and their forward takes none.
-OWN_GENERATE = ("blip_2", "instructblip")
-# Recurrent or convolutional layers between the attention layers.
-HYBRID = ("minicpmv4_6", "minicpmv4_7", "qwen3_5", "qwen3_5_moe", "lfm2_vl")
-# Videos whose frames come without a grid that the library knows.
-NO_GRID = ("kimi_k25", "molmo2", "perception_lm", "gemma4", "minicpmv4_6", "minicpmv4_7")
 # Prompts that transformers itself cannot repeat for beams: it raises, or deals several pieces to the wrong rows.
 BEAMS_BROKEN = {
     *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "video_llama_3")),
@@ -62,42 +48,103 @@ QUICK = ("llava", "qwen3_vl", "llama4", "phi4_multimodal", "gemma3_window", "gem
 QUICK += ("paligemma2", "perception_lm", "blip_2", "voxtral", "mistral3")
 
 
-# Where encoder tokens cannot be followed to the LLM: pooled by queries, towers that are not found, sound.
-UNREADABLE = (
-    "kimi_k25",
-    "molmo2",
-    "minicpmv4_6",
-    "minicpmv4_7",
-    "granite4_vision",
-    "perception_lm",
-    "fast_vlm",
-    "lfm2_vl",
-)
-UNREADABLE += ("blip_2", "instructblip", "video_llama_3", "llama4", "phi4_multimodal", "idefics2", "gemma4", "gemma3n")
-UNREADABLE += ("qwen2_audio", "voxtral", "audioflamingo3", "granite_speech")
-# Encoders in which a token stays one token up to the LLM, and tokens of a tile stand in a batch row of their own.
-PER_TOKEN = ("llava", "llava_next", "llava_next_video", "llava_onevision", "paligemma", "paligemma2")
-# A video is shown as images.
-NO_VIDEO = ("internvl", "smolvlm")
+def column(name: str) -> str:
+    """Return the column of docs/families.md that a method proves: where it acts, or whence it reads."""
+    way = matrix.method(name).way
+    if "encoder" in way.places:
+        return "encoder"
+    if "encoder" in way.roads:
+        return "scores"
+    if way.reduces != "all":
+        return way.reduces
+    return "projector" if way.places[0] == "before" else way.places[0]
+
+
+def places() -> dict[str, str]:
+    """Return one method per column, and one that goes on while decoding, with its column."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for name in matrix.WAYS:
+        groups.setdefault((column(name), matrix.method(name).decodes), []).append(name)
+    return {ways.first(names): where for (where, _), names in groups.items()}
+
+
+PLACES = places()
+HERE = tuple(name for name in SERVED if tiny.available(name))
+# Two towers side by side, in which the library finds no row of blocks.
+NO_BLOCKS = ("deepseek_vl",)
+# Recurrent or convolutional layers between the attention layers.
+HYBRID = tuple(name for name in HERE if oracle.recurrent(tiny.load(name).model))
+# These classes keep no cache of a conversation, and their forward takes none.
+OWN_GENERATE = tuple(name for name in HERE if matrix.row_of(name).own_generate)
 
 
 def fits(name: str, method: str) -> bool:
     """Say whether a method must work on a family."""
-    if method == "visionzip":
-        return name not in UNREADABLE
-    if method == "pyramiddrop":
-        return name not in (*HYBRID, "gemma4", "gemma3n")
-    if method == "tome":
-        return name in PER_TOKEN
-    if PLACES[method] == "video":
-        return name not in NO_VIDEO and tiny.FAMILIES[name].video is not None
-    return True
+    return reason(name, method) is None
+
+
+@functools.cache
+def reason(name: str, method: str) -> str | None:
+    """Return why a method does not fit a family, in a word of the message; None where it must fit.
+
+    By facts alone: the row of the family, what its config says of its layers, and what the method reads where.
+    """
+    found = matrix.misfit(method, name)
+    if found:
+        return found
+    model, row = tiny.load(name).model, matrix.row_of(name)
+    blended = isinstance(getattr(model.config, "vision_feature_layer", None), (list, tuple))
+    if "encoder" in matrix.method(method).way.places and (blended or name in NO_BLOCKS):
+        return "inside the vision encoder"
+    mixing = oracle.recurrent(model)
+    for layer, reducer in ways.cut_layers(matrix.method(method), len(oracle.text_model(model).layers)):
+        if layer > last_lender(model):
+            return "borrow keys"
+        if isinstance(reducer, DecodeReducer):
+            if layer - 1 in mixing:
+                return "while decoding, which has none"
+            continue
+        for need in reducer.needs():
+            if isinstance(need, (Attention, Projection)):
+                ahead = need.block == "next"
+                read = layer if ahead else layer - 1 if need.block == -1 else need.block
+                if read in mixing or (ahead and row.stacked):
+                    return "previews layer" if ahead else "which has none"
+            if isinstance(need, Normed) and row.stacked:
+                return "reads normed"
+    return None
+
+
+def last_lender(model: Any) -> int:
+    """Return the last layer at which a cut leaves no layer with borrowed keys of another length.
+
+    The last `num_kv_shared_layers` take the keys of the last layer of their kind among those before them.
+    """
+    layers = len(oracle.text_model(model).layers)
+    config = oracle.text_model(model).config
+    own = layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    lenders = [max(n for n in range(own) if kinds[n] == kind) for kind in set(kinds[own:])]
+    return min(lenders, default=layers)
+
+
+def frames_unknown(t: tiny.TinyModel, kind: str, method: str) -> bool:
+    """Say whether a rule cannot tell what it keeps of a prompt, as the grid of its frames is not known."""
+    with whole(t, kind, matrix.CORE[0]) as (handle, inputs):
+        forward(t, inputs)
+        spans = handle.layout.spans
+    try:
+        for span in spans:
+            ways.left_of(matrix.method(method), span)
+    except squeeze.errors.UnsupportedInputError:
+        return True
+    return False
 
 
 def pairs(methods: Sequence[str]) -> list[Any]:
     """Return (family, method) of those that fit."""
     out = []
-    for name in SERVED:
+    for name in HERE:
         out += [pytest.param(name, m, id=f"{name}-{m}", marks=marks(name)) for m in methods if fits(name, m)]
     return out
 
@@ -129,7 +176,8 @@ def shown(name: str) -> list[str]:
 
 def first_kind(name: str, method: str) -> str:
     """Return the kind of prompt on which a method is tried first."""
-    return "video" if PLACES[method] == "video" and "video" in tiny.kinds(name) else tiny.kinds(name)[0]
+    video = matrix.method(method).modalities == ("video",) and "video" in tiny.kinds(name)
+    return "video" if video else tiny.kinds(name)[0]
 
 
 @functools.cache
@@ -143,9 +191,8 @@ def misfit(name: str, method: str) -> str | None:
 
 
 def params(name: str, method: str, **changes: Any) -> dict[str, Any]:
-    """Return the parameters with which a method is tried on a family: few layers, of which some cannot be read."""
-    first = {"decode_layer": 2} if method == "dycoke" and name in HYBRID else {}
-    return matrix.METHODS[method].params | first | changes
+    """Return the parameters with which a method is tried on a family: of few layers, some cannot be read."""
+    return ways.changed(matrix.method(method).params, changes)
 
 
 @contextmanager
@@ -208,8 +255,8 @@ def squeeze_and_prove(t: tiny.TinyModel, kind: str, method: str, **changes: Any)
         decode = generate(t, inputs, forced)
         assert [c.kept[0].tolist() for c in handle.cuts] == [c.kept[0].tolist() for c in cuts]
     assert cuts, "nothing was cut"
-    merged = {c.layer: states[c.layer] for c in cuts} if matrix.METHODS[method].merges else None
-    compare(t, inputs, prefill, decode, cuts, merged, repacks(handle), forced, matrix.METHODS[method].decodes)
+    merged = matrix.merged(method, cuts, states)
+    compare(t, inputs, prefill, decode, cuts, merged, repacks(handle), forced, matrix.method(method).decodes)
     return handle
 
 
@@ -243,7 +290,7 @@ def compare(
 
 def expected_count(length: int, ratio: float) -> int:
     """Return the tokens that stay of one image, video or sound."""
-    return max(1, math.floor(round(length * (1 - ratio), 9) + 0.5))
+    return ways.kept_of(length, None, ratio)
 
 
 def check_cuts(t: tiny.TinyModel, inputs: tiny.Inputs, handle: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import matrix
 import mllm_squeeze as squeeze
 import oracle
 import tiny
@@ -30,7 +31,7 @@ def test_ratio_zero_is_bit_equal(family: str, method: str) -> None:
     t = tiny.load(family)
     inputs, forced = t.inputs[proof.first_kind(family, method)], oracle.forced_tokens(1, 2)
     dense, steps = proof.forward(t, inputs), proof.generate(t, inputs, forced)
-    with squeeze.applied(t.model, method, **proof.params(family, method, ratio=0)):
+    with squeeze.applied(t.model, method, **proof.params(family, method, **matrix.method(method).nothing)):
         assert torch.equal(proof.forward(t, inputs), dense)
         assert torch.equal(proof.generate(t, inputs, forced), steps)
 
@@ -51,10 +52,10 @@ def test_all_kinds_of_prompts_before_the_llm(family: str, kind: str, covers: Any
 def test_each_place(family: str, method: str, covers: Any) -> None:
     t = tiny.load(family)
     kind = proof.first_kind(family, method)
-    if method == "dycoke" and family in proof.NO_GRID:
+    if proof.frames_unknown(t, kind, method):
         with pytest.raises(squeeze.SqueezeError, match="grid of the video is not known"):
             proof.squeeze_and_prove(t, kind, method)
-        covers(family, "frames", refused="dycoke does not know the grid of its frames; use vidcom2.")
+        covers(family, "frames", refused=f"{method} does not know the grid of its frames; use vidcom2.")
         return
     covers(family, proof.PLACES[method])
     handle = proof.squeeze_and_prove(t, kind, method)

@@ -16,6 +16,7 @@ import tiny
 from families import keyed, proof
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Features, Need
 from mllm_squeeze.registry import unregister_reducer
 
 pytestmark = pytest.mark.quick
@@ -195,7 +196,8 @@ def test_what_reads_more_than_the_features() -> None:
 class ReadsWords(Uneven):
     """Says that it reads the words of the prompt."""
 
-    reads_text = True
+    def needs(self) -> tuple[Need, ...]:
+        return (Features(), Features("text"))
 
 
 def test_what_reads_the_words() -> None:

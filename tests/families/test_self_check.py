@@ -20,7 +20,7 @@ import tiny
 from families import proof
 from mllm_squeeze.checking import canary, trial
 from mllm_squeeze.checking.stand_in import stand_in
-from mllm_squeeze.engine.hooks import attachment as runtime
+from mllm_squeeze.engine.hooks import decoder, layers
 from mllm_squeeze.engine.hooks import self_check as selfcheck
 from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 
@@ -98,16 +98,16 @@ def test_layers_that_mix_tokens_fail(monkeypatch: pytest.MonkeyPatch, empty: boo
 
 # What a family brings to its text model besides embeddings, and how the engine could forget to cut it.
 FORGOTTEN = {
-    "qwen3_vl": ("has_deepstack", lambda decoder: False),
-    "granite4_vision": ("take_inner_features", lambda kwargs: (kwargs, None)),
-    "gemma3n": ("unfold", lambda hidden, like: like),
+    "qwen3_vl": (decoder, "has_deepstack", lambda decoder: False),
+    "granite4_vision": (decoder, "take_inner_features", lambda kwargs: (kwargs, None)),
+    "gemma3n": (layers, "unfold", lambda hidden, like: like),
 }
 
 
 @pytest.mark.parametrize("name", proof.families(tuple(FORGOTTEN)))
 def test_what_a_picture_brings_along_is_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that forgets deepstack features, inner features or streams fails, with weights and without."""
-    monkeypatch.setattr(runtime, *FORGOTTEN[name])
+    monkeypatch.setattr(*FORGOTTEN[name])
     model = tiny.load(name).model
     for said in (self_check(model), self_check(without_weights(model))):
         assert said["result"] == "failed", said
@@ -206,13 +206,13 @@ def test_rounding_of_quantised_models_is_told_from_faults(monkeypatch: pytest.Mo
 
 def test_a_fault_of_a_quantised_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut that rotates its survivors wrongly: small in a model that rounds, and far above its rounding."""
-    given = LayerArguments.given
+    placed = LayerArguments._placed
 
-    def wrong(self: Any, layer: int, hidden: Any, call: Any) -> Any:
+    def wrong(self: Any, layer: int, hidden: Any, call: Any, entries: Any) -> Any:
         rope = tuple(table[:, : hidden.shape[1]] for table in call.rope)
-        return given(self, layer, hidden, call).replace(rope=rope)
+        return placed(self, layer, hidden, call, entries).replace(rope=rope)
 
-    monkeypatch.setattr(LayerArguments, "given", wrong)
+    monkeypatch.setattr(LayerArguments, "_placed", wrong)
     monkeypatch.setattr(trial, "decoding_of", lambda parts: canary.Verdict())
     said = self_check(rounded(tiny.fresh("llava").model))
     assert said["result"] == "failed", said

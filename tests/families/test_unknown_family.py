@@ -20,7 +20,7 @@ from mllm_squeeze.family.table import TABLE, FamilyRow
 
 pytestmark = pytest.mark.quick
 # What a third party's package would offer as an entry point.
-OFFERED = FamilyRow("house_llava", road="identity", cls=True, per_token=True, note="From another package.")
+OFFERED = FamilyRow("house_llava", tower_to_llm="identity", cls=True, per_token=True, note="From another package.")
 
 
 class HouseConfig(transformers.LlavaConfig):
@@ -192,6 +192,6 @@ def test_a_text_model_is_no_family() -> None:
 
 def test_a_row_of_the_table_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that says less makes methods that need more be refused."""
-    monkeypatch.setitem(TABLE, "llava", replace(TABLE["llava"], road="none"))
+    monkeypatch.setitem(TABLE, "llava", replace(TABLE["llava"], tower_to_llm="none"))
     assert squeeze.check(tiny.load("llava").model)["methods"]["visionzip"] != "fits"
     assert "llava" in api.families()

@@ -13,9 +13,9 @@ import yaml
 from mllm_squeeze import registry
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 from mllm_squeeze.recipe import template
+from mllm_squeeze.recipe.build import build_reducer
 from mllm_squeeze.recipe.recipe import (
     Recipe,
-    build_reducer,
     describe,
     facts,
     load_recipe,
@@ -23,14 +23,17 @@ from mllm_squeeze.recipe.recipe import (
     resolve_steps,
 )
 from mllm_squeeze.recipe.steps import At, Step, resolve_layers
-from mllm_squeeze.reducers.base import DecodeReducer, Place, Reducer
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer
+from mllm_squeeze.reducers.needs import Attention, Need, Place
 
 Change = Callable[[dict[str, Any]], Any]
 
 
 class Rank(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"layer", "cache"})
-    reads_text: ClassVar[bool] = True
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Attention(),)
 
     rows: Literal["last", "text"] = "last"
     layer: int = 0
@@ -403,7 +406,7 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
         {},
         ["the key 'at' is missing", "'att' looks like it"],
     ),
-    (lambda d: d["steps"][0].pop("reducer"), {}, ["step 1", "the key 'reducer' is missing"]),
+    (lambda d: d["steps"][0].pop("reducer"), {}, ["step 1", "unknown key", "Allowed: at, budget", "reducer, score"]),
     (lambda d: d.pop("method"), {}, ["the key 'method' is missing"]),
     (lambda d: d.pop("steps"), {}, ["steps is a list of at least one mapping"]),
     (lambda d: d.update(steps=[]), {}, ["steps is a list of at least one mapping", "got []"]),
@@ -583,7 +586,10 @@ def test_facts_are_those_of_all_steps() -> None:
     assert facts(loaded) == {
         "places": ["projector", "layer 2"],
         "known_count": False,
+        "decides": False,
+        "merges": False,
         "reads_text": True,
+        "signals": ["Attention"],
         "modalities": ["video"],
     }
 

@@ -15,7 +15,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.kv.layers import CutCache, CutLayer, KeptEntries, as_cut
+from mllm_squeeze.engine.kv.cut_cache import CutCache
+from mllm_squeeze.engine.kv.entries import KeptEntries
+from mllm_squeeze.engine.kv.layers import CutLayer, as_cut
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream import caches
 

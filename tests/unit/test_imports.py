@@ -17,14 +17,33 @@ NAME = "mllm_squeeze"
 # folder: what of the package a file in it may import (its own folder aside).
 ALLOWED = {
     "ops": set(),
-    "reducers": {"ops", "reducers.base", "errors", "layout"},
+    "reducers": {"ops", "reducers.base", "reducers.needs", "parts", "errors", "layout"},
+    "parts": {"ops", "parts.base", "reducers.base", "reducers.needs", "registry.build_part", "errors", "layout"},
     "upstream": {"errors"},
     "family": {"layout", "errors", "upstream"},
     # The parts of a model are found by the families' structural adapter; the engine knows no family by name (`table`).
-    "engine": {"layout", "ops", "reducers.base", "errors", "family", "upstream"},
+    "engine": {"amount", "layout", "ops", "reducers.base", "reducers.needs", "errors", "family", "upstream"},
 }
 OWN_FOLDER = {"ops", "upstream", "family", "engine"}
 FORBIDDEN = {"engine": {"family.table"}}
+
+# room of the engine: what of the engine it may import (itself aside), the lowest floor first. What hangs on a module is
+# in `hooks`, and nothing else knows of hooks.
+ROOMS: dict[str, set[str]] = {
+    "timing": set(),
+    "plan": set(),
+    "trace": {"plan"},
+    "tokens": {"timing", "plan"},
+    "kv": set(),
+    "sequence": {"timing", "plan", "trace", "tokens", "kv"},
+    "signals": {"timing", "plan", "tokens", "sequence"},
+    "limits": {"plan", "sequence"},
+    "cut": {"timing", "plan", "trace", "tokens", "sequence", "signals", "limits"},
+    "encoder": {"timing", "tokens", "signals"},
+    "decode": {"kv", "sequence", "signals"},
+    "keys": {"timing", "plan", "sequence", "cut"},
+    "hooks": {"plan", "trace", "tokens", "kv", "sequence", "signals", "cut", "encoder", "decode", "keys"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -59,10 +78,33 @@ def test_dependencies_point_one_way(folder):
     assert not wrong
 
 
+def room_of(name: str) -> str | None:
+    """Return the room of the engine that an imported name belongs to, None for what is outside of the engine."""
+    first, _, rest = name.partition(".")
+    return rest.split(".")[0] if first == "engine" else None
+
+
+def test_every_room_of_the_engine_is_on_a_floor():
+    there = {path.stem for path in (PACKAGE / "engine").iterdir() if path.name[0] not in "_."}
+    assert there == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_engine_import_what_is_below(room):
+    floors = list(ROOMS)
+    assert all(floors.index(below) < floors.index(room) for below in ROOMS[room])
+    folder = PACKAGE / "engine" / room
+    files = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    used = {room_of(name) for path in files for name in imported(path)} - {None, room}
+    assert not used - ROOMS[room]
+
+
 def test_only_errors_and_types_stand_below_everything():
     assert imported(PACKAGE / "errors.py") == set()
     assert imported(PACKAGE / "layout.py") <= {"errors"}
-    assert all(name.startswith(("layout.", "errors.")) for name in imported(PACKAGE / "reducers" / "base.py"))
+    assert imported(PACKAGE / "reducers" / "needs.py") == set()
+    below = ("layout.", "errors.", "reducers.needs.")
+    assert all(name.startswith(below) for name in imported(PACKAGE / "reducers" / "base.py"))
 
 
 def test_reducers_and_recipes_load_without_torch():
@@ -76,10 +118,18 @@ def test_reducers_and_recipes_load_without_torch():
     assert out.stdout.strip() == "[]"
 
 
+def defined(path: Path) -> set[str]:
+    """Return the public functions and classes that a file defines."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {n.name for n in ast.parse(path.read_text()).body if isinstance(n, kinds) and not n.name.startswith("_")}
+
+
 def test_ops_names_are_lazy_and_complete():
+    """Every public function of a module of ops is found under `ops`, and nothing else is."""
     from mllm_squeeze import ops
 
-    assert set(ops.__all__) == set(dir(ops))
+    modules = [path for path in (PACKAGE / "ops").glob("*.py") if path.stem != "__init__"]
+    assert set(ops.__all__) == set().union(*map(defined, modules)) == set(dir(ops))
     for name in ops.__all__:
         assert getattr(ops, name).__name__ == name
         assert getattr(ops, name).__doc__

@@ -9,8 +9,8 @@ import torch
 
 import mllm_squeeze as squeeze
 import tiny
+from mllm_squeeze.engine.hooks import preview
 from mllm_squeeze.engine.signals import gather as signals
-from mllm_squeeze.engine.signals import preview
 
 
 def previews(family: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:

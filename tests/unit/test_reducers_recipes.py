@@ -6,7 +6,8 @@ import pytest
 
 from mllm_squeeze import registry
 from mllm_squeeze.ops import kept_count
-from mllm_squeeze.recipe.recipe import build_reducer, describe, load_recipe
+from mllm_squeeze.recipe.build import build_reducer
+from mllm_squeeze.recipe.recipe import describe, load_recipe
 
 # method: (tokens of 576 kept by default, where, positions, reads the text, known count)
 TABLE = {

@@ -9,7 +9,8 @@ from reference.build import chosen, circle, visual_tokens
 
 from mllm_squeeze.errors import ConfigError, UnsupportedInputError
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.recipe.recipe import build_reducer, load_recipe
+from mllm_squeeze.recipe.build import build_reducer
+from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.decode_refresh import DecodeRefresh
 from mllm_squeeze.reducers.frame_uniqueness import FrameUniqueness, frame_budgets
 from mllm_squeeze.reducers.temporal_windows import TemporalWindows

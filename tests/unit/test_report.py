@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from mllm_squeeze.reporting.dims import ModelDims
+from mllm_squeeze.reporting.flops import cache_bytes, layer_flops, prefill_flops
 from mllm_squeeze.reporting.report import KeyRecord, PrefillRecord, Report, SpanRecord, StageRecord
+from mllm_squeeze.upstream.configs import TextSizes
 
 # D = 4, H = 2 heads and G = 1 grouped head of size 3, I = 5, V = 7.
-SMALL = ModelDims(layers=2, hidden=4, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=7)
+SMALL = TextSizes(layers=2, hidden=4, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=7)
 
 
 def record(**changes: object) -> PrefillRecord:
@@ -33,18 +34,18 @@ def record(**changes: object) -> PrefillRecord:
 def test_flops_of_a_layer_by_hand() -> None:
     # projections: q and o 2 * (2 * n * 4 * 6) = 96 n, k and v 2 * (2 * n * 4 * 3) = 48 n;
     # MLP 3 * (2 * n * 4 * 5) = 120 n; attention 2 * (2 * n * n * 6) = 24 n^2.
-    assert SMALL.layer_flops(10) == (96 + 48 + 120) * 10 + 24 * 100
-    assert SMALL.layer_flops(6) == (96 + 48 + 120) * 6 + 24 * 36
+    assert layer_flops(SMALL, 10) == (96 + 48 + 120) * 10 + 24 * 100
+    assert layer_flops(SMALL, 6) == (96 + 48 + 120) * 6 + 24 * 36
 
 
 def test_plain_mlp_has_two_matrices() -> None:
-    assert SMALL.layer_flops(10) - replace(SMALL, mlp_matrices=2).layer_flops(10) == 2 * 10 * 4 * 5
+    assert layer_flops(SMALL, 10) - layer_flops(replace(SMALL, mlp_matrices=2), 10) == 2 * 10 * 4 * 5
 
 
 def test_grouped_heads_make_only_keys_and_values_cheaper() -> None:
     full = replace(SMALL, kv_heads=2)
-    assert full.layer_flops(10) - SMALL.layer_flops(10) == 2 * 2 * 10 * 4 * 3
-    assert full.cache_bytes([10], 2) == 2 * SMALL.cache_bytes([10], 2)
+    assert layer_flops(full, 10) - layer_flops(SMALL, 10) == 2 * 2 * 10 * 4 * 3
+    assert cache_bytes(full, [10], 2) == 2 * cache_bytes(SMALL, [10], 2)
 
 
 def test_prefill_flops_and_cache_of_the_record() -> None:
@@ -59,8 +60,8 @@ def test_prefill_flops_and_cache_of_the_record() -> None:
 
 def test_llava_7b_dense_prefill_matches_the_papers() -> None:
     # 576 visual tokens of LLaVA-1.5-7B cost about 3.8 T multiply-adds in the papers, that is 7.6 TFLOPs.
-    dims = ModelDims(32, 4096, 32, 32, 128, 11008, 32000)
-    assert dims.prefill_flops([576] * 32) == pytest.approx(7.63e12, rel=2e-3)
+    dims = TextSizes(32, 4096, 32, 32, 128, 11008, 32000)
+    assert prefill_flops(dims, [576] * 32) == pytest.approx(7.63e12, rel=2e-3)
 
 
 def test_a_batch_counts_every_row() -> None:
@@ -178,6 +179,28 @@ def test_text_folds_long_lists() -> None:
     text = str(Report(record(spans=spans, stages=(stage,) * 15)))
     assert "... and 3 more" in text
     assert "6 -> 6 -> 6 -> ... -> 6 -> 6" in text
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "NO_COLOR", "COLUMNS"])
+def test_text_is_plain_and_whole_in_80_columns(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long name is folded, numbers are whole; a name in brackets is a name and no colour."""
+    monkeypatch.setenv(variable, "20")
+    rule = "[red]" + "a_rule_with_a_long_name" * 3
+    stage = StageRecord(17, "layer", rule, (123456,), (12345,), 234567, 23456, 1.5)
+    text = str(Report(record(spans=(SpanRecord(0, "image", 123456),), stages=(stage,))))
+    assert "\x1b" not in text and "\u2026" not in text
+    tables = text.split("\n\n", 1)[1]
+    assert all(len(line) <= 80 for line in tables.splitlines())
+    for word in ("[red]", "123456 -> 12345", "234567 -> 23456", "1500.00 ms", "layer 17"):
+        assert word in text
+    assert "".join(line.split()[0 if number else 1] for number, line in enumerate(_lines_of(text, rule))) == rule
+
+
+def _lines_of(text: str, rule: str) -> list[str]:
+    """Return the lines over which the name of a rule is folded."""
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if "[red]" in line)
+    return lines[first : next(i for i in range(first, len(lines)) if not lines[i])]
 
 
 def test_without_visual_tokens_or_sizes() -> None:

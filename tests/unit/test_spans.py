@@ -7,7 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mllm_squeeze.engine.tokens.spans import Features, find_layout, first_table
+from mllm_squeeze.engine.tokens.features import Features
+from mllm_squeeze.engine.tokens.spans import find_layout
+from mllm_squeeze.engine.tokens.table import first_table
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.layout import Tile, TokenLayout
 

@@ -22,8 +22,10 @@ from mllm_squeeze.engine.signals.rows import score_rows
 from mllm_squeeze.errors import UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_parts
 from mllm_squeeze.upstream import attention
-from mllm_squeeze.upstream.attention import TAP, Tap, check_attention, kind, using
+from mllm_squeeze.upstream.attention import kind, using
 from mllm_squeeze.upstream.attention_call import AttentionCall
+from mllm_squeeze.upstream.attention_contract import check_attention
+from mllm_squeeze.upstream.attention_tap import TAP, Tap
 
 REGISTRY = modeling_utils.ALL_ATTENTION_FUNCTIONS
 

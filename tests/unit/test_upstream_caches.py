@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.kv.layers import as_cut
 from mllm_squeeze.errors import UnsupportedInputError
-from mllm_squeeze.upstream import caches
+from mllm_squeeze.upstream import cache_contract, caches
 
 pytestmark = pytest.mark.quick
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.quick
 @pytest.fixture(autouse=True)
 def anew() -> Iterator[None]:
     """Forget what the check found, before and behind a test that changes transformers."""
-    caches.check_caches.cache_clear()
+    cache_contract.check_caches.cache_clear()
     yield
-    caches.check_caches.cache_clear()
+    cache_contract.check_caches.cache_clear()
 
 
 def nothing(self: Any) -> None:
@@ -41,8 +41,8 @@ def nothing(self: Any) -> None:
 
 
 def test_this_release_is_as_expected() -> None:
-    assert [str(broken) for broken in caches.check_caches()] == []
-    assert caches.check_caches() is caches.check_caches()
+    assert [str(broken) for broken in cache_contract.check_caches()] == []
+    assert cache_contract.check_caches() is cache_contract.check_caches()
 
 
 @pytest.mark.parametrize("new", [nothing, property(nothing), True], ids=["method", "property", "attribute"])
@@ -51,21 +51,21 @@ def test_this_release_is_as_expected() -> None:
 )
 def test_a_name_nobody_has_looked_at(cls: type, new: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cls, "drop_entries", new, raising=False)
-    broken = {found.what: found for found in caches.check_caches()}
+    broken = {found.what: found for found in cache_contract.check_caches()}
     assert f"{cls.__name__}.drop_entries" in broken
     assert "cut cache" in str(broken[f"{cls.__name__}.drop_entries"])
 
 
 def test_a_name_in_a_base_class(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_utils.CacheLayerMixin, "drop_entries", nothing, raising=False)
-    assert {"DynamicLayer.drop_entries", "StaticLayer.drop_entries"} <= {b.what for b in caches.check_caches()}
+    assert {"DynamicLayer.drop_entries", "StaticLayer.drop_entries"} <= {b.what for b in cache_contract.check_caches()}
 
 
 @pytest.mark.parametrize(("cls", "name"), [(StaticLayer, "batch_select_indices"), (DynamicLayer, "__getitem__")])
 def test_a_name_that_is_known_of_another_class_only(cls: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `crop`, which growing layers had and static ones got later."""
     monkeypatch.setattr(cls, name, nothing, raising=False)
-    assert f"{cls.__name__}.{name}" in {broken.what for broken in caches.check_caches()}
+    assert f"{cls.__name__}.{name}" in {broken.what for broken in cache_contract.check_caches()}
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,16 @@ def test_a_name_that_is_known_of_another_class_only(cls: type, name: str, monkey
 )
 def test_parameters_that_changed(cls: type, name: str, changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cls, name, changed)
-    (found,) = [broken for broken in caches.check_caches() if broken.what == f"{cls.__name__}.{name}"]
+    (found,) = [broken for broken in cache_contract.check_caches() if broken.what == f"{cls.__name__}.{name}"]
     assert found.expected != found.found
     assert found.found.startswith("(") and found.found.strip("()") in str(found)
 
 
 def test_a_method_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(cache_utils.CacheLayerMixin, "prefetch")
-    assert {"DynamicLayer.prefetch", "StaticLayer.prefetch"} <= {broken.what for broken in caches.check_caches()}
+    assert {"DynamicLayer.prefetch", "StaticLayer.prefetch"} <= {
+        broken.what for broken in cache_contract.check_caches()
+    }
 
 
 def test_attributes_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +98,12 @@ def test_attributes_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_initialized, self.size, self.cumulative_length = False, max_cache_len, 0
 
     monkeypatch.setattr(StaticLayer, "__init__", rename)
-    assert [broken.what for broken in caches.check_caches()] == ["StaticLayer().max_cache_len"]
+    assert [broken.what for broken in cache_contract.check_caches()] == ["StaticLayer().max_cache_len"]
 
 
 def test_a_layer_that_is_made_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StaticLayer, "__init__", lambda self, size: None)
-    (found,) = caches.check_caches()
+    (found,) = cache_contract.check_caches()
     assert found.what == "StaticLayer" and "max_cache_len" in found.found
 
 

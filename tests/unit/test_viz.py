@@ -14,6 +14,7 @@ from PIL import Image
 
 from mllm_squeeze.errors import ConfigError, SqueezeError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
+from mllm_squeeze.reporting import boxes, drawing
 from mllm_squeeze.reporting import pictures as viz
 
 RED, BLUE = (250, 10, 10), (10, 10, 250)
@@ -21,13 +22,13 @@ RED, BLUE = (250, 10, 10), (10, 10, 250)
 
 def drawn(picture: Image.Image, tiles: list[Tile], kept: list[int], view: int = 0) -> list[list[bool]]:
     """Which cells of a view kept their colour, read off the pixels in the middle of each cell."""
-    views = viz._views(tiles, [picture], [viz.WHOLE] * len(tiles))
-    image = viz._draw(views[view], tiles, viz._cells(tiles), frozenset(kept))
+    views = drawing.views_of(tiles, [picture], [viz.WHOLE] * len(tiles))
+    image = drawing.draw(views[view], tiles, drawing.cells_of(tiles), frozenset(kept))
     tile = tiles[views[view].tile]
     out = []
     for row in range(tile.height):
-        boxes = [viz.cell_box(*image.size, tile.height, tile.width, row, column) for column in range(tile.width)]
-        out.append([_colourful(image.getpixel(((a + c) // 2, (b + d) // 2))) for a, b, c, d in boxes])
+        cells = [boxes.cell_box(*image.size, tile.height, tile.width, row, column) for column in range(tile.width)]
+        out.append([_colourful(image.getpixel(((a + c) // 2, (b + d) // 2))) for a, b, c, d in cells])
     return out
 
 
@@ -59,7 +60,7 @@ def test_cells_tile_the_picture_without_gap_or_overlap() -> None:
     covered = torch.zeros(height, width, dtype=torch.long)
     for row in range(rows):
         for column in range(columns):
-            left, top, right, bottom = viz.cell_box(width, height, rows, columns, row, column)
+            left, top, right, bottom = boxes.cell_box(width, height, rows, columns, row, column)
             covered[top:bottom, left:right] += 1
     assert bool((covered == 1).all())
 
@@ -67,7 +68,7 @@ def test_cells_tile_the_picture_without_gap_or_overlap() -> None:
 def test_cell_of_the_square_grid() -> None:
     # LLaVA-1.5: token 25 is row 1, column 1 of 24 x 24 patches of 14 pixels.
     assert Tile(1, 24, 24).coordinates()[25] == (0, 1, 1)
-    assert viz.cell_box(336, 336, 24, 24, 1, 1) == (14, 14, 28, 28)
+    assert boxes.cell_box(336, 336, 24, 24, 1, 1) == (14, 14, 28, 28)
 
 
 def test_square_grid_greys_what_was_dropped() -> None:
@@ -92,9 +93,9 @@ def test_frames_take_their_picture_and_their_tokens() -> None:
     # CLS before each frame (Video-LLaVA): frame 0 is indices 1 to 4, frame 1 is 6 to 9.
     tiles = [Tile(2, 2, 2, frame_lead=1)]
     frames = [Image.new("RGB", (40, 40), RED), Image.new("RGB", (40, 40), BLUE)]
-    views = viz._views(tiles, frames, [viz.WHOLE])
-    order = viz._cells(tiles)
-    images = [viz._draw(view, tiles, order, frozenset([1, 9])) for view in views]
+    views = drawing.views_of(tiles, frames, [viz.WHOLE])
+    order = drawing.cells_of(tiles)
+    images = [drawing.draw(view, tiles, order, frozenset([1, 9])) for view in views]
     assert [view.frame for view in views] == [0, 1]
     left_top, right_bottom = (images[0].width // 4, images[0].height // 4), (3 * images[0].width // 4,) * 2
     assert images[0].getpixel(left_top)[0] > 200 and not _colourful(images[0].getpixel(right_bottom))
@@ -104,22 +105,22 @@ def test_frames_take_their_picture_and_their_tokens() -> None:
 def test_merged_frames_show_a_frame_they_cover() -> None:
     # Eight frames on four temporal tokens (Qwen merges two): token t shows frame 2t + 1.
     frames = [Image.new("RGB", (8, 8), (30 * i, 0, 0)) for i in range(8)]
-    views = viz._views([Tile(4, 1, 1)], frames, [viz.WHOLE])
+    views = drawing.views_of([Tile(4, 1, 1)], frames, [viz.WHOLE])
     assert [view.picture.getpixel((0, 0))[0] for view in views] == [30, 90, 150, 210]
 
 
 def test_a_long_video_shows_frames_from_first_to_last() -> None:
-    views = viz._views([Tile(50, 1, 1)], [Image.new("RGB", (8, 8))], [viz.WHOLE])
-    assert len(views) == viz.MAX_FRAMES
+    views = drawing.views_of([Tile(50, 1, 1)], [Image.new("RGB", (8, 8))], [viz.WHOLE])
+    assert len(views) == drawing.MAX_FRAMES
     assert views[0].frame == 0 and views[-1].frame == 49
 
 
 def test_crops_lie_where_the_picture_asks() -> None:
     tiles = [Tile(1, 2, 2)] * 7
-    wide = viz._guess_boxes(tiles, 300, 200, cropped=False)
+    wide = boxes.guess_boxes(tiles, 300, 200, cropped=False)
     assert wide == viz.crop_boxes(3, 2, "last")
     assert wide[0] == (0, 0, 1 / 3, 1 / 2) and wide[-1] == viz.WHOLE
-    assert viz._guess_boxes(tiles, 200, 300, cropped=False) == viz.crop_boxes(2, 3, "last")
+    assert boxes.guess_boxes(tiles, 200, 300, cropped=False) == viz.crop_boxes(2, 3, "last")
     assert viz.crop_boxes(2, 1, "first")[0] == viz.WHOLE
     assert viz.crop_boxes(2, 1) == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
 
@@ -129,7 +130,7 @@ def test_a_cropping_processor_sees_the_centred_square() -> None:
     assert viz.centre_square(100, 400) == (0.0, 0.375, 1.0, 0.625)
     picture = Image.new("RGB", (200, 100), RED)
     picture.paste(BLUE, (50, 0, 150, 100))
-    view = viz._views([Tile(1, 2, 2)], [picture], viz._guess_boxes([Tile(1, 2, 2)], 200, 100, cropped=True))[0]
+    view = drawing.views_of([Tile(1, 2, 2)], [picture], boxes.guess_boxes([Tile(1, 2, 2)], 200, 100, cropped=True))[0]
     assert view.picture.size == (100, 100)
     assert view.picture.getcolors() == [(10000, BLUE)]
 
@@ -161,12 +162,14 @@ def test_video_figure_has_a_row_for_each_step() -> None:
 
 
 def test_groups_colour_members_and_survivor() -> None:
-    colours = viz._colours([0, 0, 2, 3, 3, -1])
+    colours = drawing.colours_of([0, 0, 2, 3, 3, -1])
     assert set(colours) == {0, 1, 3, 4}
     assert colours[0] == colours[1] != colours[3] == colours[4]
-    view = viz._views([Tile(1, 1, 2)], [Image.new("RGB", (80, 40), (128, 128, 128))], [viz.WHOLE])[0]
-    plain = viz._draw(view, [Tile(1, 1, 2)], viz._cells([Tile(1, 1, 2)]), frozenset([0]))
-    tinted = viz._draw(view, [Tile(1, 1, 2)], viz._cells([Tile(1, 1, 2)]), frozenset([0]), viz._colours([0, 0]))
+    view = drawing.views_of([Tile(1, 1, 2)], [Image.new("RGB", (80, 40), (128, 128, 128))], [viz.WHOLE])[0]
+    plain = drawing.draw(view, [Tile(1, 1, 2)], drawing.cells_of([Tile(1, 1, 2)]), frozenset([0]))
+    tinted = drawing.draw(
+        view, [Tile(1, 1, 2)], drawing.cells_of([Tile(1, 1, 2)]), frozenset([0]), drawing.colours_of([0, 0])
+    )
     middle = (3 * plain.width // 4, plain.height // 2)
     assert plain.getpixel(middle) != tinted.getpixel(middle)
 

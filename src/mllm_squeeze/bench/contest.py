@@ -21,7 +21,7 @@ from mllm_squeeze.recipe.recipe import load_recipe
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHES = ("dynamic", "static", "compiled")
 NAIVE = "naive "
-Told = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -108,23 +108,23 @@ def check(setting: Setting) -> None:
 
 def label(method: str, params: Mapping[str, Any]) -> str:
     """Return the name of one of several entries: the method and its parameters."""
-    told = ", ".join(f"{name}={value}" for name, value in params.items())
-    return f"{method} ({told})" if told else method
+    given = ", ".join(f"{name}={value}" for name, value in params.items())
+    return f"{method} ({given})" if given else method
 
 
 @torch.inference_mode()
-def build(setting: Setting, told: Told = lambda text: None) -> Stage:
+def build(setting: Setting, progress: Progress = lambda text: None) -> Stage:
     """Build model, prompt and contestants, and run each of them once, except naive ones."""
     shape = find_shape(setting.model)
-    told(f"building {setting.model}")
+    progress(f"building {setting.model}")
     model = models.build(shape, setting.visual_tokens, setting.device, DTYPES[setting.dtype], setting.attention)
     prompt = models.prompt(shape, model, setting.visual_tokens, setting.batch, setting.text_tokens, setting.decoded)
     stage = Stage(model, prompt, [Contestant(model, prompt)])
-    told("encoding the pictures")
+    progress("encoding the pictures")
     stage.dense.prepare()
     naive = {} if setting.against is None else load_naive(setting.against)
     for method, params in setting.entries:
-        told(f"preparing {method}")
+        progress(f"preparing {method}")
         ours = Squeezed(model, prompt, method, params)
         if [name for name, _ in setting.entries].count(method) > 1:
             ours.name = label(method, params)
@@ -143,14 +143,14 @@ def build(setting: Setting, told: Told = lambda text: None) -> Stage:
 def run(
     setting: Setting,
     command: str,
-    told: Told = lambda text: None,
+    progress: Progress = lambda text: None,
     save: Callable[[results.Results], None] = lambda found: None,
 ) -> results.Results:
     """Run a benchmark; raises like `check` and `models.build`. save: is given what there is after each round."""
     check(setting)
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
-    stage = build(setting, told)
+    stage = build(setting, progress)
     device = stage.model.device
     race = Race(stage.contestants, device, setting.clock, setting.decoded)
 
@@ -164,8 +164,8 @@ def run(
 
     # Every contestant has a graph of its own behind one compiled call.
     with torch._dynamo.config.patch(recompile_limit=8 + len(stage.contestants)):
-        race.run(setting.rounds, setting.warmup, told, lambda: save(found()))
-    race.weigh(told)
+        race.run(setting.rounds, setting.warmup, progress, lambda: save(found()))
+    race.weigh(progress)
     save(found())
     return found()
 

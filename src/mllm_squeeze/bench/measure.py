@@ -98,17 +98,17 @@ class Race:
         self,
         rounds: int,
         warmup: int = 1,
-        said: Callable[[str], None] = lambda text: None,
+        progress: Callable[[str], None] = lambda text: None,
         after: Callable[[], None] = lambda: None,
     ) -> dict[str, Times]:
         """Run all rounds and return the times by name; rounds of warming up are not counted.
 
-        said: told who runs. after: called behind each counted round.
+        progress: told who runs. after: called behind each counted round.
         """
         for number in range(-warmup, rounds):
             for i in order(len(self.contestants), number):
                 one = self.contestants[i]
-                said(f"round {number + 1} of {rounds}: {one.name}" if number >= 0 else f"warming up: {one.name}")
+                progress(f"round {number + 1} of {rounds}: {one.name}" if number >= 0 else f"warming up: {one.name}")
                 self._turn(one, self.times[one.name] if number >= 0 else Times())
             if number >= 0:
                 after()
@@ -129,10 +129,10 @@ class Race:
             times.parts[name].append(value)
 
     @torch.inference_mode()
-    def weigh(self, said: Callable[[str], None] = lambda text: None) -> None:
+    def weigh(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """Run one more prefill of everyone for its memory, with no clock running."""
         for one in self.contestants:
-            said(f"memory: {one.name}")
+            progress(f"memory: {one.name}")
             with one.active():
                 self.times[one.name].memory = peak_bytes(one.prefill, self.device)
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mllm_squeeze.bench.measure import Spread, Times, paired, spread
+from mllm_squeeze.reporting.tables import markdown as table_lines
 
 Kind = Literal["dense", "ours", "oracle", "naive"]
 
@@ -162,8 +163,8 @@ def _group(results: Results, name: str, columns: Sequence[int]) -> Table:
     found = _table(name, [HEADERS[n] for n in columns])
     for row in results.rows:
         style = "bold" if row.kind == "ours" else "dim" if row.kind in ("oracle", "naive") else ""
-        told = cells(row, spreads=False)
-        found.add_row(Text(row.name, style=style), *(Text(told[n], style=style) for n in columns))
+        texts = cells(row, spreads=False)
+        found.add_row(Text(row.name, style=style), *(Text(texts[n], style=style) for n in columns))
     return found
 
 
@@ -206,26 +207,21 @@ def title(results: Results) -> str:
 def markdown(results: Results) -> str:
     """Return the results as a Markdown file: the command, the machine, the table, the parts of the rule."""
     lines = [f"# {title(results)}", "", "```", results.command, "```", ""]
-    told = {**results.environment, **{k: v for k, v in results.setting.items() if k in ("threads", "decoded_tokens")}}
-    lines += [", ".join(f"{name}: {value}" for name, value in told.items() if value is not None) + ".", ""]
+    facts = {**results.environment, **{k: v for k, v in results.setting.items() if k in ("threads", "decoded_tokens")}}
+    lines += [", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None) + ".", ""]
     lines += [
         "Times are medians over the rounds (quartiles in brackets); speed-up (dense by this) and efficiency "
         "(oracle by this) are medians of the ratios within a round.",
         "",
     ]
-    lines += _markdown_table(HEADERS, [cells(row) for row in results.rows])
+    lines += table_lines(HEADERS, [cells(row) for row in results.rows])
     ours = [row for row in results.rows if row.kind == "ours"]
     if ours:
         parts = list(ours[0].rule)
         body = [[row.name, *(f"{1000 * row.rule[part]:.2f}" for part in parts)] for row in ours]
         lines += ["", "The rule's own work in milliseconds, by part:", ""]
-        lines += _markdown_table(("contestant", *parts), body)
+        lines += table_lines(("contestant", *parts), body)
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    bar = ["---", *["---:"] * (len(headers) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (headers, bar, *rows)]
 
 
 def machine(device: Any) -> dict[str, Any]:

@@ -171,12 +171,12 @@ def _decoding(parts: ModelParts, case: Case) -> str | None:
 
 def _cache_wrong(run: Run, layer: int) -> str | None:
     """Return what is wrong with what the cache says of itself."""
-    if run.session.index is None or not kv.is_cut(run.cache):
+    if run.first.index is None or not kv.is_cut(run.cache):
         return "nothing was cut"
     seen = kv.tokens_seen(run.cache)
     if seen != LENGTH:
         return f"the cache says that it saw {seen} tokens, and {LENGTH} went through"
-    survivors = run.session.index.shape[1] + STEPS
+    survivors = run.first.index.shape[1] + STEPS
     for number in range(len(run.parts.layers)):
         if number in run.parts.kv_sources or not run.parts.has_entries(number):
             continue

@@ -8,9 +8,9 @@ from mllm_squeeze.checking.canary import decoding_of, in_words
 from mllm_squeeze.errors import SqueezeWarning
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.upstream import contract, versions
-from mllm_squeeze.upstream.attention import check_registry
+from mllm_squeeze.upstream.attention_contract import check_registry
 from mllm_squeeze.upstream.broken import Broken
-from mllm_squeeze.upstream.caches import check_caches
+from mllm_squeeze.upstream.cache_contract import check_caches
 
 
 def broken_expectations(parts: ModelParts) -> list[Broken]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mllm_squeeze.checking.prompt import LENGTH, TrialPrompt
 from mllm_squeeze.engine.hooks import self_check as selfcheck
-from mllm_squeeze.engine.hooks.attachment import Runtime
+from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.caches import new_growing, new_static
 from mllm_squeeze.upstream.calls import Arguments, LayerCall, with_cache
@@ -26,9 +26,9 @@ PREFILL = LENGTH - STEPS
 
 
 @contextmanager
-def running(parts: ModelParts, plan: Plan) -> Iterator[Runtime]:
+def running(parts: ModelParts, plan: Plan) -> Iterator[Attachment]:
     """Hook a text model for a plan inside the block."""
-    runtime = Runtime(parts, plan, lambda session: None)
+    runtime = Attachment(parts, plan, lambda prefill: None)
     try:
         runtime.attach()
         yield runtime
@@ -39,16 +39,15 @@ def running(parts: ModelParts, plan: Plan) -> Iterator[Runtime]:
 class Run:
     """A squeezed prefill and its decode steps; `states` are what each of them gave."""
 
-    def __init__(self, parts: ModelParts, runtime: Runtime, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
+    def __init__(self, parts: ModelParts, runtime: Attachment, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
         self.parts, self.runtime, self.prompt = parts, runtime, prompt
         self.cache = new_static(parts.text_config, LENGTH) if static else new_growing(parts.text_config)
-        self.session = Session(plan, parts, prompt.layout(PREFILL), {}, PREFILL, 0)
+        self.first = Prefill(plan, parts, prompt.layout(PREFILL), {}, torch.device("cpu"))
         self.states: list[Tensor] = []
 
     def prefill(self) -> None:
         """Run the tokens in front of those that are decoded."""
-        self.session.prepare(torch.device("cpu"))
-        self.states.append(self.runtime.run_with(self.session, lambda: self._pass(0, PREFILL)))
+        self.states.append(self.runtime.run_with(self.first, lambda: self._pass(0, PREFILL)))
 
     def step(self, column: int) -> None:
         """Decode one token."""
@@ -60,14 +59,7 @@ class Run:
 
     def kept(self) -> Tensor:
         """Return bool (B, LENGTH): survivors of the prefill, and all tokens behind it."""
-        index = self.session.index
-        assert index is not None
-        kept = torch.zeros(self.prompt.rows, LENGTH, dtype=torch.bool)
-        kept[:, PREFILL:] = True
-        rows = torch.arange(self.prompt.rows)[:, None].expand_as(index)
-        good = torch.ones_like(index, dtype=torch.bool) if self.session.valid is None else self.session.valid
-        kept[rows[good], index[good]] = True
-        return kept
+        return torch.nn.functional.pad(self.first.kept, (0, STEPS), value=True)
 
 
 def dense_states(parts: ModelParts, prompt: TrialPrompt) -> Tensor:
@@ -81,11 +73,10 @@ def expected_states(parts: ModelParts, run: Run, layer: int, repack: bool) -> Te
     Where layers mix tokens without attention, masking has no meaning; then it is a cut without a cache.
     """
     if selfcheck.layers_without_attention(parts, layer):
-        plan = run.session.plan
+        plan = run.first.plan
         with running(parts, plan) as runtime:
-            session = Session(plan, parts, run.prompt.layout(), {}, LENGTH, 0)
-            session.prepare(torch.device("cpu"))
-            return runtime.run_with(session, lambda: dense_states(parts, run.prompt))
+            prefill = Prefill(plan, parts, run.prompt.layout(), {}, torch.device("cpu"))
+            return runtime.run_with(prefill, lambda: dense_states(parts, run.prompt))
     kept = run.kept()
     hooks = []
     for number in range(layer, len(parts.layers)):

@@ -14,7 +14,7 @@ from mllm_squeeze.checking.canary import decoding_of, in_words
 from mllm_squeeze.checking.prompt import layer_to_cut, trial_prompt
 from mllm_squeeze.checking.small import first_line, small_parts
 from mllm_squeeze.engine.hooks import self_check as selfcheck
-from mllm_squeeze.engine.hooks.attachment import Runtime
+from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.family.structure import ModelParts
@@ -108,7 +108,7 @@ def _tried(parts: ModelParts, on: str) -> Trial:
         dense = _last_hidden(parts, prompt.given)
     except Exception as error:
         return Trial("not run", on, layer, reason=f"the text model alone does not run: {first_line(error)}")
-    runtime = Runtime(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda session: None)
+    runtime = Attachment(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda prefill: None)
     try:
         runtime.attach()
         proof = runtime.prove(layer, prompt.layout(), {}, TextCall.read(parts.decoder, (), prompt.given))

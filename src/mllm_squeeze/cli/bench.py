@@ -24,6 +24,7 @@ def bench(
     method: Annotated[str, typer.Option(help="Names, separated by commas.")] = "fastv",
     ratio: Annotated[list[float] | None, typer.Option(help="Fraction removed; give it again for more of them.")] = None,
     keep: Annotated[str | None, typer.Option(help="Tokens kept per picture (64), or the fraction kept (0.25).")] = None,
+    total: Annotated[int | None, typer.Option(help="Tokens kept of all pictures of a prompt together.")] = None,
     param: Annotated[list[str] | None, typer.Option(help="Another parameter of the methods: layer=3.")] = None,
     visual_tokens: Annotated[
         int, typer.Option(min=4, help="Visual tokens per prompt, as near as pictures allow.")
@@ -57,7 +58,8 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Folder for JSON, Markdown and traces.")] = None,
 ) -> None:
     """Measure what methods cost and save: time to first token, decoding, encoder, memory, the rule's own time."""
-    entries = _entries(method, ratio or ([None] if keep else [0.75]), keep, param or [])
+    ratios: list[Any] = list(ratio or []) or ([0.75] if keep is None and total is None else [None])
+    entries = _entries(method, [models._params(one, keep, total, param or []) for one in ratios])
     lengths = [visual_tokens] if sweep is None else _lengths(sweep)
     from mllm_squeeze.bench.contest import Setting
 
@@ -91,11 +93,11 @@ def bench(
             _run(setting, out, name)
 
 
-def _entries(names: str, ratios: list[Any], keep: str | None, more: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def _entries(names: str, params: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise ConfigError("--method takes names, separated by commas: fastv,divprune.")
-    return [(name, models._params(ratio, keep, more)) for ratio in ratios for name in wanted]
+    return [(name, dict(given)) for given in params for name in wanted]
 
 
 def _lengths(sweep: str) -> list[int]:
@@ -118,9 +120,9 @@ def _device(wanted: str | None) -> str:
 def _run(setting: Any, out: Path | None, name: str) -> None:
     from mllm_squeeze.bench import contest, results
 
-    with output.progress() as told:
+    with output.progress() as progress:
         save = (lambda so_far: None) if out is None else (lambda so_far: so_far.save(out, name))
-        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), told, save)
+        found = contest.run(setting, shlex.join(["mllm-squeeze", *sys.argv[1:]]), progress, save)
     screen = output.console()
     screen.print(results.title(found), highlight=False, soft_wrap=True)
     for table in results.tables(found):
@@ -138,14 +140,14 @@ def _profile(setting: Any, out: Path, name: str) -> None:
     contest.check(setting)
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
-    with output.progress() as told:
-        stage = contest.build(setting, told)
+    with output.progress() as progress:
+        stage = contest.build(setting, progress)
     for one in stage.contestants:
         if one.kind != "ours":
             continue
         path = out / f"{name}-{one.name.split(' ')[0]}-trace.json"
-        with output.progress() as told:
-            told(f"profiling {one.name}")
+        with output.progress() as progress:
+            progress(f"profiling {one.name}")
             found = profiling.trace(one, path)
         screen = output.console()
         screen.print(one.name, style="bold", highlight=False)

@@ -88,7 +88,10 @@ def describe(
             ],
             "positions": told["positions"],
             "count known from grid and budget": facts["known_count"],
+            "keeps exactly what is asked": facts["exact"],
             "reads the text": facts["reads_text"],
+            "signals": facts["signals"],
+            "merges tokens": facts["merges"],
             "modalities": facts["modalities"],
         }
     )

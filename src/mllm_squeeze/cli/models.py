@@ -58,6 +58,7 @@ def run(
     frames: Annotated[int | None, typer.Option(help="Frames to take of each video.", min=1)] = None,
     ratio: Annotated[float | None, typer.Option(help="Fraction of the visual tokens removed.")] = None,
     keep: Annotated[str | None, typer.Option(help="Tokens kept per picture (64), or the fraction kept (0.25).")] = None,
+    total: Annotated[int | None, typer.Option(help="Tokens kept of all pictures of the prompt together.")] = None,
     param: Annotated[list[str] | None, typer.Option(help="Another parameter of the method: layer=3.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 128,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best by default.")] = None,
@@ -65,7 +66,7 @@ def run(
     compare: Annotated[bool, typer.Option("--compare", help="Time the untouched model as well.")] = False,
 ) -> None:
     """Ask a model a question about pictures or videos, with a method applied."""
-    params = _params(ratio, keep, param or [])
+    params = _params(ratio, keep, total, param or [])
     load_recipe(method, **params)  # a slip shows before the weights load
     from mllm_squeeze import api
     from mllm_squeeze.cli import load
@@ -85,13 +86,15 @@ def run(
         _show(handle, squeezed, dense)
 
 
-def _params(ratio: float | None, keep: str | None, more: list[str]) -> dict[str, Any]:
+def _params(ratio: float | None, keep: str | None, total: int | None, more: list[str]) -> dict[str, Any]:
     """Return the method's parameters with the types that YAML gives them."""
     out: dict[str, Any] = {}
     if ratio is not None:
         out["ratio"] = ratio
     if keep is not None:
         out["keep"] = yaml.safe_load(keep)
+    if total is not None:
+        out["total"] = total
     for text in more:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():

@@ -28,6 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm_squeeze as squeeze
 from mllm_squeeze.reporting import pictures as viz
+from mllm_squeeze.reporting.tables import markdown
 
 from . import folder
 from .contest import DENSE, Contender, Entry, hit, line_up, measure_accuracy, measure_time, summarise
@@ -66,8 +67,7 @@ class Comparison:
     def to_markdown(self) -> str:
         """Return the table for the documentation."""
         head = _head(self)
-        lines = [f"| {' | '.join(head)} |", f"|{' --- |' + ' ---: |' * (len(head) - 1)}"]
-        lines += [f"| {' | '.join(_cells(entry)[: len(head)])} |" for entry in self.entries]
+        lines = markdown(head, [_cells(entry)[: len(head)] for entry in self.entries])
         facts = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         how = (
             f"{self.questions} held-out questions, a picture each; the difference to dense is paired. Answers are read "
@@ -85,10 +85,10 @@ def image_methods() -> list[str]:
     """Return the methods that prune a picture during the prefill, to a ratio that the caller chooses."""
     out = []
     for name in squeeze.methods():
-        told = squeeze.describe(name)
-        facts = told["facts"]
+        described = squeeze.describe(name)
+        facts = described["facts"]
         in_cache = any(place.startswith("cache") for place in facts["places"])
-        if "image" in facts["modalities"] and "ratio" in told["params"] and not in_cache:
+        if "image" in facts["modalities"] and "ratio" in described["params"] and not in_cache:
             out.append(name)
     return out
 
@@ -217,8 +217,8 @@ def _draw_some(dense: Contender, shown: list[Contender], processor: Any, items: 
     kept: list[list[list[int]]] = []
     captions = []
     for item in items:
-        said = [answers(c.model, processor, [item])[0] for c in [dense, *shown]]
-        captions.append([_caption(words, item) for words in said])
+        given = [answers(c.model, processor, [item])[0] for c in [dense, *shown]]
+        captions.append([_caption(words, item) for words in given])
         kept.append([viz.survivors(c.handle.layout.spans[0], c.handle.cuts[-1]) for c in shown])
     titles = [f"{c.method}\n{len(kept[0][i])} kept" for i, c in enumerate(shown)]
     rows = ["\n".join(textwrap.wrap(item.question, 20)) for item in items]
@@ -226,10 +226,10 @@ def _draw_some(dense: Contender, shown: list[Contender], processor: Any, items: 
     viz.sheet([i.picture for i in items], tiles, kept, titles=titles, rows=rows, captions=captions, path=path)
 
 
-def _caption(said: str, item: Item) -> str:
+def _caption(answer: str, item: Item) -> str:
     """The first word and whether it is right; dots where the answer goes on."""
-    first, *more = said.split() or [""]
-    return f"{first}{'…' if more else ''} {'✓' if hit(said, item) else '✗'}"
+    first, *more = answer.split() or [""]
+    return f"{first}{'…' if more else ''} {'✓' if hit(answer, item) else '✗'}"
 
 
 def _versions() -> dict[str, str]:

@@ -89,16 +89,16 @@ def measure_accuracy(
                 contender.handle.remove()
                 contender.handle = squeeze.apply(contender.model, contender.method, **contender.params, seed=seed)
             given = answers(contender.model, processor, items, batch)
-            contender.right.append([float(hit(said, item)) for said, item in zip(given, items, strict=True)])
-            contender.exact.append([float(said == item.answer) for said, item in zip(given, items, strict=True)])
-            contender.ended.append(statistics.fmean(len(said.split()) == 1 for said in given))
+            contender.right.append([float(hit(answer, item)) for answer, item in zip(given, items, strict=True)])
+            contender.exact.append([float(answer == item.answer) for answer, item in zip(given, items, strict=True)])
+            contender.ended.append(statistics.fmean(len(answer.split()) == 1 for answer in given))
             bar.update(task, advance=1, description=f"answers: {contender.method}")
     bar.update(task, description="answers")
 
 
-def hit(said: str, item: Item) -> bool:
+def hit(answer: str, item: Item) -> bool:
     """Whether the first word is the answer, whatever follows; the whole answer is counted beside it."""
-    return said.split()[:1] == [item.answer]
+    return answer.split()[:1] == [item.answer]
 
 
 def _seeds_of(contender: Contender, seeds: int) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mllm_squeeze as squeeze
+from mllm_squeeze.reporting.tables import markdown
 
 from . import folder
 from .evaluate import prompt
@@ -81,10 +82,13 @@ class Study:
 
     def to_markdown(self) -> str:
         """Return the table for the documentation."""
-        lines = [f"| {' | '.join(HEAD)} |", f"|{' --- |' + ' ---: |' * (len(HEAD) - 1)}"]
-        for row in self.rows:
-            shares = f"{100 * row.right:.0f} | {100 * row.stops:.0f}"
-            lines.append(f"| {row.what} | {row.kept:.0f} | {row.background:.0f} | {shares} |")
+        lines = markdown(
+            HEAD,
+            [
+                [row.what, *(f"{n:.0f}" for n in (row.kept, row.background, 100 * row.right, 100 * row.stops))]
+                for row in self.rows
+            ],
+        )
         facts = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         looks = ", ".join(f"{100 * share:.0f} % {what}" for what, share in self.attention.items())
         return "\n".join(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze import ops
+from mllm_squeeze.engine import limits
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR, SpanTable
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.engine.trace import StageTrace, now
-from mllm_squeeze.errors import SqueezeWarning
 from mllm_squeeze.layout import Span
 from mllm_squeeze.reducers.base import Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Need, Size
@@ -50,7 +50,7 @@ class _Candidates:
         return torch.ones_like(self.order, dtype=torch.float32) if size is None else size.gather(1, self.order)
 
 
-def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, call: LayerCall | None = None) -> Tensor:
+def run_cut(session: Prefill, planned: PlannedCut, hidden: Tensor, call: LayerCall | None = None) -> Tensor:
     """Run one cut at the input of a layer; returns the hidden states (B, M', D) of what is left.
 
     call: of the layer, for signals that preview it. Warns where there was nothing to cut.
@@ -66,8 +66,8 @@ def run_cut(session: Session, planned: PlannedCut, hidden: Tensor, call: LayerCa
         _add_sizes(session, found, reduction.assign)
     chosen = _chosen(session, planned, found, reduction.keep)
     counts = _counts(session, planned, found, chosen)
-    _warn_left(session, planned, found, counts)
-    return _finish(session, planned, planned.layer, hidden, chosen, counts, start)
+    limits.warn_left(session, planned, found.rows, found.current, found.budget, counts)
+    return _finish(session, planned, planned.layer, hidden, chosen, counts, _asked(session, planned, found), start)
 
 
 @marked("select")
@@ -75,7 +75,7 @@ def _reduce(planned: PlannedCut, tokens: VisualTokens) -> Reduction:
     return planned.reducer.reduce(tokens)
 
 
-def cut_survivors(session: Session, planned: PlannedCut, hidden: Tensor) -> Tensor:
+def cut_survivors(session: Prefill, planned: PlannedCut, hidden: Tensor) -> Tensor:
     """Cut what a reduction inside the encoder pruned, and the duplicates it left behind; at the input of layer 0."""
     groups = {m: f.groups for m, f in session.features.items() if f.groups is not None}
     if not groups or session.layout is None:
@@ -92,7 +92,9 @@ def cut_survivors(session: Session, planned: PlannedCut, hidden: Tensor) -> Tens
             chosen[row, : span.length], size[row, : span.length] = kept, stands_for
             counts[row] = int(kept.sum())
     session.table = replace(table, size=size)
-    return _finish(session, planned, 0, hidden, chosen, tuple(counts), start)
+    reduced = [row for row, span in enumerate(session.layout.spans) if span.modality in groups]
+    asked = limits.asked_in_encoder(session, planned, reduced)
+    return _finish(session, planned, 0, hidden, chosen, tuple(counts), asked, start)
 
 
 def _first_of_groups(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,7 @@ def _first_of_groups(group: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @marked("signal")
-def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
+def choose_rows(session: Prefill, planned: PlannedCut, hidden: Tensor) -> None:
     """Ask a reducer which text rows it wants to read; at the input of layer 0."""
     found = _candidates(session, planned)
     if found is None:
@@ -115,28 +117,29 @@ def choose_rows(session: Session, planned: PlannedCut, hidden: Tensor) -> None:
     picked = planned.reducer.choose_rows(_tokens(session, planned, found, hidden, None, needs))
     votes = torch.zeros_like(session.text_mask, dtype=torch.float32)
     votes = votes.index_add(0, found.table.sample, picked.float())
-    session.row_weights[planned.step] = signals.mean_weights((votes > 0) & session.text_mask)
+    session.signals.row_weights[planned.step] = signals.mean_weights((votes > 0) & session.text_mask)
 
 
 def _finish(
-    session: Session,
+    session: Prefill,
     planned: PlannedCut,
     layer: int,
     hidden: Tensor,
     chosen: Tensor,
     counts: tuple[int, ...],
+    asked: tuple[int, ...] | None,
     start: Any,
 ) -> Tensor:
     before, length = session.table.current, hidden.shape[1]
     if counts != before:
         hidden = session.advance(layer, hidden, chosen, counts)
-    trace = StageTrace(planned, layer, before, counts, length, hidden.shape[1], (start, now(hidden.device)))
+    trace = StageTrace(planned, layer, before, counts, asked, length, hidden.shape[1], (start, now(hidden.device)))
     session.traces.append(trace)
     return hidden
 
 
 @marked("select")
-def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
+def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     """Return what may be chosen from, None where the budget asks for all that is there, or nothing is."""
     layout = session.layout
     assert layout is not None
@@ -144,17 +147,15 @@ def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
     rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.facts.modalities]
     if not rows:
         given = sorted({span.modality for span in layout.spans})
-        _warn(
+        limits.warn(
             f"'{planned.name}' reduces {', '.join(sorted(reducer.facts.modalities))} tokens, the prompt holds only "
             f"{', '.join(given)}; nothing was cut."
         )
         return None
-    whole = {n: _whole(reducer.separators, layout.spans[n]) for n in rows}
-    budget = {n: planned.budget(whole[n]) for n in rows}
-    _warn_above(planned, list(whole.values()))
-    if budget == whole and not planned.decides:
+    asked = limits.asked_of(session, planned, rows)
+    if asked is None:
         return None
-    current = {n: _current(session, reducer.separators, n) for n in rows}
+    current = {n: limits.current_of(session, reducer.separators, n) for n in rows}
     # A rule that decides its own count may have left nothing of a span.
     rows = [n for n in rows if current[n]]
     if not rows:
@@ -163,30 +164,12 @@ def _candidates(session: Session, planned: PlannedCut) -> _Candidates | None:
     may = picked.mask if reducer.separators == "compete" else picked.mask & _is_cell(session, picked, rows)
     there = tuple(current[n] for n in rows)
     order = picked.order(may, max(there))
-    asked = tuple(min(budget[n], current[n]) for n in rows)
-    return _Candidates(rows, picked, order, may.gather(1, order), there, asked)
+    budget = tuple(min(asked[n], current[n]) for n in rows)
+    limits.require_reachable(session, planned, rows, there, budget)
+    return _Candidates(rows, picked, order, may.gather(1, order), there, budget)
 
 
-def _whole(separators: str, span: Span) -> int:
-    """Return how many of a span's tokens a budget speaks of."""
-    return (_cells(span.tiles) or span.length) if separators == "keep" else span.length
-
-
-def _current(session: Session, separators: str, row: int) -> int:
-    """Return how many tokens of a span a reducer may choose from now."""
-    assert session.layout is not None
-    span, current = session.layout.spans[row], session.table.current[row]
-    cells = _cells(span.tiles) or span.length
-    if separators != "compete" and session.stage == 0:
-        return cells
-    return current - (span.length - cells) if separators == "keep" else current
-
-
-def _cells(tiles: Sequence[Any]) -> int:
-    return sum(tile.cells for tile in tiles)
-
-
-def _is_cell(session: Session, table: SpanTable, rows: list[int]) -> Tensor:
+def _is_cell(session: Prefill, table: SpanTable, rows: list[int]) -> Tensor:
     assert session.layout is not None
     unknown = torch.tensor([not session.layout.spans[n].tiles for n in rows], device=table.mask.device)
     return (table.grid[..., 0] >= 0) | unknown[:, None]
@@ -194,7 +177,7 @@ def _is_cell(session: Session, table: SpanTable, rows: list[int]) -> Tensor:
 
 @marked("signal")
 def _tokens(
-    session: Session,
+    session: Prefill,
     planned: PlannedCut,
     found: _Candidates,
     hidden: Tensor,
@@ -234,7 +217,7 @@ def _links(spans: Sequence[Span]) -> tuple[tuple[int, ...], ...]:
 
 
 @marked("select")
-def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Tensor) -> Tensor:
+def _chosen(session: Prefill, planned: PlannedCut, found: _Candidates, keep: Tensor) -> Tensor:
     """Return bool (S, N) over all spans: what the reducer keeps, and all it was not asked about."""
     inside = torch.zeros_like(found.table.mask).scatter(1, found.order, keep & found.mask)
     asked = torch.zeros_like(found.table.mask).scatter(1, found.order, found.mask)
@@ -248,53 +231,33 @@ def _chosen(session: Session, planned: PlannedCut, found: _Candidates, keep: Ten
 
 
 @marked("select")
-def _counts(session: Session, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
+def _counts(session: Prefill, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
     assert session.layout is not None
     if planned.decides or not planned.reducer.facts.known_count:
         return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
     counts = list(session.table.current)
     for row, current, budget in zip(found.rows, found.current, found.budget, strict=True):
-        others = 0 if planned.reducer.separators == "drop" else counts[row] - current
+        others = limits.beside(session, planned, row, current)
         counts[row] = others + planned.reducer.count(current, budget, session.layout.spans[row].tiles)
     return tuple(counts)
 
 
+def _asked(session: Prefill, planned: PlannedCut, found: _Candidates) -> tuple[int, ...] | None:
+    """Return the tokens each span was asked to keep, what stays anyway included; None where the rule decides."""
+    if planned.decides:
+        return None
+    out = list(session.table.current)
+    for row, current, budget in zip(found.rows, found.current, found.budget, strict=True):
+        out[row] = limits.beside(session, planned, row, current) + budget
+    return tuple(out)
+
+
 @marked("merge")
-def _add_sizes(session: Session, found: _Candidates, assign: Tensor) -> None:
+def _add_sizes(session: Prefill, found: _Candidates, assign: Tensor) -> None:
     """Count for each survivor what was merged into it."""
     table = session.table
     size = torch.ones_like(table.mask, dtype=torch.float32) if table.size is None else table.size.clone()
     rows = torch.tensor(found.rows, device=size.device)[:, None]
     size[rows, found.order] = ops.merged_size(assign, found.size)
     session.table = replace(table, size=size)
-
-
-def _warn_left(session: Session, planned: PlannedCut, found: _Candidates, counts: tuple[int, ...]) -> None:
-    """Warn where a rule leaves clearly more than asked: a tenth more, and more than each frame rounds up by."""
-    assert session.layout is not None
-    if planned.decides:
-        return
-    for row, current, asked in zip(found.rows, found.current, found.budget, strict=True):
-        others = 0 if planned.reducer.separators == "drop" else session.table.current[row] - current
-        left = counts[row] - others
-        pieces = sum(tile.frames for tile in session.layout.spans[row].tiles)
-        if left > asked + max((pieces + 1) // 2, 1, asked // 10):
-            _warn(
-                f"'{planned.name}' was asked to leave {asked} of the {current} tokens of a span, and leaves {left}: "
-                f"{planned.reducer.why_more}. Ask for less, give more frames, or use a method that keeps any number."
-            )
-            return
-
-
-def _warn_above(planned: PlannedCut, whole: list[int]) -> None:
-    keep = planned.reducer.keep
-    if isinstance(keep, int) and any(keep > length for length in whole):
-        _warn(
-            f"'{planned.name}' was asked to keep {keep} tokens of a span that has {min(whole)}; all of it is kept. "
-            "Lower keep=, or give ratio= (the fraction removed)."
-        )
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, SqueezeWarning, stacklevel=2)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from mllm_squeeze import ops
+from mllm_squeeze.amount import RULE_DECIDES, Amount
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Need
@@ -16,32 +16,22 @@ from mllm_squeeze.reducers.needs import Need
 class PlannedCut:
     """One cut at the input of a decoder layer.
 
-    step: number of the recipe's step. layer: first layer that runs short. stage, stages: place in a schedule of several
-    cuts. fractions: cumulative kept fraction after each stage, None for a geometric schedule.
+    step: number of the recipe's step. layer: first layer that runs short. amount: how much is left of the original
+    tokens when all stages have run. stage, stages: place in a schedule of several cuts.
     """
 
     step: int
     name: str
     layer: int
     reducer: Reducer
+    amount: Amount = RULE_DECIDES
     stage: int = 0
     stages: int = 1
-    fractions: tuple[float, ...] | None = None
 
     @property
     def decides(self) -> bool:
         """True where nothing says how much is left but the rule itself."""
-        reducer = self.reducer
-        return reducer.facts.decides and reducer.ratio is None and reducer.keep is None and self.fractions is None
-
-    def budget(self, length: int) -> int:
-        """Return how many of a span's original tokens may be left after this cut; all where the rule decides.
-
-        length: the span's tokens before any cut, without those that the attention mask hides.
-        """
-        if self.fractions is not None:
-            return ops.kept_count(length, keep=float(self.fractions[self.stage]))
-        return ops.stage_counts(length, self.stages, self.reducer.ratio, self.reducer.keep)[self.stage]
+        return self.reducer.facts.decides and not self.amount.given
 
 
 @dataclass(frozen=True)

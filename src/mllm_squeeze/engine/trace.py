@@ -52,12 +52,16 @@ class Attended:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """What one cut did: tokens per span before and after, sequence length before and after, and its own time."""
+    """What one cut did: tokens per span before and after, sequence length before and after, and its own time.
+
+    asked: tokens each span was asked to keep, None where the rule decided.
+    """
 
     cut: PlannedCut
     layer: int
     before: tuple[int, ...]
     after: tuple[int, ...]
+    asked: tuple[int, ...] | None
     sequence_before: int
     sequence_after: int
     clock: tuple[Any, Any]

@@ -105,7 +105,7 @@ class ModelParts:
         return self.row.cls and self.tower is not None and modules.has_class_token(self.tower)
 
     @property
-    def lead(self) -> int:
+    def special_tokens(self) -> int:
         """Special tokens in front of the patches inside the tower: 1 with a CLS token there, else 0."""
         return int(self.has_cls and not self.row.cls_last)
 
@@ -116,8 +116,8 @@ class ModelParts:
 
     def patches(self, values: Tensor) -> Tensor:
         """Return what belongs to the patches of a tower's sequence; values: (tiles, special + N, ...)."""
-        behind = int(self.has_cls) - self.lead
-        return values[:, self.lead : values.shape[1] - behind]
+        behind = int(self.has_cls) - self.special_tokens
+        return values[:, self.special_tokens : values.shape[1] - behind]
 
     @property
     def saliency_block(self) -> int | None:
@@ -221,7 +221,7 @@ def _require_known(parts: ModelParts) -> None:
     encoded = () if row.by_runs or not row.verified else tuple(m for m in row.modalities if m != "audio")
     named = row.modalities if row.verified and not row.id_paths and not row.shared_id else ()
     broken = check_structure(parts, encoded=encoded, named=named, tried=row.verified)
-    if row.verified and "anyres" in (row.grid, row.road):
+    if row.verified and "anyres" in (row.grid, row.tower_to_llm):
         broken += functions.check_tiles(parts.base)
     contract.require(broken)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Road = Literal[
+TowerToLlm = Literal[
     "identity",
     "anyres",
     "block_merge",
@@ -26,24 +26,24 @@ Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
 class FamilyRow:
     """What a family does between its pixels and its text model.
 
-    model_type: `config.model_type`. modalities: what it takes. grid: rule that gives the rectangle of each span. road:
-    how tower tokens become LLM tokens, so that a tower score can travel the same way; `family.tower_to_llm` says what
-    each word means ("queries": each LLM token looks at all patches, so a score cannot; "none": nobody has looked).
-    tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may have a CLS token, in front of the patches,
-    or behind them where cls_last. late: what the feature method gives is projected behind it. grouped: modalities whose
-    feature items, where no text stands between them, are tiles of one picture or frames of one video. per_token: the
-    projector maps one tower token to one LLM token. saliency: config name of the list of full-attention tower blocks,
-    "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config path of the
-    placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through the inner
-    model. by_runs: the feature method does not tell what is an item; each run of placeholders is one. stacked: layers
-    pass several streams of hidden states, so that norms and projections cannot be previewed. verified: False for a
-    family nobody has tried, which must prove itself on its first call. note: what a user should know.
+    model_type: `config.model_type`. modalities: what it takes. grid: rule that gives the rectangle of each span.
+    tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way; the module of that
+    name says what each word means ("queries": each LLM token looks at all patches, so a score cannot; "none": nobody
+    has looked). tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may have a CLS token, in front of
+    the patches, or behind them where cls_last. late: what the feature method gives is projected behind it. grouped:
+    modalities whose feature items, where no text stands between them, are tiles of one picture or frames of one video.
+    per_token: the projector maps one tower token to one LLM token. saliency: config name of the list of full-attention
+    tower blocks, "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config
+    path of the placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through
+    the inner model. by_runs: the feature method does not tell what is an item; each run of placeholders is one.
+    stacked: layers pass several streams of hidden states, so that norms and projections cannot be previewed. verified:
+    False for a family nobody has tried, which must prove itself on its first call. note: what a user should know.
     """
 
     model_type: str
     modalities: tuple[str, ...] = ("image",)
     grid: Grid = "square"
-    road: Road = "none"
+    tower_to_llm: TowerToLlm = "none"
     tower: Literal["batched", "packed"] = "batched"
     cls: bool = False
     cls_last: bool = False
@@ -62,12 +62,12 @@ class FamilyRow:
 
 _BOTH = ("image", "video")
 _OMNI = ("image", "video", "audio")
-_QWEN = FamilyRow("qwen2_vl", _BOTH, grid="thw", road="block_merge", tower="packed")
+_QWEN = FamilyRow("qwen2_vl", _BOTH, grid="thw", tower_to_llm="block_merge", tower="packed")
 _WINDOWED = replace(_QWEN, saliency="fullatt_block_indexes")
 _GLM = replace(_QWEN, shared_id=True)
-_LLAVA = FamilyRow("llava", road="identity", cls=True, per_token=True)
-_ANYRES = replace(_LLAVA, grid="anyres", road="anyres")
-_POOLED = FamilyRow("gemma3", road="pool")
+_LLAVA = FamilyRow("llava", tower_to_llm="identity", cls=True, per_token=True)
+_ANYRES = replace(_LLAVA, grid="anyres", tower_to_llm="anyres")
+_POOLED = FamilyRow("gemma3", tower_to_llm="pool")
 _AUDIO = FamilyRow("qwen2_audio", ("audio",), grid="unknown")
 _HYBRID_NOTE = "Layers without attention cannot be read: cut behind a full-attention layer (layer - 1 must be one)."
 _SHARED_NOTE = "Survivors keep their positions, whatever the recipe says: the last layers borrow the keys of others."
@@ -83,13 +83,13 @@ _KEYS_NOTE = (
 
 _ROWS = (
     _LLAVA,
-    FamilyRow("llava+pixtral", grid="rows", road="packed_rows", tower="packed", per_token=True),
+    FamilyRow("llava+pixtral", grid="rows", tower_to_llm="packed_rows", tower="packed", per_token=True),
     replace(_LLAVA, model_type="vipllava"),
-    FamilyRow("video_llava", _BOTH, road="identity", cls=True, grouped=("video",)),
+    FamilyRow("video_llava", _BOTH, tower_to_llm="identity", cls=True, grouped=("video",)),
     replace(_ANYRES, model_type="llava_next"),
     replace(_ANYRES, model_type="llava_next_video", modalities=_BOTH),
     replace(_ANYRES, model_type="llava_onevision", modalities=_BOTH, cls=False),
-    FamilyRow("granite4_vision", grid="unknown", road="anyres", cls=True),
+    FamilyRow("granite4_vision", grid="unknown", tower_to_llm="anyres", cls=True),
     _QWEN,
     replace(_WINDOWED, model_type="qwen2_5_vl"),
     replace(_QWEN, model_type="qwen3_vl"),
@@ -101,39 +101,39 @@ _ROWS = (
     replace(_GLM, model_type="glm4v"),
     replace(_GLM, model_type="glm4v_moe"),
     replace(_GLM, model_type="glm46v"),
-    FamilyRow("kimi_k25", _BOTH, grid="thw", road="cells", tower="packed"),
-    FamilyRow("internvl", road="pool", cls=True, grouped=("image",)),
+    FamilyRow("kimi_k25", _BOTH, grid="thw", tower_to_llm="cells", tower="packed"),
+    FamilyRow("internvl", tower_to_llm="pool", cls=True, grouped=("image",)),
     _POOLED,
     FamilyRow("gemma3n", ("image", "audio"), stacked=True, note=_SHARED_NOTE),
-    FamilyRow("gemma4", _OMNI, grid="unknown", road="positions", note=_SHARED_NOTE),
-    FamilyRow("paligemma", road="identity", per_token=True),
-    FamilyRow("idefics2", grid="unknown", road="queries", note=_QUERIES_NOTE),
-    FamilyRow("idefics3", grid="unknown", road="pool"),
-    FamilyRow("smolvlm", grid="unknown", road="pool"),
-    FamilyRow("mistral3", grid="rows", road="packed_rows", tower="packed"),
-    FamilyRow("lighton_ocr", grid="rows", road="packed_rows", tower="packed"),
+    FamilyRow("gemma4", _OMNI, grid="unknown", tower_to_llm="positions", note=_SHARED_NOTE),
+    FamilyRow("paligemma", tower_to_llm="identity", per_token=True),
+    FamilyRow("idefics2", grid="unknown", tower_to_llm="queries", note=_QUERIES_NOTE),
+    FamilyRow("idefics3", grid="unknown", tower_to_llm="pool"),
+    FamilyRow("smolvlm", grid="unknown", tower_to_llm="pool"),
+    FamilyRow("mistral3", grid="rows", tower_to_llm="packed_rows", tower="packed"),
+    FamilyRow("lighton_ocr", grid="rows", tower_to_llm="packed_rows", tower="packed"),
     replace(_POOLED, model_type="aya_vision"),
     replace(_POOLED, model_type="cohere2_vision", grouped=("image",)),
-    FamilyRow("molmo2", _BOTH, grid="unknown", road="index", shared_id=True),
-    FamilyRow("minicpmv4_6", _BOTH, grid="unknown", road="cells", tower="packed", note=_HYBRID_NOTE),
-    FamilyRow("minicpmv4_7", _BOTH, grid="unknown", road="cells", tower="packed", note=_HYBRID_NOTE),
+    FamilyRow("molmo2", _BOTH, grid="unknown", tower_to_llm="index", shared_id=True),
+    FamilyRow("minicpmv4_6", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
+    FamilyRow("minicpmv4_7", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
     replace(_POOLED, model_type="ovis2"),
-    FamilyRow("deepseek_vl", road="identity", per_token=True),
+    FamilyRow("deepseek_vl", tower_to_llm="identity", per_token=True),
     FamilyRow(
         "phi4_multimodal",
         ("image", "audio"),
         grid="unknown",
-        road="sub_images",
+        tower_to_llm="sub_images",
         id_paths=(("image", "vision_config.image_token_id"), ("audio", "audio_config.audio_token_id")),
     ),
-    FamilyRow("llama4", road="pool", cls=True, cls_last=True, late=True, grouped=("image",)),
+    FamilyRow("llama4", tower_to_llm="pool", cls=True, cls_last=True, late=True, grouped=("image",)),
     FamilyRow("mllama", note=_KEYS_NOTE),
     FamilyRow("perception_lm", _BOTH, grid="unknown", by_runs=True),
     FamilyRow("fast_vlm"),
-    FamilyRow("video_llama_3", _BOTH, grid="thw", road="merge_sizes", tower="packed"),
-    FamilyRow("lfm2_vl", grid="unknown", road="cells", note=_HYBRID_NOTE),
-    FamilyRow("blip-2", grid="unknown", road="queries", own_generate=True, note=_QFORMER_NOTE),
-    FamilyRow("instructblip", grid="unknown", road="queries", own_generate=True, note=_QFORMER_NOTE),
+    FamilyRow("video_llama_3", _BOTH, grid="thw", tower_to_llm="merge_sizes", tower="packed"),
+    FamilyRow("lfm2_vl", grid="unknown", tower_to_llm="cells", note=_HYBRID_NOTE),
+    FamilyRow("blip-2", grid="unknown", tower_to_llm="queries", own_generate=True, note=_QFORMER_NOTE),
+    FamilyRow("instructblip", grid="unknown", tower_to_llm="queries", own_generate=True, note=_QFORMER_NOTE),
     _AUDIO,
     replace(_AUDIO, model_type="voxtral"),
     replace(_AUDIO, model_type="audioflamingo3"),

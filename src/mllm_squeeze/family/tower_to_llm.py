@@ -38,7 +38,7 @@ def to_llm_tokens(
     if [len(item) for item in items] != list(lengths):
         raise UnsupportedModelError(
             f"The vision encoder of '{parts.row.model_type}' gave {[len(item) for item in items]} token scores for "
-            f"{modality} features of {list(lengths)} tokens. Use a method that scores inside the LLM (fastv, divprune)."
+            f"{modality} features of {list(lengths)} tokens. Use a method that reads nothing of the vision encoder."
         )
     return items
 
@@ -51,27 +51,27 @@ def _carried(
     values: Tensor,
     fill: float,
 ) -> list[Tensor]:
-    road = parts.row.road
-    if road == "identity":
+    way = parts.row.tower_to_llm
+    if way == "identity":
         # One tower token is one LLM token.
         return list(values)
-    if road == "pool":
+    if way == "pool":
         return _pool(values, lengths)
-    if road == "anyres":
+    if way == "anyres":
         # Tiles of one picture are laid out again as one grid, with separators behind its rows.
         return _anyres(parts, modality, inputs, values, fill)
-    if road == "block_merge":
+    if way == "block_merge":
         # Patches that become one token stand one behind the other, perhaps in the order of windows.
         return _block_merge(parts, modality, inputs, lengths, values)
-    if road == "merge_sizes":
+    if way == "merge_sizes":
         return patch_cells.merge_by_size(modality, inputs, values)
-    if road == "packed_rows":
+    if way == "packed_rows":
         return patch_cells.packed_rows(parts, inputs, values)
-    if road == "cells":
+    if way == "cells":
         return patch_cells.pool_cells(modality, inputs, lengths, values)
-    if road == "positions":
+    if way == "positions":
         return patch_cells.pool_by_position(parts, modality, inputs, lengths, values)
-    if road == "index":
+    if way == "index":
         return patch_cells.pool_by_index(modality, inputs, lengths, values)
     return []
 
@@ -82,11 +82,11 @@ def why_not(parts: ModelParts) -> str | None:
     Raises:
         UnsupportedModelError: the order in which the encoder walks its tokens cannot be told.
     """
-    if parts.row.road == "queries":
+    if parts.row.tower_to_llm == "queries":
         return "each token that the LLM gets is a query that looks at all patches, so none stands for some of them"
-    if parts.row.road == "none":
+    if parts.row.tower_to_llm == "none":
         return "which patches each token of the LLM stands for is not known of this family"
-    if parts.row.road == "block_merge" and parts.tower is not None:
+    if parts.row.tower_to_llm == "block_merge" and parts.tower is not None:
         functions.window_function(parts.tower, parts.config.vision_config)
     return None
 

@@ -9,22 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .greedy import *  # noqa: F403
     from .merge import *  # noqa: F403
+    from .normalise import *  # noqa: F403
+    from .pivots import *  # noqa: F403
+    from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
+    from .rows import *  # noqa: F403
     from .score import *  # noqa: F403
     from .segment import *  # noqa: F403
     from .select import *  # noqa: F403
     from .share import *  # noqa: F403
+    from .similarity import *  # noqa: F403
     from .stride import *  # noqa: F403
 
 _MODULES = {
+    "attention": (
+        "attention_band",
+        "attention_from_rows",
+        "attention_joined",
+        "attention_received",
+        "rows_that_see",
+    ),
     "budget": (
         "floor_exact",
         "kept_count",
         "recycle_sizes",
         "recycle_split",
+        "share_counts",
         "spread",
         "stage_counts",
         "stage_fractions",
@@ -38,24 +52,31 @@ _MODULES = {
     "merge": (
         "added_mean_weights",
         "bipartite_match",
+        "closest_survivor",
         "density_peaks",
         "is_target",
         "mean_weights",
         "merge_tokens",
         "merged_size",
+        "mix_tokens",
+        "mixed_size",
         "nearest_target",
     ),
+    "normalise": ("fused", "normalised"),
+    "pivots": ("pivots_and_dissimilar",),
+    "pool": ("pooled_plan", "pooled_table", "pooled_windows"),
     "precision": (
         "at_least_float32",
         "on_device",
         "selection",
     ),
+    "rows": ("group_rows",),
     "score": (
-        "attention_band",
-        "attention_from_rows",
-        "attention_received",
         "cosine",
         "gaussian_kernels",
+        "in_grains",
+        "likeness",
+        "own_variance",
         "paired_cosine",
         "text_relevance",
         "unit",
@@ -77,16 +98,26 @@ _MODULES = {
         "put_back",
         "rank_within",
         "ranks",
+        "scaled_bar",
         "seeded_noise",
         "take",
         "top_k_mask",
     ),
-    "share": ("share_out",),
+    "share": ("fewest_with_mass", "share_of", "share_of_count", "share_out", "untypical_share"),
+    "similarity": (
+        "closeness",
+        "nearest_in_group",
+        "nearest_similarity",
+        "quiet_channels",
+        "relevant_words",
+        "text_similarity",
+    ),
     "stride": (
         "grid_pattern",
         "grid_size",
         "pooled_size",
         "stride_mask",
+        "whole_stride_mask",
     ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def floor_exact(value: float) -> int:
@@ -13,23 +14,38 @@ def floor_exact(value: float) -> int:
 def kept_count(length: int, ratio: float | None = None, keep: int | float | None = None) -> int:
     """Return how many of `length` tokens stay: half rounds up, at least one stays, never more than there are.
 
-    ratio: fraction removed, in [0, 1). keep: an int is the number kept, a float the fraction kept, in (0, 1]. Neither
-    keeps all. Raises ValueError when both are given or one is out of range.
+    ratio: fraction removed, in [0, 1). keep: an int is the number kept, at least 1; a float the fraction kept, in
+    (0, 1]. Give one of them; neither keeps all. They are taken as they are: `mllm_squeeze.amount.Amount` checks them.
     """
-    if ratio is not None and keep is not None:
-        raise ValueError(f"give ratio or keep, not both; got ratio={ratio} and keep={keep}")
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ValueError(f"ratio is the fraction removed, at least 0 and below 1; got {ratio}")
     if length <= 0:
         return 0
     if isinstance(keep, int):
-        if keep < 1:
-            raise ValueError(f"keep as an int is a number of tokens, at least 1; got {keep}")
         return min(keep, length)
-    if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"keep as a float is the fraction kept, above 0 and at most 1; got {keep}")
     fraction = 1 - (ratio or 0.0) if keep is None else keep
     return min(length, max(1, floor_exact(length * fraction + 0.5)))
+
+
+def share_counts(total: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return `total` shared in proportion to `sizes` by largest remainder, at least one and at most its size each.
+
+    total: at least one for each size; more than all of them gives all. sizes: at least 1 each. What is left over goes
+    to the largest remainders, ties to the first. Sizes whose share would be less than one get one, at the cost of the
+    others.
+    """
+    left, open_ = min(total, sum(sizes)), list(range(len(sizes)))
+    out = [1] * len(sizes)
+    while True:
+        whole = sum(sizes[n] for n in open_)
+        few = [n for n in open_ if left * sizes[n] < whole]
+        if not few:
+            break
+        left, open_ = left - len(few), [n for n in open_ if n not in few]
+    for n in open_:
+        out[n] = left * sizes[n] // whole
+    rest = left - sum(out[n] for n in open_)
+    for n in sorted(open_, key=lambda n: -(left * sizes[n] % whole))[:rest]:
+        out[n] += 1
+    return tuple(out)
 
 
 def stage_fractions(kept: float, stages: int) -> tuple[float, ...]:

@@ -31,6 +31,39 @@ def merge_tokens(x: Tensor, assign: Tensor, weights: Tensor) -> Tensor:
     return torch.where(is_target(assign)[..., None], total.to(x.dtype), x)
 
 
+def mix_tokens(x: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+    """Return (S, N, D) where a token is the sum of weight * x over the entries that go into it; others keep x.
+
+    x: (S, N, D), any float dtype; sums run in float32 and the result has the dtype of x. span, into, source: int64
+    (E,), the row, the token that receives and the token that gives. weight: (E,). Gradients flow to x and weight.
+    """
+    spans, width, channels = x.shape
+    rows = at_least_float32(x)[span, source] * at_least_float32(weight)[:, None]
+    total = rows.new_zeros(spans * width, channels).index_add(0, span * width + into, rows).view(x.shape)
+    receives = torch.zeros(spans * width, dtype=torch.bool, device=x.device)
+    receives = receives.index_fill(0, span * width + into, True).view(spans, width, 1)
+    return torch.where(receives, total.to(x.dtype), x)
+
+
+def mixed_size(size: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+    """Return float32 (S, N), what each token stands for when every giver's size is shared in proportion to its weights.
+
+    size: (S, N). The rest as in `mix_tokens`; a giver whose weights sum to nothing shares evenly. Tokens that receive
+    nothing keep their size.
+    """
+    width = size.shape[1]
+    size = at_least_float32(size)
+    giver, taker = span * width + source, span * width + into
+    amount = at_least_float32(weight).abs()
+    flat = size.reshape(-1)
+    given = torch.zeros_like(flat).index_add(0, giver, amount)[giver]
+    entries = torch.zeros_like(flat).index_add(0, giver, torch.ones_like(amount))[giver]
+    part = torch.where(given > 0, amount / given.clamp(min=torch.finfo(flat.dtype).tiny), 1 / entries)
+    total = torch.zeros_like(flat).index_add(0, taker, part * flat[giver])
+    receives = torch.zeros_like(flat, dtype=torch.bool).index_fill(0, taker, True)
+    return torch.where(receives, total, flat).view(size.shape)
+
+
 def is_target(assign: Tensor) -> Tensor:
     """Return bool (S, N), True at tokens that some token is assigned to."""
     return segment_sum((assign >= 0).float(), assign, assign.shape[1]) > 0
@@ -110,27 +143,48 @@ def nearest_target(x: Tensor, targets: Tensor, members: Tensor, slots: int) -> T
     return torch.where(members & ~targets & filled[:, :1], choice, assign)
 
 
-@selection
-def density_peaks(x: Tensor, mask: Tensor, clusters: Tensor) -> Tensor:
-    """Return assign (S, M): each token's cluster centre by density-peak clustering over nearest neighbours.
-
-    Distance d is Euclidean / sqrt(D). Density = exp(-mean of the squared `clusters` smallest d, its own 0 included);
-    of equal ones the lower index is denser. Separation = smallest d to a denser token, for the densest the largest d
-    of all. Centres are the `clusters` tokens of largest density * separation; the others join the nearest centre.
-
-    x: (S, M, D). mask: bool (S, M). clusters: int64 (S,). Memory O(S * M * M).
-    """
+def _squared_distances(x: Tensor, mask: Tensor) -> Tensor:
+    """Return (S, M, M), the squared Euclidean distances of x (S, M, D) over D, 0 on the diagonal."""
     x = at_least_float32(x)
     mean = segment_sum(x, torch.where(mask, 0, -1), 1) / mask.sum(1).clamp(min=1)[:, None, None]
     x = (x - mean).masked_fill(~mask[..., None], 0)  # smaller numbers, smaller rounding errors in the product below
     square = x.square().sum(-1)
     distance = (square[:, :, None] + square[:, None] - 2 * x @ x.transpose(1, 2)).clamp(min=0) / x.shape[-1]
     distance.diagonal(dim1=1, dim2=2).zero_()
+    return distance
+
+
+@selection
+def closest_survivor(x: Tensor, keep: Tensor, label: Tensor) -> Tensor:
+    """Return assign (S, N): each token's nearest survivor of its group by Euclidean distance, the first on ties.
+
+    x: (S, N, D). keep: bool (S, N). label: int64 (S, N), -1 for none. Tokens of groups without survivor get -1. Memory
+    O(S * N * N).
+    """
+    same = (label[:, :, None] == label[:, None]) & keep[:, None]
+    distance = _squared_distances(x, label >= 0).masked_fill(~same, torch.inf)
+    joined = torch.where((label >= 0) & same.any(2), distance.argmin(2), -1)
+    return torch.where(keep, positions(keep), joined)
+
+
+@selection
+def density_peaks(x: Tensor, mask: Tensor, clusters: Tensor, neighbours: int | None = None) -> Tensor:
+    """Return assign (S, M): each token's cluster centre by density-peak clustering over nearest neighbours.
+
+    Distance d is Euclidean / sqrt(D). Density = exp(-mean of the squared `neighbours` smallest d, its own 0 included);
+    of equal ones the lower index is denser. Separation = smallest d to a denser token, for the densest the largest d
+    of all. Centres are the `clusters` tokens of largest density * separation; the others join the nearest centre.
+
+    x: (S, M, D). mask: bool (S, M). clusters: int64 (S,). neighbours: None takes as many as clusters. Memory
+    O(S * M * M).
+    """
+    distance = _squared_distances(x, mask)
     real = mask[:, :, None] & mask[:, None]
     near = distance.masked_fill(~real, torch.inf).sort(dim=2).values
-    counted = positions(mask)[:, None] < torch.minimum(clusters, mask.sum(1))[:, None, None]
+    looked_at = torch.minimum(clusters if neighbours is None else torch.full_like(clusters, neighbours), mask.sum(1))
+    counted = positions(mask)[:, None] < looked_at[:, None, None]
     # The logarithm orders alike, and does not underflow where features are far apart.
-    density = -near.masked_fill(~counted, 0).sum(2) / torch.minimum(clusters, mask.sum(1)).clamp(min=1)[:, None]
+    density = -near.masked_fill(~counted, 0).sum(2) / looked_at.clamp(min=1)[:, None]
     distance = distance.sqrt()
     place = positions(mask)
     earlier = place[:, None] < place[:, :, None]

@@ -143,3 +143,20 @@ def put_back(base: Tensor, index: Tensor, filled: Tensor, values: Tensor) -> Ten
     width = base.shape[1]
     padded = torch.nn.functional.pad(base, (0, 1))
     return padded.scatter(1, torch.where(filled, index, width), values.to(base.dtype))[:, :width]
+
+
+@selection
+def scaled_bar(scores: Tensor, mask: Tensor, above: float, of: str) -> Tensor:
+    """Return float32 (S, 1), the number that a score is compared with: `above`, or that multiple of the mean or max.
+
+    scores: (S, N); -inf and padding take no part. of: "score", "mean" or "max"; raises ValueError for another word.
+    """
+    scores = at_least_float32(scores)
+    there = mask & ~scores.isinf()
+    if of == "score":
+        return scores.new_full((len(scores), 1), above)
+    if of == "mean":
+        return above * scores.masked_fill(~there, 0).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp(min=1)
+    if of == "max":
+        return above * scores.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
+    raise ValueError(f"a score is compared with a number, a multiple of the mean or of the max; got {of!r}")

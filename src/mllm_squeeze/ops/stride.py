@@ -24,6 +24,16 @@ def stride_mask(mask: Tensor, k: Tensor) -> Tensor:
     return mask & (landed | (k >= n))
 
 
+def whole_stride_mask(mask: Tensor, k: Tensor) -> Tensor:
+    """Return bool (S, N), every floor(n / k)-th of the n True tokens of each span, the first k of them; all if k >= n.
+
+    k: int64 (S,).
+    """
+    step = mask.sum(1).div(k.clamp(min=1), rounding_mode="floor").clamp(min=1)[:, None]
+    place = local_index(mask)
+    return mask & (place % step == 0) & (place < step * k[:, None])
+
+
 @functools.lru_cache(maxsize=256)
 def grid_size(height: int, width: int, cells: int) -> tuple[int, int]:
     """Return the (h, w) within height x width, h * w <= cells, of closest aspect; the larger, then lower h, on ties."""

@@ -24,7 +24,8 @@ def check_encoder_need(method: str, need: EncoderNeed, parts: ModelParts) -> Non
     if reason is not None:
         raise UnsupportedModelError(
             f"'{method}' reads {need.phrase} ({need}), which '{parts.row.model_type}' does not give: {reason}. Use a "
-            "method that needs no encoder signal (fastv, divprune)."
+            "method that reads nothing of the vision encoder.",
+            avoid=["encoder attention"],
         )
 
 

@@ -30,14 +30,14 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
         check_modality(recipe, reducer, parts)
         if step.at.place == "encoder":
             blocks = _encoder_blocks(recipe, step.at, parts)
-            encoder = PlannedCut(number, recipe.method, 0, reducer)
+            encoder = PlannedCut(number, recipe.method, 0, reducer, step.amount)
             check_inside(recipe.method, encoder)
         elif step.at.place == "cache":
             _check_decode(recipe, step.at, parts, reducer)
             decode = PlannedCut(number, recipe.method, 0, reducer)
         else:
             planned = [
-                PlannedCut(number, recipe.method, layer, reducer, stage, len(layers), step.kept)
+                PlannedCut(number, recipe.method, layer, reducer, step.amount, stage, len(layers))
                 for stage, layer in enumerate(layers)
             ]
             for cut in planned:
@@ -73,8 +73,8 @@ def _encoder_blocks(recipe: Recipe, at: At, parts: ModelParts) -> tuple[int, ...
 def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -> None:
     if not isinstance(reducer, DecodeReducer):
         raise ConfigError(
-            f"'{recipe.method}' reduces the cache at {at}; only reducers that work step by step (decode_refresh) at "
-            "{cache: decode} are served."
+            f"'{recipe.method}' reduces the cache at {at}; only reducers that work step by step, children of "
+            "DecodeReducer, are served, at {cache: decode}."
         )
     if reducer.layer >= len(parts.layers):
         raise ConfigError(
@@ -100,7 +100,8 @@ def _check_encoder(recipe: Recipe, parts: ModelParts) -> None:
         if bad:
             raise UnsupportedModelError(
                 f"'{recipe.method}' merges tokens inside the vision encoder, which does not fit '{row.model_type}': "
-                f"{reason}. Use a method that acts at the projector or in the LLM."
+                f"{reason}. Use a method that acts at the projector or in the LLM.",
+                avoid=[],
             )
 
 

@@ -12,8 +12,6 @@ from mllm_squeeze.recipe.steps import Step
 from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Features
 
-_FITTING = "(divprune, avgpool, random, uniform)"
-
 
 def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]]) -> tuple[PlannedCut, ...]:
     """Return the cuts of a recipe all of whose steps act on keys.
@@ -33,7 +31,7 @@ def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]])
             _check_crossed(recipe, step, layers, reducer, parts)
         else:
             _check_queried(recipe, step, reducer, parts)
-        cuts.append(PlannedCut(number, recipe.method, 0, reducer, 0, 1, step.kept))
+        cuts.append(PlannedCut(number, recipe.method, 0, reducer, step.amount))
     return tuple(cuts)
 
 
@@ -42,8 +40,8 @@ def check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None:
     if not reducer.facts.modalities & set(parts.row.modalities):
         raise UnsupportedModelError(
             f"'{recipe.method}' reduces {', '.join(sorted(reducer.facts.modalities))} tokens; "
-            f"'{parts.row.model_type}' takes {', '.join(parts.row.modalities)}. Use a method for those (fastv, "
-            "divprune)."
+            f"'{parts.row.model_type}' takes {', '.join(parts.row.modalities)}. Use a method for those.",
+            avoid=[],
         )
 
 
@@ -62,7 +60,8 @@ def _check_crossed(recipe: Recipe, step: Step, layers: Sequence[int], reducer: R
         raise UnsupportedModelError(
             f"'{recipe.method}' {does}, which does not fit '{parts.row.model_type}': its pictures are no part of the "
             "LLM's sequence but keys of cross-attention layers, computed once from what the encoder gave. Use a method "
-            f"that acts in front of the LLM (at the projector or layer 0) and reads nothing of it {_FITTING}."
+            "that acts in front of the LLM (at the projector or layer 0) and reads nothing of it.",
+            avoid=[],
         )
 
 
@@ -77,12 +76,18 @@ def _check_queried(recipe: Recipe, step: Step, reducer: Reducer, parts: ModelPar
             f"'{recipe.method}' acts on the keys of the Q-Former and at {step.at}, which cuts its queries. Make two "
             "recipes of it, and apply one."
         )
+    if step.amount.by_row or step.amount.total is not None:
+        raise ConfigError(
+            f"{step.where or recipe.method}: {step.amount} speaks of prompts, and what the Q-Former attends to are "
+            "pictures, whatever prompt they stand in. Give one ratio or keep."
+        )
     needs = _beyond_features(reducer)
     if needs or reducer.facts.reads_text:
         raise UnsupportedModelError(
             f"'{recipe.method}' reads {' and '.join(needs) or 'the words of the prompt'}, which is not known in front "
-            f"of the Q-Former of '{parts.row.model_type}'. Use a reducer that looks at the features alone "
-            "(farthest_point, average_pool, random_subset, uniform_stride)."
+            f"of the Q-Former of '{parts.row.model_type}'. Use a step that looks at the features alone, as "
+            "methods at the projector may.",
+            avoid=["attention", "text"],
         )
 
 

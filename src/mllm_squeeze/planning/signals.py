@@ -25,7 +25,10 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
         elif isinstance(need, EncoderNeed):
             check_encoder_need(method, need, parts)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):
-            raise UnsupportedModelError(f"'{method}' reads normed states; no final norm was found in this model.")
+            raise UnsupportedModelError(
+                f"'{method}' reads normed states; no final norm was found in this model. Use a method that reads none.",
+                avoid=[],
+            )
 
 
 def check_inside(method: str, step: PlannedCut) -> None:
@@ -60,9 +63,12 @@ def _check_attention(method: str, cut: PlannedCut, need: Attention | Projection,
     if cut.layer == 0:
         raise ConfigError(
             f"'{method}' reads the attention of the layer before the cut, so layer must be between 1 and "
-            f"{len(parts.layers) - 1}; got 0. Before the LLM, use divprune, visionzip or random."
+            f"{len(parts.layers) - 1}; got 0. Before the LLM, use a method that reads nothing of it.",
+            avoid=["attention of the LLM"],
         )
     if find_attention(parts.layers[cut.layer - 1]) is None:
         raise UnsupportedModelError(
-            f"'{method}' reads the attention of layer {cut.layer - 1}, which has none. Choose another layer."
+            f"'{method}' reads the attention of layer {cut.layer - 1}, which has none. Choose another layer, "
+            "or a method that reads none.",
+            avoid=["attention of the LLM"],
         )

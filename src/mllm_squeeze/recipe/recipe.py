@@ -11,11 +11,13 @@ from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from mllm_squeeze import registry
+from mllm_squeeze.amount import RULES, Amount
 from mllm_squeeze.errors import ConfigError, SqueezeError
 from mllm_squeeze.recipe import template
 from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
 from mllm_squeeze.recipe.rules import Strict, explain
 from mllm_squeeze.recipe.steps import Step, check_order, check_totals, resolve_layers
+from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 
 _PROVENANCE = ("source", "raw")
 
@@ -31,6 +33,7 @@ class Paper(Strict):
 class Recipe(Strict):
     """A method: its parameters, filled in, and its steps in the order in which they run.
 
+    variants: for each word of the param `variant` a table of values that steps refer to.
     source: the method name or path it was loaded from, or "dict". raw: the same recipe with its `${...}` references.
     """
 
@@ -39,6 +42,7 @@ class Recipe(Strict):
     paper: Paper | None = None
     positions: Literal["keep", "repack"] = "keep"
     params: dict[str, Any] = Field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     steps: tuple[Step, ...] = Field(min_length=1)
     source: str = Field(default="dict", exclude=True, repr=False)
     raw: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
@@ -57,7 +61,7 @@ class Recipe(Strict):
         """Return a dict that `load_recipe` reads back; what was a `${...}` reference still is."""
         if self.raw:
             return copy.deepcopy(self.raw)
-        out = self.model_dump(exclude={"steps", "params"}, exclude_none=True)
+        out = self.model_dump(exclude={"steps", "params", "variants"}, exclude_none=True)
         out["steps"] = [_flat(step) for step in self.steps]
         return out
 
@@ -135,17 +139,29 @@ def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what tools ask of a method: `places`, `known_count`, `decides`, `merges`, `reads_text`, `modalities`."""
-    rules = [step.built.facts for step in recipe.steps]
+    """Return what tools ask of a method.
+
+    These are `places`, `known_count`, `exact`, `decides`, `merges`, `reads_text`, `signals` and `modalities`.
+    """
+    reducers = [step.built for step in recipe.steps]
+    rules = [reducer.facts for reducer in reducers]
     modalities = frozenset.intersection(*(rule.modalities for rule in rules))
     return {
         "places": [str(step.at) for step in recipe.steps],
         "known_count": all(rule.known_count for rule in rules),
+        "exact": all(rule.exact for rule in rules),
         "decides": any(rule.decides for rule in rules),
         "merges": any(rule.merges for rule in rules),
         "reads_text": any(rule.reads_text for rule in rules),
+        "signals": sorted({name for reducer in reducers for name in _signals(reducer)}),
         "modalities": [name for name in ("image", "video", "audio") if name in modalities],
     }
+
+
+def _signals(reducer: Reducer) -> list[str]:
+    # Reducers that act while decoding are handed the attention of each step unasked.
+    decodes = ["Attention"] if isinstance(reducer, DecodeReducer) else []
+    return [*(type(need).__name__ for need in reducer.needs()), *decodes]
 
 
 def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -157,17 +173,19 @@ def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(step: Step) -> dict[str, Any]:
-    kept = {} if step.kept is None else {"kept": list(step.kept)}
     named = {} if step.reducer == PIPELINE else {"reducer": step.reducer}
-    return {**named, "at": step.at.to_yaml(), **kept, **step.options}
+    return {**named, "at": step.at.to_yaml(), **step.amount.to_yaml(), **step.options}
 
 
 def _step(entry: Mapping[str, Any], where: str) -> Step:
-    known = {key: value for key, value in entry.items() if key in STEP_KEYS}
+    known = {key: value for key, value in entry.items() if key in STEP_KEYS and key not in RULES}
     options = {key: value for key, value in entry.items() if key not in STEP_KEYS}
     try:
-        step = Step(**known, options=options, where=where)
+        amount = Amount(**{key: value for key, value in entry.items() if key in RULES})
+        step = Step(**known, amount=amount, options=options, where=where)
     except ValidationError as error:
-        raise ConfigError(explain(error, where, Step, entry, hide=("options", "where"))) from None
+        raise ConfigError(explain(error, where, Step, entry, hide=("amount", "options", "where"))) from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}.") from None
     _ = step.built  # a slip shows now, not when the method is applied
     return step

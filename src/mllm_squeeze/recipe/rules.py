@@ -15,44 +15,11 @@ from mllm_squeeze.errors import did_you_mean
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-RATIO_RULE = "ratio is the fraction removed, at least 0 and below 1"
-KEEP_RULE = "keep is the tokens kept per span (an int, at least 1) or the fraction kept (a float above 0, at most 1)"
-
 
 class Strict(BaseModel):
     """Plain data that stays as it was checked; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def check_budget(options: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `ratio` and `keep` are in range and at most one is given."""
-    ratio, keep = options.get("ratio"), options.get("keep")
-    if ratio is not None and keep is not None:
-        raise ValueError(f"ratio and keep exclude each other: {RATIO_RULE}; {KEEP_RULE}; got both")
-    if ratio is not None and (not _number(ratio) or not 0 <= ratio < 1):
-        raise ValueError(f"{RATIO_RULE}, got {ratio!r}")
-    if keep is None:
-        return
-    right = _number(keep) and (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1)
-    if not right:
-        raise ValueError(f"{KEEP_RULE}, got {keep!r}")
-
-
-def check_kept(kept: Sequence[float], layers: Sequence[Any] | None, options: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `kept` has one fraction per layer, falling, and no other budget stands beside it."""
-    if layers is None:
-        raise ValueError("kept is a schedule over {layers: [...]}; at one place give ratio or keep")
-    if len(kept) != len(layers):
-        raise ValueError(f"kept has {len(kept)} fractions for {len(layers)} layers; give one for each")
-    falls = all(later <= earlier for earlier, later in pairwise(kept))
-    if not falls or not all(0 < fraction <= 1 for fraction in kept):
-        raise ValueError(
-            f"kept are cumulative fractions of the original tokens, above 0, at most 1, never rising; got {list(kept)}"
-        )
-    for name in ("ratio", "keep"):
-        if options.get(name) is not None:
-            raise ValueError(f"kept and {name} exclude each other: kept already says what is left after each layer")
 
 
 def check_layers(layers: Sequence[int | float] | None) -> None:
@@ -129,7 +96,3 @@ def _closest(given: object, message: str) -> str:
 
 def _stop(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, Literal
 
-from pydantic import Field, StrictFloat, StrictInt, model_validator
+from pydantic import Field, InstanceOf, StrictFloat, StrictInt, model_validator
 
+from mllm_squeeze.amount import RATIO_RULE, RULE_DECIDES, Amount
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.recipe.build import PIPELINE, build_reducer
-from mllm_squeeze.recipe.rules import RATIO_RULE, Strict, check_budget, check_kept, check_layers
+from mllm_squeeze.recipe.rules import Strict, check_layers
 from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Place
 
@@ -84,22 +85,26 @@ class Step(Strict):
     """One reducer at one place.
 
     reducer: its name; without one the step is a pipeline of parts, and its options are those parts.
-    kept: the fractions of the original tokens left after each of `at.layers`.
+    amount: how much is left of the original tokens when it has run.
     options: the parameters of the reducer's class.
     where: which step of which recipe this is, for messages.
     """
 
     reducer: str = PIPELINE
     at: At
-    kept: tuple[float, ...] | None = None
+    amount: InstanceOf[Amount] = RULE_DECIDES
     options: dict[str, Any] = Field(default_factory=dict)
     where: str = Field(default="", exclude=True, repr=False)
 
     @model_validator(mode="after")
-    def _budgets(self) -> Step:
-        check_budget(self.options)
-        if self.kept is not None:
-            check_kept(self.kept, self.at.layers, self.options)
+    def _one_fraction_per_layer(self) -> Step:
+        kept, layers = self.amount.kept, self.at.layers
+        if kept is None:
+            return self
+        if layers is None:
+            raise ValueError("kept is a schedule over {layers: [...]}; at one place give ratio, keep or total")
+        if len(kept) != len(layers):
+            raise ValueError(f"kept has {len(kept)} fractions for {len(layers)} layers; give one for each")
         return self
 
     @cached_property
@@ -169,30 +174,22 @@ def check_order(places: Sequence[At]) -> None:
 
 def check_totals(steps: Sequence[Step]) -> None:
     """Raise ValueError where a later step asks for more tokens than an earlier one leaves; budgets are cumulative."""
-    left: dict[type, float] = {}
-    for number, step in enumerate(steps, 1):
-        if step.at.place == "cache":
-            continue
-        kept = _left(step)
-        if kept is None:
-            continue
-        before = left.get(type(kept))
-        if before is not None and kept > before + 1e-9:
-            raise ValueError(
-                f"budgets count from the original tokens, so a later step leaves no more than an earlier one; "
-                f"step {number} keeps {_short(kept)}, after a step that keeps {_short(before)}. {RATIO_RULE}"
-            )
-        left[type(kept)] = kept
+    amounts = [(number, step.amount) for number, step in enumerate(steps, 1) if step.at.place != "cache"]
+    for (_, before), (number, after) in combinations(amounts, 2):
+        for (unit, earlier), (other, later) in _row_by_row(before, after):
+            if unit == other and later > earlier + 1e-9:
+                raise ValueError(
+                    f"budgets count from the original tokens, so a later step leaves no more than an earlier one; "
+                    f"step {number} keeps {later:.4g}, after a step that keeps {earlier:.4g}. {RATIO_RULE}"
+                )
 
 
-def _left(step: Step) -> int | float | None:
-    """Return what a step leaves of the original tokens: an int is tokens, a float a fraction."""
-    if step.kept is not None:
-        return float(step.kept[-1])
-    keep, ratio = step.options.get("keep"), step.options.get("ratio")
-    if keep is not None:
-        return keep
-    return None if ratio is None else 1.0 - float(ratio)
+def _row_by_row(before: Amount, after: Amount) -> Iterator[tuple[tuple[str, float], tuple[str, float]]]:
+    """Return what two steps leave in each row; one number stands for all rows."""
+    rows = max(len(before.left), len(after.left))
+    pair = [amount.left * (rows if len(amount.left) == 1 else 1) for amount in (before, after)]
+    # Where two lists differ in length, one of them will not fit the batch.
+    return zip(*pair, strict=False)
 
 
 def _extent(at: At) -> tuple[int, int | float, int | float]:
@@ -205,7 +202,3 @@ def _extent(at: At) -> tuple[int, int | float, int | float]:
         return 1, at.layers[0], at.layers[-1]
     layer = at.layer or 0
     return 1, layer, layer
-
-
-def _short(kept: float) -> str:
-    return f"{kept:.4g}"

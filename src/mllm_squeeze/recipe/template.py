@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mllm_squeeze import registry
+from mllm_squeeze.amount import ANYWHERE, RATIO_RULE, RULES
 from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
-from mllm_squeeze.recipe.rules import RATIO_RULE
+from mllm_squeeze.recipe import variants
 
-_BUDGETS = ("ratio", "keep", "kept")
 _DOCUMENT = "_recipe"
 _REFERENCE = re.compile(r"\$\{\s*([^{}]*?)\s*\}")
 
@@ -116,15 +116,19 @@ def check_shape(raw: Mapping[str, Any], allowed: Sequence[str], where: str) -> N
         )
     if not isinstance(steps, list) or not steps or not all(isinstance(step, Mapping) for step in steps):
         raise ConfigError(f"{where}: steps is a list of at least one mapping with reducer and at; got {steps!r}.")
+    variants.check_variants(raw, where)
     _check_references(raw, params, where)
 
 
 def _check_references(raw: Mapping[str, Any], params: Mapping[str, Any], where: str) -> None:
     used = _references(raw)
+    known = [*params, *variants.values_of(raw)]
     for name in used:
-        if name not in params:
-            raise ConfigError(f"{where}: ${{{name}}} is not one of its params. {did_you_mean(name, params)}")
-    for name in params:
+        if name not in known:
+            raise ConfigError(f"{where}: ${{{name}}} is not one of its params. {did_you_mean(name, known)}")
+    if raw.get("variants"):
+        used.append(variants.PARAM)
+    for name in known:
         if name not in used:
             raise ConfigError(f"{where}: the param '{name}' is not used. Write ${{{name}}} in a step or take it out.")
 
@@ -140,15 +144,15 @@ def _references(node: Any) -> list[str]:
 def override(raw: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the recipe with the user's params in place of its own."""
     params = raw.get("params", {})
-    for name in ("ratio", "keep"):
+    for name in ANYWHERE:
         if name in given and given[name] is None:
-            present = [f"{other}: {params[other]}" for other in ("ratio", "keep") if other in params]
+            present = [f"{other}: {params[other]}" for other in ANYWHERE if other in params]
             raise ConfigError(
                 f"{where}: {name}=None is no budget. Give a number, or leave {name} out to take what the recipe says"
                 + (f" ({present[0]})." if present else ".")
             )
     given = {name: _native(value, where, name) for name, value in given.items()}
-    budgets = [name for name in _BUDGETS if name in given and (name != "kept" or given[name] is not None)]
+    budgets = [name for name in RULES if name in given and (name != "kept" or given[name] is not None)]
     if len(budgets) > 1:
         said = " and ".join(f"{name}={given[name]}" for name in budgets)
         raise ConfigError(f"{where}: {said} exclude each other: give one. {RATIO_RULE}")
@@ -157,8 +161,8 @@ def override(raw: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[
         _budget(out, budgets[0], where)
     for name, value in given.items():
         if name not in out.get("params", {}):
-            both = {"ratio", "keep"} if {"ratio", "keep"} & set(params) else set()
-            raise ConfigError(f"{where}: unknown param '{name}'. {did_you_mean(name, {*params, *both})}")
+            budgets = list(ANYWHERE) if set(ANYWHERE) & set(params) else []
+            raise ConfigError(f"{where}: unknown param '{name}'. {did_you_mean(name, {*params, *budgets})}")
         out["params"][name] = value
     return out
 
@@ -166,23 +170,25 @@ def override(raw: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[
 def _budget(raw: dict[str, Any], name: str, where: str) -> None:
     """Make `name` the recipe's budget: a step that refers to another budget param refers to this one instead."""
     params = raw.get("params", {})
-    other = {"ratio": "keep", "keep": "ratio"}.get(name)
-    if other in params and name not in params:
+    others = [other for other in ANYWHERE if other != name and other in params]
+    others = others if name in ANYWHERE and name not in params else []
+    for other in others:
         for step in raw["steps"]:
             if _references(step.get(other)) == [other]:
                 del step[other]
                 step[name] = f"${{{name}}}"
         del params[other]
-        params[name] = None
         if other in _references(raw):
             raise ConfigError(f"{where}: it can only be given a {other}, which sets more than the budget of its steps.")
+    if others:
+        params.setdefault(name, None)
     for step in raw["steps"]:
-        rivals = [rival for rival in _BUDGETS if rival != name and _references(step.get(rival)) == [rival]]
+        rivals = [rival for rival in RULES if rival != name and _references(step.get(rival)) == [rival]]
         if _references(step.get(name)) == [name]:
             for rival in rivals:
                 # What the user asks for stands in place of the recipe's default.
                 del step[rival]
-    for rival in set(params) & set(_BUDGETS) - {name} - set(_references(raw)):
+    for rival in set(params) & set(RULES) - {name} - set(_references(raw)):
         del params[rival]
 
 
@@ -194,13 +200,16 @@ def required(raw: Mapping[str, Any]) -> list[str]:
 def resolve(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the recipe with every reference replaced by the typed value of its param."""
     document = {key: value for key, value in raw.items() if key != "params"}
+    values = variants.chosen(raw, where)
     try:
-        plain: dict[str, Any] = json.loads(_resolved(json.dumps({**raw.get("params", {}), _DOCUMENT: document})))
+        root = {**raw.get("params", {}), **values, _DOCUMENT: document}
+        plain: dict[str, Any] = json.loads(_resolved(json.dumps(root)))
     except MissingMandatoryValue:
         raise ConfigError(f"{where}: the param {' and '.join(required(raw))} has no default; give a value.") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from None
-    return {**plain.pop(_DOCUMENT), "params": plain}
+    document = plain.pop(_DOCUMENT)
+    return {**document, "params": {name: value for name, value in plain.items() if name not in values}}
 
 
 @lru_cache(maxsize=256)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.reducers.needs import Features, Need, Place
@@ -117,25 +117,30 @@ class Facts:
 
     places: where it may act.
     known_count: the number of survivors follows from the grid and the budget alone.
+    exact: it leaves as many tokens of a span as the budget says, of every input; False where that is not known.
     decides: without a budget the rule itself says how many tokens stay.
     merges: survivors may get other states than they had.
     reads_text: the choice depends on the prompt's text.
     modalities: what it reduces.
+    why_more: what the warning says where the rule leaves clearly more than its budget.
     """
 
     places: frozenset[Place]
     known_count: bool
+    exact: bool
     decides: bool
     merges: bool
     reads_text: bool
     modalities: frozenset[str]
+    why_more: str = "its rule cannot remove more of such an input"
 
 
 class Reducer(BaseModel):
     """Base of all reducers; a subclass adds parameters and writes `reduce`.
 
     places, known_count, decides, merges, modalities: as in `Facts`; whether it reads the text follows from its needs.
-    why_more: what the warning says where the rule leaves clearly more than its budget.
+    why_more: what messages say where the rule leaves clearly more than its budget.
+    least: the fraction of the tokens that it leaves at least, whatever the budget.
     separators: tokens that stand for no piece of a picture compete with the others, are all kept, or all dropped.
     """
 
@@ -147,20 +152,9 @@ class Reducer(BaseModel):
     merges: ClassVar[bool] = False
     modalities: ClassVar[frozenset[str]] = frozenset(MODALITIES)
     why_more: ClassVar[str] = "its rule cannot remove more of such an input"
+    least: ClassVar[float] = 0.0
 
-    ratio: float | None = Field(default=None, ge=0, lt=1)
-    keep: int | float | None = Field(default=None)
     separators: Literal["compete", "keep", "drop"] = "compete"
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Reducer:
-        if self.ratio is not None and self.keep is not None:
-            raise ValueError("give ratio (fraction removed) or keep (tokens or fraction kept), not both")
-        if isinstance(self.keep, float) and not 0 < self.keep <= 1:
-            raise ValueError(f"keep as a float is the fraction kept, between 0 and 1; got {self.keep}")
-        if isinstance(self.keep, int) and self.keep < 1:
-            raise ValueError(f"keep as an int is the number of tokens kept per span, at least 1; got {self.keep}")
-        return self
 
     @property
     def facts(self) -> Facts:
@@ -168,10 +162,12 @@ class Reducer(BaseModel):
         return Facts(
             self.places,
             self.known_count,
+            self.known_count and type(self).count is Reducer.count,
             self.decides,
             self.merges,
             any(need.reads_text for need in self.needs()),
             self.modalities,
+            self.why_more,
         )
 
     def needs(self) -> tuple[Need, ...]:
@@ -181,6 +177,10 @@ class Reducer(BaseModel):
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
         """Return how many tokens of one span `reduce` will keep; only read where `known_count` holds."""
         return min(current, budget)
+
+    def fewest(self, current: int, tiles: tuple[Tile, ...]) -> int:
+        """Return the fewest tokens of one span that `reduce` can leave, where the budget is a number of tokens."""
+        return 1
 
     def row_needs(self) -> tuple[Need, ...]:
         """Return the signals that `choose_rows` reads, as they are at layer 0."""
@@ -205,6 +205,11 @@ class DecodeReducer(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"cache"})
 
     layer: int = Field(default=3, ge=1)
+
+    @property
+    def facts(self) -> Facts:
+        """As of any reducer; what a new token attends to depends on the words."""
+        return replace(super().facts, reads_text=True)
 
     def refresh(self, row: Tensor, previous: Tensor | None, kept: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return (kept, stored): bool (B, V), what later layers see in this step, and what to hand in at the next.

@@ -7,6 +7,7 @@ is kept, and every attention implementation gives the same.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -32,6 +33,12 @@ class Need:
 
     places: ClassVar[frozenset[Place]] = EVERYWHERE
     phrase: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """Its name, which several needs may share: "encoder_attention", or "projection.text" of the words."""
+        word = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        return word if getattr(self, "of", "visual") == "visual" else f"{word}.text"
 
     @property
     def reads_text(self) -> bool:

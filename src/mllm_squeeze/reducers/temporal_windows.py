@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import model_validator
-
 from mllm_squeeze import ops
-from mllm_squeeze.errors import ConfigError, UnsupportedInputError
+from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Features, Need, Place
 
@@ -52,39 +50,34 @@ class TemporalWindows(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
     modalities: ClassVar[frozenset[str]] = frozenset({"video"})
     why_more: ClassVar[str] = f"the first frame (as the model groups them) and every {WINDOW}th after it stay whole"
+    least: ClassVar[float] = 1 / WINDOW
 
     variant: Literal["paper", "official"] = "paper"
-
-    @model_validator(mode="after")
-    def _feasible(self) -> TemporalWindows:
-        kept = self.keep if isinstance(self.keep, float) else 1 - (self.ratio or 0)
-        if kept < 1 / WINDOW - 1e-9:
-            raise ValueError(f"one frame of {WINDOW} stays whole: ratio must be at most 0.75 (keep at least 0.25)")
-        return self
 
     def needs(self) -> tuple[Need, ...]:
         """Return the states at the place of the cut."""
         return (Features(),)
 
-    def _sizes(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> tuple[Shape, int, int]:
-        """Return (frames, height, width), the number of prunable frames, and how many tokens each of them keeps."""
+    def _frames(self, current: int, tiles: tuple[Tile, ...]) -> tuple[Shape, int]:
+        """Return (frames, height, width) and the number of prunable frames; raises where they are not known."""
         shapes = {(tile.height, tile.width) for tile in tiles}
         if len(shapes) != 1 or current not in (sum(t.cells for t in tiles), sum(t.length for t in tiles)):
             raise UnsupportedInputError(
                 "Windows of frames need whole frames of one size, as they come from the projector; here the grid of "
-                f"the video is {tiles or 'not known'} with {current} tokens. Use vidcom2 or uniform instead."
+                f"the video is {tiles or 'not known'} with {current} tokens. Use a method that needs no "
+                "whole frames."
             )
         ((height, width),) = shapes
-        frames, area = sum(t.frames for t in tiles), height * width
-        prunable = frames - -(-frames // WINDOW)
+        frames = sum(t.frames for t in tiles)
+        return (frames, height, width), frames - -(-frames // WINDOW)
+
+    def _sizes(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> tuple[Shape, int, int]:
+        """Return (frames, height, width), the number of prunable frames, and how many tokens each of them keeps."""
+        shape, prunable = self._frames(current, tiles)
+        area = shape[1] * shape[2]
         fixed = current - prunable * area
-        if isinstance(self.keep, int) and budget < fixed:
-            raise ConfigError(
-                f"keep={self.keep} is less than the {fixed} tokens of the frames that stay whole (one of {WINDOW}, of "
-                f"{area} tokens each). Ask for at least {fixed}, or take fewer frames."
-            )
         limit = min(area, max(0, (budget - fixed) // prunable)) if prunable else area
-        return (frames, height, width), prunable, limit
+        return shape, prunable, limit
 
     def _spared(self, frames: int) -> int:
         """Return the frame that the official loop forgets, or -1."""
@@ -92,10 +85,15 @@ class TemporalWindows(Reducer):
         return frames - last + 2 if last > 2 else -1
 
     def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
-        """Return the number kept; raises UnsupportedInputError without whole frames, ConfigError if keep is too low."""
+        """Return the number kept; raises UnsupportedInputError without whole frames."""
         (frames, height, width), prunable, limit = self._sizes(current, budget, tiles)
         spared = self.variant == "official" and self._spared(frames) >= 0
         return current - (prunable - spared) * (height * width - limit)
+
+    def fewest(self, current: int, tiles: tuple[Tile, ...]) -> int:
+        """Return the tokens of the frames that stay whole; raises like `count`."""
+        (_, height, width), prunable = self._frames(current, tiles)
+        return current - prunable * height * width
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the whole frames and what changed in the others; raises like `count`."""

@@ -1,24 +1,22 @@
-"""Keeps what a session did once it ended, and turns it into the plain record that the report is made of."""
+"""Keeps what a prefill did once it ended, and turns it into the plain record that the report is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
-from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.recipe.recipe import Recipe
-from mllm_squeeze.reporting.dims import ModelDims
 from mllm_squeeze.reporting.report import KeyRecord, PrefillRecord, SpanRecord, StageRecord
-from mllm_squeeze.upstream.configs import text_sizes
+from mllm_squeeze.upstream.configs import TextSizes, text_sizes
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """What is left of a session once it ended: no part of the model, no activations.
+class FinishedPrefill:
+    """What is left of a prefill once it ended: no part of the model, no activations.
 
     layers: decoder layers of the model. lengths, held: columns and earlier cache entries of each layer that was hooked.
     """
@@ -32,30 +30,29 @@ class Prefill:
     held: Mapping[int, int]
     past: int
     layers: int
-    dims: ModelDims | None
+    dims: TextSizes | None
     element_bytes: int
 
 
-def prefill_of(session: Session) -> Prefill:
-    """Return what a session did; times are read from the device only when a record is made of it."""
-    parts, layout = session.parts, session.layout
-    assert layout is not None
-    return Prefill(
-        layout=layout,
-        cuts=tuple(session.cuts),
-        traces=tuple(session.traces),
-        encoder=session.plan.encoder,
-        attended=session.attended,
-        lengths=dict(session.lengths),
-        held=dict(session.held),
-        past=session.past,
+def finished(prefill: Prefill) -> FinishedPrefill:
+    """Return what a prefill did; times are read from the device only when a record is made of it."""
+    parts = prefill.parts
+    return FinishedPrefill(
+        layout=prefill.layout,
+        cuts=tuple(prefill.cuts),
+        traces=tuple(prefill.traces),
+        encoder=prefill.plan.encoder,
+        attended=prefill.attended,
+        lengths=dict(prefill.lengths),
+        held=dict(prefill.held),
+        past=prefill.past,
         layers=len(parts.layers),
-        dims=model_dims(parts),
+        dims=text_sizes(parts.text_config, len(parts.layers)),
         element_bytes=next(parts.decoder.parameters()).element_size(),
     )
 
 
-def record(recipe: Recipe, prefill: Prefill) -> PrefillRecord:
+def record(recipe: Recipe, prefill: FinishedPrefill) -> PrefillRecord:
     """Return what a prefill did, in plain numbers."""
     if prefill.attended is not None:
         return _of_keys(recipe, prefill, prefill.attended)
@@ -75,7 +72,7 @@ def record(recipe: Recipe, prefill: Prefill) -> PrefillRecord:
     )
 
 
-def _of_keys(recipe: Recipe, prefill: Prefill, attended: Attended) -> PrefillRecord:
+def _of_keys(recipe: Recipe, prefill: FinishedPrefill, attended: Attended) -> PrefillRecord:
     """Return what a prefill did whose pictures are keys: no layer of the LLM runs on fewer tokens."""
     layout = prefill.layout
     layers = prefill.layers if attended.layers else 0
@@ -97,7 +94,7 @@ def _spans(layout: TokenLayout) -> tuple[SpanRecord, ...]:
     return tuple(SpanRecord(span.sample, span.modality, span.length) for span in layout.spans)
 
 
-def _stages(recipe: Recipe, prefill: Prefill) -> tuple[StageRecord, ...]:
+def _stages(recipe: Recipe, prefill: FinishedPrefill) -> tuple[StageRecord, ...]:
     place = "layer" if prefill.attended is None else "keys"
     return tuple(
         StageRecord(
@@ -109,12 +106,7 @@ def _stages(recipe: Recipe, prefill: Prefill) -> tuple[StageRecord, ...]:
             sequence_before=trace.sequence_before,
             sequence_after=trace.sequence_after,
             seconds=trace.seconds,
+            asked=trace.asked,
         )
         for trace in prefill.traces
     )
-
-
-def model_dims(parts: ModelParts) -> ModelDims | None:
-    """Return the sizes of the language model, None where its config does not name them."""
-    sizes = text_sizes(parts.text_config)
-    return None if sizes is None else ModelDims(layers=len(parts.layers), **asdict(sizes))

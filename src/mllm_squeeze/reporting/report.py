@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mllm_squeeze.reporting.dims import ModelDims
+from mllm_squeeze.reporting import flops
 
-SPANS_SHOWN = 8
-STEPS_SHOWN = 12
+if TYPE_CHECKING:
+    from mllm_squeeze.upstream.configs import TextSizes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StageRecord:
     layer: first decoder layer that ran short. place: "encoder", "keys", "projector", "layer" or "cache". before,
     after: tokens of each span, in tokens of the language model also for a step in the encoder. sequence_before,
     sequence_after: columns of the padded batch, or of its keys. seconds: time the rule took, None where it was not
-    measured.
+    measured. asked: tokens each span was asked to keep, None where the rule decided.
     """
 
     layer: int
@@ -56,6 +56,7 @@ class StageRecord:
     sequence_before: int
     sequence_after: int
     seconds: float | None = None
+    asked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class PrefillRecord:
     spans: tuple[SpanRecord, ...]
     stages: tuple[StageRecord, ...]
     layer_lengths: tuple[int, ...]
-    dims: ModelDims | None = None
+    dims: TextSizes | None = None
     decode: tuple[str, ...] = ()
     element_bytes: int = 2
     cache_lengths: tuple[int, ...] | None = None
@@ -144,7 +145,7 @@ class Report:
 
     @property
     def flops_dense(self) -> int | None:
-        """FLOPs of the prefill with every token, see `ModelDims.layer_flops`."""
+        """FLOPs of the prefill with every token, see `reporting.flops.layer_flops`."""
         length, layers = self.record.layout_length, len(self.record.layer_lengths)
         return self._flops((length,) * layers, (length + self.record.past,) * layers, dense=True)
 
@@ -183,14 +184,14 @@ class Report:
         if dims is None:
             return None
         keys, new = self._crossed(keys, dense, held=True), self._crossed(lengths, dense, held=False)
-        return self.record.batch * dims.prefill_flops(lengths, keys, new)
+        return self.record.batch * flops.prefill_flops(dims, lengths, keys, new)
 
     def _cache_bytes(self, entries: Sequence[int], dense: bool = False) -> int | None:
         dims = self.record.dims
         if dims is None:
             return None
         entries = self._crossed(entries, dense, held=True)
-        return self.record.batch * dims.cache_bytes(entries, self.record.element_bytes)
+        return self.record.batch * flops.cache_bytes(dims, entries, self.record.element_bytes)
 
     def _crossed(self, counts: Sequence[int], dense: bool, held: bool) -> list[int]:
         """Return counts per layer, with those of the pictures' keys in layers that attend to them."""
@@ -224,124 +225,10 @@ class Report:
         return json.dumps(self.as_dict(), indent=indent)
 
     def __str__(self) -> str:
-        parts = [self._headline(), self._span_table(), self._step_table(), self._cost_table(), self._layers()]
-        parts += list(self.record.decode)
-        return "\n".join(part for part in parts if part)
+        from mllm_squeeze.reporting.text import text
 
-    def _headline(self) -> str:
-        size = f"batch of {self.record.batch}, prompt of {self.record.layout_length}"
-        if self.record.past:
-            size += f" after {self.record.past} seen before"
-        if self.record.keys is not None and not self.record.keys.layers:
-            size = f"batch of {self.record.batch}, in front of the Q-Former"
-        if not self.record.spans:
-            return f"{self.method}: no visual tokens in the last prefill ({size})"
-        counts = f"{self.visual_before} -> {self.visual_after} visual tokens, {100 * self.ratio:.1f} % removed"
-        return f"{self.method}: {counts} ({size})"
-
-    def _span_table(self) -> str:
-        spans = self.record.spans
-        if not spans:
-            return ""
-        rows = [["span", "sample", "kind", "tokens"]]
-        for i, span in enumerate(spans[:SPANS_SHOWN]):
-            rows.append([str(i), str(span.sample), span.modality, _chain([step[i] for step in self.span_tokens])])
-        table = _table(rows, left=(2, 3))
-        hidden = len(spans) - SPANS_SHOWN
-        return f"\n{table}" + (f"\n  ... and {hidden} more" if hidden > 0 else "")
-
-    def _step_table(self) -> str:
-        stages = self.record.stages
-        if not stages:
-            return ""
-        columns = "sequence" if self.record.keys is None else "keys"
-        rows = [["step", "rule", "where", "visual", columns, "rule's time"]]
-        for i, stage in enumerate(stages[:STEPS_SHOWN]):
-            visual = f"{sum(stage.before)} -> {sum(stage.after)}"
-            sequence = f"{stage.sequence_before} -> {stage.sequence_after}"
-            rows.append([str(i), stage.reducer, _where(stage), visual, sequence, _time(stage.seconds)])
-        table = _table(rows, left=(1, 2))
-        hidden = len(stages) - STEPS_SHOWN
-        return f"\n{table}" + (f"\n  ... and {hidden} more" if hidden > 0 else "")
-
-    def _cost_table(self) -> str:
-        dense, keys = float(self.record.layout_length), self.record.keys
-        if keys is not None and not keys.layers:
-            return ""
-        length = ["tokens per layer (mean)", f"{dense:.1f}", f"{self.mean_tokens:.1f}", _share(self.mean_tokens, dense)]
-        if keys is not None:
-            before, after = keys.held_before + keys.before, keys.held_after + keys.after
-            length = ["keys per cross-attention layer", f"{before}", f"{after}", _share(after, before)]
-        rows = [
-            ["language model, prefill", "dense", "now", "of dense"],
-            length,
-            ["FLOPs", _unit(self.flops_dense, 1000), _unit(self.flops, 1000), _share(self.flops, self.flops_dense)],
-            [
-                "KV cache",
-                _unit(self.cache_bytes_dense, 1024),
-                _unit(self.cache_bytes, 1024),
-                _share(self.cache_bytes, self.cache_bytes_dense),
-            ],
-            ["the rule's own time", "", _time(self.seconds), ""],
-        ]
-        return f"\n{_table(rows, left=(0,))}"
-
-    def _layers(self) -> str:
-        """Layers that ran on the same number of tokens, as ranges."""
-        lengths = self.record.layer_lengths
-        if not lengths:
-            return ""
-        starts = [i for i, n in enumerate(lengths) if i == 0 or n != lengths[i - 1]]
-        ends = [*[i - 1 for i in starts[1:]], len(lengths) - 1]
-        ranges = [
-            f"{start}: {lengths[start]}" if start == end else f"{start}-{end}: {lengths[start]}"
-            for start, end in zip(starts, ends, strict=True)
-        ]
-        crossed = "" if self.record.keys is None else f"   (keys in {', '.join(map(str, self.record.keys.layers))})"
-        return f"\ntokens in decoder layers  {'   '.join(ranges)}{crossed}"
+        return text(self)
 
 
 def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _chain(counts: Sequence[int]) -> str:
-    """Counts joined by arrows, the middle of a long chain left out."""
-    words = [str(count) for count in counts]
-    if len(words) > 6:
-        words = [*words[:3], "...", *words[-2:]]
-    return " -> ".join(words)
-
-
-def _where(stage: StageRecord) -> str:
-    return f"layer {stage.layer}" if stage.place == "layer" else stage.place
-
-
-def _time(seconds: float | None) -> str:
-    return "not measured" if seconds is None else f"{1000 * seconds:.2f} ms"
-
-
-def _share(now: float | None, dense: float | None) -> str:
-    return f"{100 * now / dense:.1f} %" if now is not None and dense else "-"
-
-
-def _unit(value: int | None, base: int) -> str:
-    """A count in powers of 1000, or bytes in powers of 1024, with three digits or so."""
-    if value is None:
-        return "unknown"
-    units = ("", "K", "M", "G", "T", "P", "E") if base == 1000 else ("B", "KiB", "MiB", "GiB", "TiB")
-    size, power = float(value), 0
-    while size >= base and power < len(units) - 1:
-        size, power = size / base, power + 1
-    number = f"{size:.0f}" if power == 0 or size >= 100 else f"{size:.2f}"
-    return f"{number} {units[power]}".strip()
-
-
-def _table(rows: list[list[str]], left: tuple[int, ...]) -> str:
-    """Rows as columns of text, two blanks apart; columns in `left` are flush left, the others flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

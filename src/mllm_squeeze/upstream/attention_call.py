@@ -82,7 +82,7 @@ class AttentionCall:
             raise UnsupportedModelError(
                 f"{type(module).__name__} calls its attention with {len(args)} positional arguments and "
                 f"{sorted(kwargs)}; expected {', '.join(_TENSORS)}. Its attention cannot be read: use a method that "
-                f"reads none (divprune, uniform). {how_to_go_on()}"
+                f"reads none. {how_to_go_on()}"
             )
         query, key, value, mask = given
         return cls(
@@ -133,6 +133,6 @@ class AttentionCall:
 
     def _refusal(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{type(self.module).__name__} {what}. Use a method that reads no attention (divprune, uniform). If you "
-            f"passed this argument to the model yourself, leave it out. {how_to_go_on()}"
+            f"{type(self.module).__name__} {what}. Use a method that reads no attention. If you passed this "
+            f"argument to the model yourself, leave it out. {how_to_go_on()}"
         )

@@ -10,6 +10,8 @@ from mllm_squeeze.errors import UnsupportedModelError
 
 _ID_SUFFIXES = ("id", "index")
 _FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
+# Of which encoder layer each of several decoder layers gets features.
+_FEATURES_BY_LAYER = "deepstack_layer_map"
 # Where a part of the config names them: an index into hidden states, or numbers of blocks where it is not negative.
 _INNER_FEATURE_LAYER = ("vision_config", "feature_layer")
 _FEATURE_BLOCKS = ("adapter_config", "vision_feature_layer")
@@ -17,14 +19,20 @@ _FEATURE_BLOCKS = ("adapter_config", "vision_feature_layer")
 
 @dataclass(frozen=True)
 class TextSizes:
-    """The sizes of a text model that its FLOPs follow from; intermediate: of all MLPs that one token goes through."""
+    """The sizes of a text model that its FLOPs and the bytes of its cache follow from.
 
+    intermediate: what one token passes in the MLP (all active experts together). mlp_matrices: 3 in a gated MLP, 2 in a
+    plain one.
+    """
+
+    layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     intermediate: int
     vocab: int
+    mlp_matrices: int = 3
 
 
 def model_type_of(config: Any) -> str | None:
@@ -57,6 +65,9 @@ def placeholder_names(modality: str) -> tuple[str, ...]:
 
 def feature_layers(config: Any) -> int | list[int]:
     """Return which hidden states of the encoder the LLM gets: an index into them, or several that are joined."""
+    by_layer: list[tuple[int, int]] | None = getattr(config, _FEATURES_BY_LAYER, None)
+    if by_layer:
+        return [there for _, there in sorted((layer, there) for there, layer in by_layer)]
     for name in _FEATURE_LAYERS:
         found: Any = getattr(config, name, None)
         if found is not None:
@@ -115,14 +126,15 @@ def temperature_start(config: Any) -> int | None:
     return int(start) if start and getattr(config, "attn_temperature_tuning", False) else None
 
 
-def text_sizes(config: Any) -> TextSizes | None:
-    """Return the sizes of a text model, None where its config does not name them."""
+def text_sizes(config: Any, layers: int) -> TextSizes | None:
+    """Return the sizes of a text model of so many layers, None where its config does not name them."""
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     inner = _intermediate(config)
     if heads is None or hidden is None or inner is None:
         return None
     return TextSizes(
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,

@@ -58,8 +58,9 @@ def _require(found: Any, path: str, parameters: tuple[str, ...]) -> Callable[...
     if problem:
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} is not as expected: `{path}` should be a function, found "
-            f"{problem}. Use a release that mllm_squeeze was tested with, or a method that needs no encoder signal "
-            "(fastv, divprune)."
+            f"{problem}. Use a release that mllm_squeeze was tested with, or a method that reads nothing of the vision "
+            "encoder.",
+            avoid=["encoder attention"],
         )
     checked: Callable[..., Any] = found
     return checked

@@ -97,8 +97,8 @@ def require_unbiased(mask: Tensor) -> None:
     if mask.dtype != torch.bool and mask.is_floating_point() and bool(((mask != 0) & (mask > _CLOSED_FROM)).any()):
         raise UnsupportedInputError(
             "The attention mask adds numbers to logits that it leaves open (a bias by position or by size), and the "
-            "scores that the method reads would leave them out. Use a method that reads no attention (divprune, "
-            "uniform), or pass a mask of bools."
+            "scores that the method reads would leave them out. Use a method that reads no attention, or pass a mask "
+            "of bools."
         )
 
 

@@ -163,8 +163,19 @@ class GenerateCall:
     @property
     def prompt_length(self) -> int | None:
         """Length of the prompt, None where there is none."""
+        prompt = self._prompt
+        return None if prompt is None else int(prompt.shape[1])
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the prompt, before they are repeated for beams; None where there is none."""
+        prompt = self._prompt
+        return None if prompt is None else int(prompt.shape[0])
+
+    @property
+    def _prompt(self) -> Tensor | None:
         candidates = [self.given.get(name) for name in ("inputs", IDS, EMBEDDINGS)]
-        return next((int(one.shape[1]) for one in candidates if isinstance(one, Tensor) and one.ndim >= 2), None)
+        return next((one for one in candidates if isinstance(one, Tensor) and one.ndim >= 2), None)
 
     def in_chunks(self, model: nn.Module) -> bool:
         """True where the prompt is prefilled in chunks."""

@@ -7,26 +7,26 @@ from typing import Any
 import torch
 
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_rows
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.reducers.base import DecodeReducer
 
 
-def listen(session: Session, attention: Any, reducer: DecodeReducer, cache: Any) -> None:
+def listen(running: Pass, attention: Any, reducer: DecodeReducer, cache: Any) -> None:
     """Make the tap of the layer before choose which visual entries the later layers see in this step.
 
     The choice and the row it was made from live with the cache, so that steps, beams and copies of a cache stay apart.
     """
-    holder = _holder(session, reducer.layer)
+    holder = _holder(running, reducer.layer)
     entries = kv.kept_entries(cache, holder)
     if entries is None or entries.visual is None:
         return
-    before = kv.kept_entries(cache, session.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
+    before = kv.kept_entries(cache, running.parts.kv_sources.get(reducer.layer - 1, reducer.layer - 1))
     if before is None or before.columns.shape != entries.columns.shape:
         raise ConfigError(
-            f"decode_refresh at layer {reducer.layer} needs layer {reducer.layer - 1} to hold the same entries; put "
-            "its layer at least one behind the last cut."
+            f"To choose entries of the cache from layer {reducer.layer} on while decoding, layer {reducer.layer - 1} "
+            "must hold the same entries; put the layer at least one behind the last cut."
         )
     visual = entries.visual
 
@@ -39,16 +39,19 @@ def listen(session: Session, attention: Any, reducer: DecodeReducer, cache: Any)
         notes = layer.notes or {}
         kept, stored = reducer.refresh(row, notes.get("row"), notes.get("kept"), visual.to(row.device))
         layer.notes = {"row": stored, "kept": kept}
-        session.arguments.close(visual.to(row.device) & ~kept)
+        running.arguments.close(visual.to(row.device) & ~kept)
         return False
 
-    session.listeners[attention] = read
+    running.signals.listeners[attention] = read
 
 
-def _holder(session: Session, layer: int) -> int:
+def _holder(running: Pass, layer: int) -> int:
     """Return the layer that holds the entries which the first attention layer from `layer` on reads."""
-    parts = session.parts
+    parts = running.parts
     first = next((n for n in range(layer, len(parts.layers)) if parts.has_entries(n)), None)
     if first is None:
-        raise ConfigError(f"decode_refresh at layer {layer} has no attention layer behind it; choose a lower layer.")
+        raise ConfigError(
+            f"Entries of the cache are chosen from layer {layer} on while decoding, and no layer from there on has "
+            "attention; choose a lower layer."
+        )
     return parts.kv_sources.get(first, first)

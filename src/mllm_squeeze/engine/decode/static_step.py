@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.kv.layers import StaticCutLayer
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.shorten import is_flash
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.calls import LayerCall, cache_of, is_one_token
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """Keep torch.compile out of a function: a prefill chooses by content, so its graph would break at each choice."""
-    hidden = cast("Callable[P, R]", torch.compiler.disable(function))
-
-    # What `disable` returns costs tens of microseconds per call, and each layer of each step makes some.
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return hidden(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
-
-    return call
 
 
 def is_static_step(kwargs: Mapping[str, Any]) -> bool:
@@ -44,22 +28,22 @@ def is_traced_step(kwargs: Mapping[str, Any]) -> bool:
     return torch.compiler.is_compiling() and is_static_step(kwargs)
 
 
-def refuse_static(session: Session, cache: Any) -> None:
-    """Check that what a session does works on a cache of fixed size, if it is one.
+def refuse_static(prefill: Prefill, cache: Any) -> None:
+    """Check that what a prefill does works on a cache of fixed size, if it is one.
 
     Raises:
         UnsupportedInputError: FlashAttention, whose masks have no columns, or a method that goes on while decoding.
     """
     if not kv.is_static(cache):
         return
-    if session.plan.decode is not None:
+    if prefill.plan.decode is not None:
         raise UnsupportedInputError(
-            f"'{session.plan.decode.name}' chooses anew while decoding, which a static cache cannot follow. Use "
+            f"'{prefill.plan.decode.name}' chooses anew while decoding, which a static cache cannot follow. Use "
             "cache_implementation='dynamic' (the default of generate)."
         )
-    if is_flash(session.implementation):
+    if is_flash(prefill.implementation):
         raise UnsupportedInputError(
-            f"A static cache cannot be cut under {session.implementation}, whose masks do not tell the slots that are "
+            f"A static cache cannot be cut under {prefill.implementation}, whose masks do not tell the slots that are "
             "still empty. Load the model with attn_implementation='sdpa', or use a dynamic cache."
         )
 

@@ -13,7 +13,7 @@ from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.encoder.read import read_attention, read_probe, read_projection, read_states, real_keys
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts
@@ -102,7 +102,7 @@ class EncodeCall:
         if not read:
             raise UnsupportedModelError(
                 f"The vision encoder of '{self.parts.row.model_type}' ran without calling the attention that gives "
-                f"{need}. Use a method that needs no encoder signal (fastv, divprune)."
+                f"{need}. Use a method that reads nothing of the vision encoder."
             )
         packed = self.parts.row.tower == "packed"
         values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)

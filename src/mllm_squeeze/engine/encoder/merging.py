@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze import ops
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.signals.rows import AttentionCall
-from mllm_squeeze.engine.tokens.spans import PRUNED, SEPARATOR
+from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
@@ -22,11 +23,12 @@ from mllm_squeeze.reducers.needs import Features, Need, Projection, Size
 class EncoderMerge:
     """State of one call of the encoder: which patch is part of which token by now, and which were pruned.
 
-    blocks: numbers of the blocks in front of which tokens are reduced, with the keys of the block before.
+    amount: how much of each tile's tokens is left. blocks: numbers of the blocks in front of which tokens are reduced,
+    with the keys of the block before.
     """
 
-    def __init__(self, parts: ModelParts, reducer: Reducer, blocks: Sequence[int]) -> None:
-        self.parts, self.reducer, self.blocks = parts, reducer, list(blocks)
+    def __init__(self, parts: ModelParts, reducer: Reducer, amount: Amount, blocks: Sequence[int]) -> None:
+        self.parts, self.reducer, self.amount, self.blocks = parts, reducer, amount, list(blocks)
         self._keys: Tensor | None = None
         self._sizes: Tensor | None = None
         self._source: Tensor | None = None
@@ -34,21 +36,20 @@ class EncoderMerge:
 
     def read(self, call: AttentionCall) -> bool:
         """Keep the keys of a block, mean over heads."""
-        self._keys = call.key.mean(1)[:, self.parts.lead :]
+        self._keys = call.key.mean(1)[:, self.parts.special_tokens :]
         return False
 
     @property
     def bias(self) -> Tensor | None:
-        """Log sizes (tiles, 1, 1, lead + N) for proportional attention, None where it is off."""
+        """Log sizes (tiles, 1, 1, special + N) for proportional attention, None where it is off."""
         if not getattr(self.reducer, "proportional", False) or self._sizes is None:
             return None
-        ones = self._sizes.new_ones(self._sizes.shape[0], self.parts.lead)
+        ones = self._sizes.new_ones(self._sizes.shape[0], self.parts.special_tokens)
         return torch.cat([ones, self._sizes], dim=1).log()[:, None, None, :]
 
     def merge(self, block: int, hidden: Tensor) -> Tensor:
-        """Reduce tokens in front of a block; hidden states (tiles, lead + N, C) become (tiles, lead + N', C)."""
-        lead = self.parts.lead
-        special, patches = hidden[:, :lead], hidden[:, lead:]
+        """Reduce tokens in front of a block; hidden states (tiles, special + N, C) become (tiles, special + N', C)."""
+        special, patches = hidden.tensor_split([self.parts.special_tokens], dim=1)
         tiles, count, _ = patches.shape
         if self._source is None or self._sizes is None:
             self._start(tiles, count, hidden.device)
@@ -72,7 +73,7 @@ class EncoderMerge:
     def _start(self, tiles: int, count: int, device: torch.device) -> None:
         self._source = torch.arange(count, device=device).expand(tiles, -1)
         self._sizes = torch.ones(tiles, count, device=device)
-        goal = ops.kept_count(count, self.reducer.ratio, self.reducer.keep)
+        (goal,) = self.amount.of_prompt((count,))
         self._schedule = schedule(count, goal, len(self.blocks), self.reducer)
         if self._schedule and self._schedule[-1] > goal:
             warnings.warn(
@@ -96,7 +97,7 @@ class EncoderMerge:
             origin=torch.arange(count, device=patches.device).expand(tiles, -1),
             lengths=(self._source.shape[1] if self._source is not None else count,) * tiles,
             current=(count,) * tiles,
-            special_tokens=self.parts.lead,
+            special_tokens=self.parts.special_tokens,
             signals=Signals(there),
         )
 
@@ -138,7 +139,7 @@ def _groups_of(number: Tensor, groups: Tensor) -> Tensor:
     if bool((number != number.round()).any()):
         raise UnsupportedInputError(
             "This family blends neighbouring patches of so large a picture, so tokens merged in the encoder are no "
-            "longer whole. Use a smaller picture, or a method at the projector (divprune, visionzip)."
+            "longer whole. Use a smaller picture, or a method that acts at the projector."
         )
     return groups[number.long().clamp(min=0)].masked_fill(number < 0, SEPARATOR)
 

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from mllm_squeeze.engine.decode.static_step import is_traced_step
-from mllm_squeeze.engine.hooks.current import Frame, Local, Whole
-from mllm_squeeze.engine.hooks.encoder import recorded
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
-from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.hooks.current import PromptRun, Whole
+from mllm_squeeze.engine.hooks.installer import Installer
+from mllm_squeeze.engine.hooks.owner import Hooks
+from mllm_squeeze.engine.tokens.features import Features
+from mllm_squeeze.engine.tokens.recorded import recorded
 from mllm_squeeze.errors import UnsupportedInputError
-from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall, flat, wanted_tail
 
 
-class CallHooks(HookOwner):
-    """Keeps `local` told of the calls that run in this thread, with their inputs.
+class CallHooks(Hooks):
+    """Keeps `local` told of the calls that run in this thread, with their inputs."""
 
-    enabled: says whether the handle is switched on now.
-    """
-
-    def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
-        self.parts, self.plan = parts, plan
-        self._local, self._enabled = local, enabled
-
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on."""
-        self._override_generate(fittings)
-        fittings.around(self.parts.model, self._enter_model, self._leave_model)
-        fittings.around(self.parts.base, self._enter_base, self._leave_base)
+        self._override_generate(installer)
+        installer.around(self.parts.model, self._enter_model, self._leave_model)
+        installer.around(self.parts.base, self._enter_base, self._leave_base)
 
-    def _override_generate(self, fittings: Fittings) -> None:
+    def _override_generate(self, installer: Installer) -> None:
         original: Any = getattr(self.parts.model, "generate", None)
         if original is None:
             return
@@ -48,17 +39,17 @@ class CallHooks(HookOwner):
             if self._enabled():
                 _refuse_chunks(self.parts.model, call)
             here = sys._getframe()
-            prompt = self._local.prompts.enter(call.prompt_length, here)
-            frames = self._local.frames
-            frame = frames.enter(Frame(PromptCall(call.given)), here) if self.parts.row.own_generate else None
+            prompt = self._local.prompts.enter(call, here)
+            runs = self._local.prompt_runs
+            run = runs.enter(PromptRun(PromptCall(call.given)), here) if self.parts.row.own_generate else None
             try:
                 return original(*args, **kwargs)
             finally:
                 self._local.prompts.leave(prompt)
-                if frame is not None:
-                    frames.leave(frame)
+                if run is not None:
+                    runs.leave(run)
 
-        fittings.override(self.parts.model, "generate", generate)
+        installer.override(self.parts.model, "generate", generate)
 
     def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_traced_step(kwargs):
@@ -75,9 +66,9 @@ class CallHooks(HookOwner):
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_traced_step(kwargs):
             return
-        frame = Frame(PromptCall.read(module, args, kwargs))
-        self._local.frames.enter(frame)
-        for modality, output in frame.call.encoded.items() if self._enabled() else ():
+        run = PromptRun(PromptCall.read(module, args, kwargs))
+        self._local.prompt_runs.enter(run)
+        for modality, output in run.call.encoded.items() if self._enabled() else ():
             found = recorded(self.plan, output) or self._brought(modality)
             if found is None:
                 raise UnsupportedInputError(
@@ -85,7 +76,7 @@ class CallHooks(HookOwner):
                     "in chunks. Encode them after squeeze.apply, and leave prefill_chunk_size unset."
                 )
             if not self.parts.row.by_runs:
-                frame.features[modality] = found
+                run.features[modality] = found
 
     def _brought(self, modality: str) -> Features | None:
         """Return what the call of the whole model knew of its features: accelerate rebuilds them on their way here."""
@@ -94,7 +85,7 @@ class CallHooks(HookOwner):
 
     def _leave_base(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not is_traced_step(kwargs):
-            self._local.frames.leave()
+            self._local.prompt_runs.leave()
 
 
 def _refuse_chunks(model: nn.Module, call: GenerateCall) -> None:

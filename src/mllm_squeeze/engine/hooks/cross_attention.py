@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.current import Calls, Entry, Local, warn_no_image, words_behind_pictures
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.hooks.current import Calls, Local
+from mllm_squeeze.engine.hooks.installer import Installer
+from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.keys import cache_layer as key_cache
 from mllm_squeeze.engine.keys.kept import KeptKeys, all_keys, open_mask, reduce_keys, take_columns
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.shorten import is_flash
+from mllm_squeeze.engine.tokens.prompt import warn_no_image, words_behind_pictures
 from mllm_squeeze.engine.trace import Attended
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.handlers.cross_attention import cross_layers, find_pictures
@@ -33,9 +35,9 @@ from mllm_squeeze.upstream.prompts import PromptCall
 class _Pass:
     """One call of the text model: what was reduced in it, and which keys its layers will then hold."""
 
-    session: Session | None = None
+    prefill: Prefill | None = None
     kept: KeptKeys | None = None
-    reader: weakref.ref[Entry[_Pass]] | None = None
+    reader: weakref.ref[key_cache.Reader] | None = None
 
 
 class _Now(threading.local):
@@ -43,30 +45,21 @@ class _Now(threading.local):
         self.passes: Calls[_Pass] = Calls()
 
 
-class CrossAttentionHooks(HookOwner):
-    """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them.
-
-    enabled: says whether the handle is switched on now.
-    """
+class CrossAttentionHooks(Hooks):
+    """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them."""
 
     def __init__(
-        self,
-        parts: ModelParts,
-        plan: Plan,
-        local: Local,
-        enabled: Callable[[], bool],
-        publish: Callable[[Session | None], None],
+        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
     ) -> None:
-        self.parts, self.plan = parts, plan
-        self._local, self._enabled, self._publish = local, enabled, publish
+        super().__init__(parts, plan, local, enabled, publish)
         self._layers = cross_layers(parts.layers)
         self._now = _Now()
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on."""
-        fittings.around(self.parts.decoder, self._enter, self._leave)
+        installer.around(self.parts.decoder, self._enter, self._leave)
         for number in self._layers:
-            fittings.before(self.parts.layers[number], functools.partial(self._before_layer, number))
+            installer.before(self.parts.layers[number], functools.partial(self._before_layer, number))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         now, call = _Pass(), TextCall.read(module, args, kwargs)
@@ -98,8 +91,8 @@ class CrossAttentionHooks(HookOwner):
         return now.kept, short
 
     def _reduce(self, now: _Pass, call: TextCall, cross: CrossCall) -> tuple[KeptKeys | None, CrossCall]:
-        frame = self._local.frame
-        prompted = PromptCall({}) if frame is None else frame.call
+        run = self._local.prompt_run
+        prompted = PromptCall({}) if run is None else run.call
         tiles = self.parts.config.vision_config.max_num_tiles
         pictures = find_pictures(cross, call.batch, tiles, prompted)
         layout = pictures.layout
@@ -109,10 +102,12 @@ class CrossAttentionHooks(HookOwner):
         text = None
         if any(cut.reducer.facts.reads_text for cut in self.plan.keys):
             text = words_behind_pictures(self.parts, call, prompted, self._local.prompt)
-        session, states, kept = reduce_keys(self.parts, self.plan, layout, pictures.states, text)
+        past = kv.tokens_seen(call.cache)
+        prefill, states, kept = reduce_keys(
+            self.parts, self.plan, layout, pictures.states, text, past, self._local.rows
+        )
         held = key_cache.held_keys(call.cache, self._layers[0], call.batch, states.device)
-        session.past = kv.tokens_seen(call.cache)
-        session.attended = Attended(
+        prefill.attended = Attended(
             self._layers,
             call.width,
             layout.length,
@@ -120,7 +115,7 @@ class CrossAttentionHooks(HookOwner):
             0 if held is None else held.width,
             0 if held is None else held.index.shape[1],
         )
-        now.session = session
+        now.prefill = prefill
         if kept is None:
             return None, cross
         key_cache.require_growing(call.cache, self._layers)
@@ -162,5 +157,5 @@ class CrossAttentionHooks(HookOwner):
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         now = self._now.passes.leave()
-        if now is not None and now.session is not None and output is not None:
-            self._publish(now.session)
+        if now is not None and now.prefill is not None and output is not None:
+            self._publish(now.prefill)

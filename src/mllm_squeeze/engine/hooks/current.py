@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
-
-from mllm_squeeze.engine.decode.static_step import untraced
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.hooks.running import caller, is_running
-from mllm_squeeze.engine.sequence.session import Session
-from mllm_squeeze.engine.tokens.spans import Features, find_layout
-from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
-from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.layout import TokenLayout
-from mllm_squeeze.upstream import masks
-from mllm_squeeze.upstream.calls import TextCall
-from mllm_squeeze.upstream.prompts import MODALITIES, PromptCall
+from mllm_squeeze.engine.hooks.untraced import untraced
+from mllm_squeeze.engine.sequence.passes import Pass
+from mllm_squeeze.engine.sequence.prefill import Prefill
+from mllm_squeeze.engine.tokens.features import Features
+from mllm_squeeze.upstream.prompts import GenerateCall, PromptCall
 
 T = TypeVar("T")
 
 
 @dataclass
-class Frame:
+class PromptRun:
     """One call of the inner model, and the features that its encoders gave for it."""
 
     call: PromptCall
@@ -115,14 +107,13 @@ class Local(threading.local):
     """What runs in this thread now; threads that share a model do not meet."""
 
     def __init__(self) -> None:
-        self.frames: Calls[Frame] = Calls()
-        self.sessions: Calls[Session | None] = Calls()
+        self.prompt_runs: Calls[PromptRun] = Calls()
+        self.passes: Calls[Pass | None] = Calls()
         self.wholes: Calls[Whole] = Calls()
         self.encodings: Calls[EncodeCall] = Calls()
-        # The session of a self-check that runs now: the text model is called inside its own pre-hook.
-        self.probes: Calls[tuple[Session | None]] = Calls()
-        # Length of the prompt that generate() was called with.
-        self.prompts: Calls[int | None] = Calls()
+        # The prefill of a self-check that runs now: the text model is called inside its own pre-hook.
+        self.probes: Calls[tuple[Prefill | None]] = Calls()
+        self.prompts: Calls[GenerateCall] = Calls()
 
     @property
     def encode(self) -> EncodeCall | None:
@@ -130,19 +121,24 @@ class Local(threading.local):
         return self.encodings.top
 
     @property
-    def probe(self) -> tuple[Session | None] | None:
-        """The session that a self-check runs the text model with, None outside of one."""
+    def probe(self) -> tuple[Prefill | None] | None:
+        """The prefill that a self-check runs the text model with, None outside of one."""
         return self.probes.top
 
     @property
     def prompt(self) -> int | None:
         """Length of the prompt that generate() was called with, None outside of it."""
-        return self.prompts.top
+        return None if self.prompts.top is None else self.prompts.top.prompt_length
 
     @property
-    def frame(self) -> Frame | None:
+    def rows(self) -> int | None:
+        """Rows of the prompt that generate() was called with, None outside of it."""
+        return None if self.prompts.top is None else self.prompts.top.rows
+
+    @property
+    def prompt_run(self) -> PromptRun | None:
         """The innermost call of the inner model."""
-        return self.frames.top
+        return self.prompt_runs.top
 
     @property
     def wanted(self) -> int | None:
@@ -150,104 +146,6 @@ class Local(threading.local):
         return None if self.wholes.top is None else self.wholes.top.wanted
 
     @property
-    def session(self) -> Session | None:
-        """The session of the innermost decoder pass."""
-        return self.sessions.top
-
-
-def features_of(frame: Frame, ids: Mapping[str, int]) -> dict[str, Features]:
-    """Return what was encoded for this pass; what is encoded without a feature method is told by its inputs."""
-    found = {modality: features.without(frame.call.left(modality)) for modality, features in frame.features.items()}
-    for modality in MODALITIES:
-        if modality in ids and modality not in found and frame.call.brings(modality):
-            found[modality] = Features(modality, None)
-    return found
-
-
-def layout_of(
-    frame: Frame, features: Mapping[str, Features], parts: ModelParts, call: TextCall, past: int, prompt: int | None
-) -> TokenLayout:
-    """Return the layout of a pass.
-
-    call: of the text model. past: tokens seen before. prompt: length of the prompt that generate() was called with,
-    None outside of it; what lies behind it are guesses of assisted decoding.
-    """
-    width = call.width
-    ids = _ids(parts, frame.call)
-    real = real_tokens(frame.call.mask, past, width)
-    ids = ids[:, -width:]
-    # A generate() of its own expands its rows for beams behind our back.
-    ids = ids.repeat_interleave(call.batch // ids.shape[0], dim=0)
-    real = None if real is None else real.repeat_interleave(ids.shape[0] // real.shape[0], dim=0)
-    drafts = 0 if prompt is None else max(past + width - prompt, 0)
-    return find_layout(ids, real, features, parts.ids, parts.row.grouped, frame.call.token_types, drafts)
-
-
-def words_behind_pictures(
-    parts: ModelParts, call: TextCall, prompted: PromptCall, prompt: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return the embeddings (B, T, D) of a prompt, and bool (B, T), its words behind the first picture.
-
-    call: of the text model. prompted: of the inner model. prompt: as for `layout_of`.
-    """
-    embeddings = call.embeddings
-    if embeddings is None:
-        table: Any = parts.decoder
-        embeddings = table.embed_tokens(call.ids)
-    ids = call.ids if prompted.ids is None else prompted.ids
-    if ids is None:
-        ids = _ids_from_embeddings(parts, embeddings)
-    width = embeddings.shape[1]
-    picture = ids[:, -width:] == parts.ids["image"]
-    mask = prompted.mask
-    real = mask[:, -width:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else torch.ones_like(picture)
-    if prompt is not None:
-        real = real & (torch.arange(width, device=real.device) < prompt)
-    behind = picture.cumsum(1) > 0
-    return embeddings, (real & behind & ~picture).to(embeddings.device)
-
-
-def warn_no_image() -> None:
-    """Say that a prompt holds nothing that could be cut."""
-    warnings.warn(
-        "This prompt holds no image, video or audio that the handle saw being encoded; nothing was cut.",
-        SqueezeWarning,
-        stacklevel=2,
-    )
-
-
-def real_tokens(mask: Any, past: int, width: int) -> Tensor | None:
-    """Return bool (B, T), False for padding; None where no token is said to be padding.
-
-    mask: what the inner model got: 2-D (B, tokens seen), or 4-D (B, 1, T, K), as generate() makes them for caches that
-    can be compiled. In a 4-D mask a real token sees itself.
-    """
-    # What cannot be read here is refused where it would have to be shortened.
-    if masks.form(mask) not in ("keys", "square"):
-        return None
-    opened = masks.is_open(mask)
-    opened = opened[:, None].expand(-1, width, -1) if opened.ndim == 2 else opened[:, 0]
-    if opened.shape[-1] < past + width:
-        past = opened.shape[-1] - width
-    return opened[:, :, past : past + width].diagonal(dim1=1, dim2=2)
-
-
-def _ids(parts: ModelParts, call: PromptCall) -> Tensor:
-    if call.ids is not None:
-        return call.ids
-    if call.embeddings is None:
-        raise UnsupportedInputError(
-            f"The prompt has neither ids nor embeddings that could be found; it came with "
-            f"{', '.join(call.inputs) or 'nothing'}."
-        )
-    return _ids_from_embeddings(parts, call.embeddings)
-
-
-def _ids_from_embeddings(parts: ModelParts, embeddings: Tensor) -> Tensor:
-    """Return ids that tell placeholders from text, by their embedding, as the library itself does."""
-    table: Any = parts.base
-    ids = torch.full(embeddings.shape[:2], -1, dtype=torch.long, device=embeddings.device)
-    for token in set(parts.ids.values()):
-        vector = table.get_input_embeddings()(torch.tensor(token, device=embeddings.device))
-        ids = torch.where((embeddings == vector).all(-1), token, ids)
-    return ids
+    def running(self) -> Pass | None:
+        """The innermost decoder pass, None where its layers need nothing of us."""
+        return self.passes.top

@@ -15,72 +15,45 @@ from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.hooks.installer import Installer
+from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.signals.rows import Listener
-from mllm_squeeze.engine.tokens.spans import Features
-from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError, UnsupportedModelError
+from mllm_squeeze.engine.tokens.recorded import mark, merger, recorded
+from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import EncoderNeed, EncoderStates
 from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
 from mllm_squeeze.upstream.outputs import block_states
 from mllm_squeeze.upstream.prompts import flat, vision_inputs
 
-# Attribute under which a feature method's output carries what was recorded about it.
-MARK = "mllm_squeeze_features"
 
+class EncoderHooks(Hooks):
+    """Records each call of a family's feature methods."""
 
-def recorded(plan: Plan, output: Any) -> Features | None:
-    """Return what was recorded about a feature method's output, None where nothing was.
-
-    Raises:
-        UnsupportedInputError: it was encoded under a method that asked the encoder for something else.
-    """
-    found: Features | None = getattr(output, MARK, None)
-    if found is None:
-        return None
-    lacking = [need for need in plan.encoder_needs if need not in found.signals]
-    if (lacking and found.lengths is not None) or found.merged_by != _merger(plan):
-        raise UnsupportedInputError(
-            f"The {found.modality} features of this call were encoded while another method was applied, which asked "
-            "the encoder for something else. Encode the pictures anew after squeeze.apply."
-        )
-    return found
-
-
-def _merger(plan: Plan) -> Reducer | None:
-    return None if plan.encoder is None else plan.encoder.reducer
-
-
-class EncoderHooks(HookOwner):
-    """Records each call of a family's feature methods.
-
-    enabled: says whether the handle is switched on now.
-    """
-
-    def __init__(self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool]) -> None:
-        self.parts, self.plan = parts, plan
-        self._local, self._enabled = local, enabled
+    def __init__(
+        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
+    ) -> None:
+        super().__init__(parts, plan, local, enabled, publish)
         self._signals = plan.encoder_needs
 
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hooks on.
 
         Raises:
             UnsupportedModelError: a part that the plan needs was not found, or was patched by other code.
         """
-        self._override_features(fittings)
-        self._hook_blocks(fittings)
-        self._tap_signals(fittings)
+        self._override_features(installer)
+        self._hook_blocks(installer)
+        self._tap_signals(installer)
 
-    def _override_features(self, fittings: Fittings) -> None:
+    def _override_features(self, installer: Installer) -> None:
         # Audio needs no override: it is encoded in each forward, and a run of placeholders is one recording.
         for modality in (modality for modality in self.parts.ids if modality != "audio"):
             name = f"get_{modality}_features"
             original = getattr(self.parts.base, name, None)
             if original is not None:
-                fittings.override(self.parts.base, name, self._recording(modality, original))
+                installer.override(self.parts.base, name, self._recording(modality, original))
 
     def _recording(self, modality: str, original: Callable[..., Any]) -> Callable[..., Any]:
         # generate() reads the signature, which `wraps` keeps.
@@ -101,10 +74,10 @@ class EncoderHooks(HookOwner):
             # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.
             found = recorded(self.plan, output)
             if found is None:
-                found = replace(call.features(inputs, output), merged_by=_merger(self.plan))
-                setattr(output, MARK, found)
-            if self._local.frame is not None and not self.parts.row.by_runs:
-                self._local.frame.features[modality] = found
+                found = replace(call.features(inputs, output), merged_by=merger(self.plan))
+                mark(output, found)
+            if self._local.prompt_run is not None and not self.parts.row.by_runs:
+                self._local.prompt_run.features[modality] = found
             return output
 
         return record
@@ -113,18 +86,18 @@ class EncoderHooks(HookOwner):
         last = self.parts.feature_block
         if self.plan.encoder is None or last is None:
             return None
-        if modality == "video" and self.parts.row.road != "identity":
+        if modality == "video" and self.parts.row.tower_to_llm != "identity":
             warnings.warn(
                 f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
-                "tokens behind the encoder; use vidcom2 or dycoke for them.",
+                "tokens behind the encoder; use a method that acts at the projector for them.",
                 SqueezeWarning,
                 stacklevel=2,
             )
             return None
         blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
-        return EncoderMerge(self.parts, self.plan.encoder.reducer, blocks)
+        return EncoderMerge(self.parts, self.plan.encoder.reducer, self.plan.encoder.amount, blocks)
 
-    def _hook_blocks(self, fittings: Fittings) -> None:
+    def _hook_blocks(self, installer: Installer) -> None:
         last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector
         if self.plan.encoder is None or blocks is None or projector is None or last is None:
             return
@@ -134,10 +107,10 @@ class EncoderHooks(HookOwner):
                 raise UnsupportedModelError(
                     f"Block {number} of the vision encoder has no attention whose keys can be read."
                 )
-            fittings.tap(attention, self._merge_listener)
+            installer.tap(attention, self._merge_listener)
             before = functools.partial(self._before_block, number + 1)
-            fittings.before(blocks[number + 1], before)
-        fittings.after(projector, self._after_projector)
+            installer.before(blocks[number + 1], before)
+        installer.after(projector, self._after_projector)
 
     def _merge_listener(self) -> Listener | None:
         merge = None if self._local.encode is None else self._local.encode.merge
@@ -158,7 +131,7 @@ class EncoderHooks(HookOwner):
         merge = None if self._local.encode is None else self._local.encode.merge
         return None if merge is None else merge.restore(output)
 
-    def _tap_signals(self, fittings: Fittings) -> None:
+    def _tap_signals(self, installer: Installer) -> None:
         needs = [need for need in self._signals if isinstance(need, EncoderNeed)]
         for block in sorted({block for need in needs if (block := block_of(need, self.parts)) is not None}):
             assert self.parts.blocks is not None
@@ -169,11 +142,12 @@ class EncoderHooks(HookOwner):
                 if attention is None:
                     raise UnsupportedModelError(
                         f"Block {block} of the vision encoder of '{self.parts.row.model_type}' has no attention that "
-                        "could be read. Use a method that needs no encoder signal (fastv, divprune)."
+                        "could be read. Use a method that reads nothing of the vision encoder.",
+                        avoid=["encoder attention"],
                     )
-                fittings.tap(attention, functools.partial(self._attention_listener, block))
+                installer.tap(attention, functools.partial(self._attention_listener, block))
             if any(is_of_states(need) for need in mine):
-                fittings.after(module, functools.partial(self._after_block, block))
+                installer.after(module, functools.partial(self._after_block, block))
 
     def _attention_listener(self, block: int) -> Listener | None:
         encode = self._local.encode

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
-from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.signals.rows import Listener, Tap
 from mllm_squeeze.errors import UnsupportedModelError
 
 
-class HookOwner:
-    """What hooks on a model belong to: whoever copies or pickles the model comes across it, and is told why not."""
-
-    plan: Plan
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self.plan.refuse_copy()
-
-
-class Fittings:
+class Installer:
     """Collects what is put on a model; `remove` leaves it as it was."""
 
     def __init__(self) -> None:
@@ -63,9 +53,9 @@ class Fittings:
         self._undo.append(lambda: module.__dict__.pop(name, None))
         module.__dict__[name] = method
 
-    def nested(self) -> Fittings:
-        """Return what collects the fittings of a while; they come off with these at the latest."""
-        inner = Fittings()
+    def nested(self) -> Installer:
+        """Return what collects the installer of a while; they come off with these at the latest."""
+        inner = Installer()
         self._undo.append(inner.remove)
         return inner
 

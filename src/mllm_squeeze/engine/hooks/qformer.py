@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.engine.hooks.installer import Fittings, HookOwner
+from mllm_squeeze.engine.hooks.installer import Installer
+from mllm_squeeze.engine.hooks.owner import Hooks
 from mllm_squeeze.engine.keys.kept import KeptKeys, reduce_keys
-from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
 from mllm_squeeze.engine.trace import Attended
-from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.upstream.attended import QueryCall
 
 
-class QueryHooks(HookOwner):
-    """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them.
+class QueryHooks(Hooks):
+    """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them."""
 
-    enabled: says whether the handle is switched on now.
-    """
-
-    def __init__(
-        self, parts: ModelParts, plan: Plan, enabled: Callable[[], bool], publish: Callable[[Session | None], None]
-    ) -> None:
-        self.parts, self.plan = parts, plan
-        self._enabled, self._publish = enabled, publish
-
-    def attach(self, fittings: Fittings) -> None:
+    def attach(self, installer: Installer) -> None:
         """Put the hook on."""
         assert self.parts.queries is not None
-        fittings.before(self.parts.queries, self._before)
+        installer.before(self.parts.queries, self._before)
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -43,9 +31,9 @@ class QueryHooks(HookOwner):
         if call.states is None or not self._enabled():
             return None
         layout = _layout(call.states, call.mask)
-        session, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
-        session.attended = Attended((), 0, call.states.shape[1], short.shape[1])
-        self._publish(session)
+        prefill, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
+        prefill.attended = Attended((), 0, call.states.shape[1], short.shape[1])
+        self._publish(prefill)
         if kept is None:
             return None
         return args, {**kwargs, **QueryCall(short, _mask(call.mask, kept)).arguments()}

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.hooks.current import Local
-from mllm_squeeze.engine.hooks.installer import Fittings
+from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.plan import Plan, PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
-from mllm_squeeze.engine.tokens.spans import Features
+from mllm_squeeze.engine.sequence.prefill import Prefill
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, is_causal
 from mllm_squeeze.layout import Tile, TokenLayout
@@ -49,7 +50,7 @@ class Proof:
 
     short: Tensor
     masked: Tensor
-    session: Session
+    prefill: Prefill
     tolerance: float
 
     @property
@@ -64,7 +65,7 @@ class Proof:
 
     def of(self, states: Tensor) -> Tensor:
         """Return the survivors' rows of states (B, T, D) of the same prompt."""
-        return _survivors(self.session, states)
+        return _survivors(self.prefill, states)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:
@@ -74,13 +75,13 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 def probe_cut(layer: int) -> PlannedCut:
     """Return a cut that drops every other visual token at one layer."""
-    return PlannedCut(0, "self-check", layer, _EveryOther(ratio=0.5))
+    return PlannedCut(0, "self-check", layer, _EveryOther(), Amount(ratio=0.5))
 
 
 def prove(
     parts: ModelParts,
     local: Local,
-    fittings: Fittings,
+    installer: Installer,
     layer: int,
     layout: TokenLayout,
     features: Mapping[str, Features],
@@ -88,26 +89,25 @@ def prove(
 ) -> Proof:
     """Run the text model with every other visual token cut at a layer, and with the same tokens masked.
 
-    local: that of the hooks that are on the model from this layer on. fittings: what collects them.
+    local: that of the hooks that are on the model from this layer on. installer: what collects them.
 
     Raises:
         UnsupportedModelError: a layer mixes tokens without attention, so masking them has no meaning.
     """
     _refuse_blind_layers(parts, layer)
-    session = Session(Plan((probe_cut(layer),), repack=False), parts, layout, features, layout.length, 0)
-    session.prepare(call.states.device)
+    prefill = Prefill(Plan((probe_cut(layer),), repack=False), parts, layout, features, call.states.device)
     plain = call.without_cache()
-    probe = local.probes.enter((session,), sys._getframe())
+    probe = local.probes.enter((prefill,), sys._getframe())
     try:
         with torch.no_grad():
             short = hidden_of(parts.decoder(**plain))
             probe.value = (None,)
-            masked = _masked_run(parts, fittings.nested(), session, layer, plain)
+            masked = _masked_run(parts, installer.nested(), prefill, layer, plain)
     finally:
         local.probes.leave(probe)
     exact = not is_quantised(parts.model)
     tolerance = _TOLERANCE.get(short.element_size(), _QUANTISED) if exact else _QUANTISED
-    return Proof(_survivors(session, short), _survivors(session, masked), session, tolerance)
+    return Proof(_survivors(prefill, short), _survivors(prefill, masked), prefill, tolerance)
 
 
 def require_alike(parts: ModelParts, proof: Proof) -> None:
@@ -142,18 +142,18 @@ def _refuse_blind_layers(parts: ModelParts, layer: int) -> None:
         )
 
 
-def _masked_run(parts: ModelParts, fittings: Fittings, session: Session, layer: int, kwargs: dict[str, Any]) -> Tensor:
-    """Return the text model's output with the tokens that the session dropped masked, from one layer on."""
-    kept = torch.zeros_like(session.real)
-    assert session.index is not None
-    kept = kept.scatter(1, session.index, True) if session.valid is None else _scatter(kept, session)
+def _masked_run(
+    parts: ModelParts, installer: Installer, prefill: Prefill, layer: int, kwargs: dict[str, Any]
+) -> Tensor:
+    """Return the text model's output with the tokens that the prefill dropped masked, from one layer on."""
+    kept = prefill.kept
     try:
         for number in range(layer, len(parts.layers)):
-            fittings.before(parts.layers[number], closing(kept, parts.layers[number]))
+            installer.before(parts.layers[number], closing(kept, parts.layers[number]))
         with _masks_allowed(parts.text_config):
             return hidden_of(parts.decoder(**kwargs))
     finally:
-        fittings.remove()
+        installer.remove()
 
 
 def _masks_allowed(config: Any) -> AbstractContextManager[None]:
@@ -161,19 +161,8 @@ def _masks_allowed(config: Any) -> AbstractContextManager[None]:
     return using(config, "sdpa") if is_flash(implementation(config)) else nullcontext()
 
 
-def _survivors(session: Session, states: Tensor) -> Tensor:
-    assert session.index is not None
-    index = session.index.to(states.device).unsqueeze(-1).expand(-1, -1, states.shape[-1])
-    found = states.gather(1, index).float()
-    return found.flatten(0, 1) if session.valid is None else found[session.valid.to(states.device)]
-
-
-def _scatter(kept: Tensor, session: Session) -> Tensor:
-    assert session.index is not None
-    assert session.valid is not None
-    sample = torch.arange(kept.shape[0], device=kept.device)[:, None].expand_as(session.index)
-    kept[sample[session.valid], session.index[session.valid]] = True
-    return kept
+def _survivors(prefill: Prefill, states: Tensor) -> Tensor:
+    return states[prefill.kept.to(states.device)].float()
 
 
 def closing(kept: Tensor, layer: nn.Module) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from mllm_squeeze.engine.decode.static_step import untraced
+from mllm_squeeze.engine.hooks.untraced import untraced
 
 # Switches that are off in this thread, or in this task of an event loop, once for each block around it.
 _OFF: ContextVar[tuple[Switch, ...]] = ContextVar("mllm_squeeze_off", default=())

@@ -5,16 +5,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mllm_squeeze.engine.hooks.current import Entry
 from mllm_squeeze.engine.keys.kept import KeptKeys, all_keys
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream import caches
 from mllm_squeeze.upstream.caches import DynamicLayer
+
+
+class Reader(Protocol):
+    """A call of a text model whose masks fit what is left."""
+
+    @property
+    def lives(self) -> bool:
+        """True while the call runs."""
 
 
 class CutKeysLayer(DynamicLayer):
@@ -28,7 +35,7 @@ class CutKeysLayer(DynamicLayer):
     kept: KeptKeys | None = None
     upcoming: KeptKeys | None = None
     # The pass that may read, while it runs.
-    reader: weakref.ref[Entry[Any]] | None = None
+    reader: weakref.ref[Reader] | None = None
     _inside = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +130,7 @@ class CutKeysLayer(DynamicLayer):
             self.kept = self.kept.rows(index)
 
 
-def open_keys(cache: Any, reader: Entry[Any]) -> KeptKeys | None:
+def open_keys(cache: Any, reader: Reader) -> KeptKeys | None:
     """Open the keys of a cache for the call that `reader` belongs to; returns what is left, None if none were cut."""
     kept = None
     for layer in caches.layers_of(cache):
@@ -157,7 +164,7 @@ def held_keys(cache: Any, layer: int, batch: int, device: torch.device) -> KeptK
     return all_keys(batch, length, device) if length else None
 
 
-def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Entry[Any]]) -> None:
+def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Reader]) -> None:
     """Say which keys a cross-attention layer will hold once the coming ones are written.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mllm_squeeze.engine import cut as cutting
 from mllm_squeeze.engine.plan import Plan
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
@@ -55,23 +55,26 @@ def all_keys(batch: int, width: int, device: torch.device) -> KeptKeys:
 
 
 def reduce_keys(
-    parts: ModelParts, plan: Plan, layout: TokenLayout, states: Tensor, text: tuple[Tensor, Tensor] | None = None
-) -> tuple[Session, Tensor, KeptKeys | None]:
+    parts: ModelParts,
+    plan: Plan,
+    layout: TokenLayout,
+    states: Tensor,
+    text: tuple[Tensor, Tensor] | None = None,
+    past: int = 0,
+    rows: int | None = None,
+) -> tuple[Prefill, Tensor, KeptKeys | None]:
     """Run the cuts of a plan on keys that are still to be projected.
 
     states: (B, K, D). layout: spans in them. text: (features (B, T, D), mask bool (B, T)) for reducers that read the
-    words. Returns the session that tells what was done, states (B, M, D), and what is left, None where nothing was cut.
+    words. past, rows: as for `Prefill`. Returns what was done, states (B, M, D), and what is left, None where nothing
+    was cut.
     """
-    session = Session(plan, parts, layout, {}, states.shape[1], 0)
-    session.prepare(states.device)
-    session.text = None if text is None else (text[0].to(states.device), text[1].to(states.device))
+    prefill = Prefill(plan, parts, layout, {}, states.device, past=past, rows=rows, text=text)
     for cut in plan.keys:
-        states = cutting.run_cut(session, cut, states)
-    session.text = None
-    session.forget()
-    if session.index is None:
-        return session, states, None
-    return session, states, KeptKeys(session.index, session.valid, layout.length)
+        states = cutting.run_cut(prefill, cut, states)
+    prefill.forget()
+    left = prefill.left
+    return prefill, states, None if left is None else KeptKeys(left.index, left.valid, layout.length)
 
 
 @marked("shorten")

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mllm_squeeze.engine.kv.layers import CutCache, CutLayer, KeptEntries, StaticCutLayer, as_cut, mark_cut
+from mllm_squeeze.engine.kv.cut_cache import CutCache, mark_cut
+from mllm_squeeze.engine.kv.entries import KeptEntries
+from mllm_squeeze.engine.kv.layers import CutLayer, StaticCutLayer, as_cut
 from mllm_squeeze.upstream import caches
 from mllm_squeeze.upstream.caches import layer_at as layer_at
 from mllm_squeeze.upstream.caches import tokens_seen as tokens_seen

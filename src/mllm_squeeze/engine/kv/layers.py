@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache as memoised
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mllm_squeeze.engine.kv.entries import KeptEntries
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream import caches
-
-
-@dataclass
-class KeptEntries:
-    """Which of the tokens seen a KV layer holds.
-
-    columns: int64 (B, P), logical place of each held entry, ascending in each row. valid: bool (B, P) or None, False
-    where a shorter row of a batch is padded on the left. seen: tokens seen when these were written; what is appended
-    later is held in full. shift: int64 (B,), cut tokens per row, by which renumbered positions fall behind. tail:
-    number of trailing entries that are consecutive tokens in every row. visual: bool (B, P), True for visual entries;
-    None where nobody asks. repack: survivors were renumbered.
-    """
-
-    columns: Tensor
-    valid: Tensor | None
-    seen: int
-    shift: Tensor
-    tail: int
-    visual: Tensor | None = None
-    repack: bool = False
-
-    @property
-    def gap(self) -> int:
-        """Tokens seen that hold no entry; the same in each row, since shorter ones are padded."""
-        return self.seen - self.columns.shape[1]
-
-    def rows(self, index: Tensor) -> KeptEntries:
-        """Return the entries of other batch rows, as beam search reorders them."""
-        index = index.to(self.columns.device)
-        valid = None if self.valid is None else self.valid.index_select(0, index)
-        visual = None if self.visual is None else self.visual.index_select(0, index)
-        return KeptEntries(self.columns[index], valid, self.seen, self.shift[index], self.tail, visual, self.repack)
-
-    def without_last(self, count: int) -> KeptEntries:
-        """Return the entries but the last ones, which are consecutive tokens of every row."""
-        valid = None if self.valid is None else self.valid[:, :-count]
-        visual = None if self.visual is None else self.visual[:, :-count]
-        return KeptEntries(
-            self.columns[:, :-count], valid, self.seen - count, self.shift, self.tail - count, visual, self.repack
-        )
-
-    def extended(self, held: int) -> tuple[Tensor, Tensor | None]:
-        """Return columns and validity of `held` entries, those appended since included."""
-        extra = held - self.columns.shape[1]
-        if extra <= 0:
-            return self.columns, self.valid
-        batch = self.columns.shape[0]
-        new = torch.arange(self.seen, self.seen + extra, device=self.columns.device).expand(batch, -1)
-        columns = torch.cat([self.columns, new], dim=1)
-        if self.valid is None:
-            return columns, None
-        return columns, torch.cat([self.valid, self.valid.new_ones(batch, extra)], dim=1)
 
 
 class CutLayer:
@@ -339,52 +286,9 @@ def as_cut(layer: Any) -> Any:
     return found
 
 
-class CutCache:
-    """A cache some of whose layers are cut: it crops all of them, or none."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _empty_cache, (type(self).__bases__[-1],), self.__dict__
-
-    def __iter__(self) -> Iterator[Any]:
-        """Hand out keys and values layer by layer, as transformers does, where no layer holds a cut.
-
-        Raises:
-            UnsupportedInputError: a layer holds a cut, and its keys alone do not say which tokens they belong to.
-        """
-        if any(isinstance(layer, CutLayer) and layer.entries is not None for layer in caches.layers_of(self)):
-            raise UnsupportedInputError(
-                "The keys and values of a cut cache cannot be taken out one by one: they do not say which tokens they "
-                "belong to. Copy the cache itself (copy.deepcopy, pickle), or read cache.layers[n].keys."
-            )
-        return super().__iter__()  # type: ignore[misc]
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; raises like `crop` of its cut layers, before any layer forgot."""
-        for layer in caches.layers_of(self):
-            if isinstance(layer, CutLayer):
-                layer.count_to_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)  # type: ignore[misc]
-
-
-def mark_cut(cache: Any) -> None:
-    """Make a cache of transformers a `CutCache`; it stays the same object."""
-    if not isinstance(cache, CutCache):
-        cache.__class__ = _cut_cache_class(cache.__class__)
-
-
-def _empty_cache(base: type) -> Any:
-    cls: Any = _cut_cache_class(base)
-    return cls.__new__(cls)
-
-
 def _empty_layer(base: type) -> Any:
     cls: Any = _cut_class(base)
     return cls.__new__(cls)
-
-
-@memoised
-def _cut_cache_class(base: type) -> Any:
-    return caches.subclass(f"Cut{base.__name__}", (CutCache, base), __name__)
 
 
 @memoised

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.kv.layers import KeptEntries
+from mllm_squeeze.engine.kv.entries import KeptEntries
+from mllm_squeeze.engine.sequence.memo import Memo
 from mllm_squeeze.engine.sequence.shorten import (
     Rows,
     gather_positions,
@@ -20,7 +21,7 @@ from mllm_squeeze.engine.sequence.shorten import (
     shorten_mask,
     shorten_padding,
 )
-from mllm_squeeze.engine.sequence.survivors import Survivors
+from mllm_squeeze.engine.sequence.survivors import Left, Survivors
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream.calls import LayerCall
@@ -32,7 +33,7 @@ class LayerArguments:
     def __init__(self, survivors: Survivors) -> None:
         self._survivors = survivors
         self._parts = survivors.parts
-        self._made: dict[Any, Any] = {}
+        self._made = Memo()
         # Bool (B, P'): held entries that the layers behind a decode step's choice do not see, None where all are seen.
         self._closed: Tensor | None = None
 
@@ -51,31 +52,35 @@ class LayerArguments:
 
         hidden: (B, M, D) of the survivors; those of the call are left to the caller.
         """
-        cache = call.cache
-        source = self._parts.kv_sources.get(layer)
-        entries = kv.kept_entries(cache, layer if source is None else source)
-        if self._survivors.index is None and entries is None:
+        left, cache, holder = self._survivors.left, call.cache, self._holder(layer)
+        entries = kv.kept_entries(cache, holder)
+        if left is not None:
+            queries: Tensor | None = left.index
+        elif entries is not None:
+            queries = None if call.mask is None and self._sees_all(entries) else self._all_queries(entries)
+        else:
             return call
         self._refuse_window(layer)
-        if call.mask is None and self._is_plain_decode(entries):
+        placed = self._placed(layer, hidden, call, entries)
+        if queries is None:
             kv.serve(cache, layer)
-            return self.given(layer, hidden, call) if self._survivors.renumbers(entries) else call
-        new = self.given(layer, hidden, call)
-        rows, entries = self._rows_of(layer, cache, hidden.shape[1])
-        if self._survivors.index is not None and cache is not None and source is None:
-            announced = self._once(("entries", id(rows)), lambda: self._announced(rows, entries))
-            kv.announce(cache, layer, announced)
+            return placed
+        held = kv.held_entries(cache, holder, self._survivors.past)
+        if holder == layer:
+            rows = self._own_rows(layer, cache, queries, entries, held)
+        else:
+            rows = self._borrowed_rows(queries, entries, held, hidden.shape[1])
+        if left is not None and cache is not None and holder == layer:
+            kv.announce(
+                cache, layer, self._made.once("entries", rows, make=lambda: self._announced(left, rows, entries))
+            )
         elif cache is not None:
             kv.serve(cache, layer)
-        return new.replace(mask=self._mask(layer, call.mask, rows))
+        return placed.replace(mask=self._mask(layer, call.mask, rows))
 
     def given(self, layer: int, hidden: Tensor, call: LayerCall) -> LayerCall:
         """Return the call of a layer with rotary tables and positions of the survivors; the mask is left."""
-        entries = kv.kept_entries(call.cache, layer)
-        if self._survivors.index is None and entries is None:
-            return call
-        renumbers = self._survivors.renumbers(entries)
-        return self._renumbered(layer, call, hidden, entries) if renumbers else self._gathered(call)
+        return self._placed(layer, hidden, call, kv.kept_entries(call.cache, self._holder(layer)))
 
     def per_token(self, given: Any) -> Any:
         """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
@@ -88,14 +93,13 @@ class LayerArguments:
             return given
         return gather_rows(given, index)
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _holder(self, layer: int) -> int:
+        """Return the layer whose KV layer a layer reads: itself, or the one that it borrows keys and values from."""
+        return self._parts.kv_sources.get(layer, layer)
 
-    def _is_plain_decode(self, entries: KeptEntries | None) -> bool:
+    def _sees_all(self, entries: KeptEntries) -> bool:
         """True where every row holds the same number of entries and sees them all, so that there is no mask to fix."""
-        return self._survivors.index is None and self._closed is None and entries is not None and entries.valid is None
+        return self._closed is None and entries.valid is None
 
     def _refuse_window(self, layer: int) -> None:
         window, seen = self._parts.window(layer), self._survivors.past + self._survivors.width
@@ -108,52 +112,52 @@ class LayerArguments:
 
     # Queries, keys and masks
 
-    def _rows_of(self, layer: int, cache: Any, width: int) -> tuple[Rows, KeptEntries | None]:
-        """Return the queries and keys that a layer sees in this pass; width: tokens it runs on."""
-        source = self._parts.kv_sources.get(layer)
-        holder = layer if source is None else source
-        entries = kv.kept_entries(cache, holder)
-        held = kv.held_entries(cache, holder, self._survivors.past)
-        if source is not None:
-            return self._borrowed(entries, held, width), entries
-        if not self._parts.has_entries(layer):
-            held = 0
-        whole = kv.whole_length(cache, holder)
-        rows: Rows = self._once(("rows", id(entries), held, whole), lambda: self._rows(entries, held, whole))
-        return rows, entries
+    def _all_queries(self, entries: KeptEntries) -> Tensor:
+        columns, width = entries.columns, self._survivors.width
+        return torch.arange(width, device=columns.device).expand(columns.shape[0], -1)
 
-    def _borrowed(self, entries: KeptEntries | None, held: int, width: int) -> Rows:
-        """Return the rows of a layer that borrows keys and values, which hold the tokens of this pass already."""
+    def _borrowed_rows(self, queries: Tensor, entries: KeptEntries | None, held: int, width: int) -> Rows:
+        """Return the rows of a layer that borrows keys and values, which hold the tokens of this pass already.
+
+        width: tokens that it runs on.
+        """
         now = self._survivors
-        index, valid = self._index_now(entries), now.valid
+        valid = now.valid
         if entries is None or not held:
-            keys, key_valid = index + now.past, valid
+            keys, key_valid = queries + now.past, valid
         else:
             keys, key_valid = entries.extended(held)
         # Where only the last logits are wanted, such layers run on the last tokens only.
-        index = index[:, index.shape[1] - width :]
+        queries = queries[:, queries.shape[1] - width :]
         query_valid = None if valid is None else valid[:, valid.shape[1] - width :]
         key_valid = self._seen(keys, key_valid)
-        return Rows(index, keys.to(index.device), query_valid, key_valid, now.past, now.width)
+        return Rows(queries, keys.to(queries.device), query_valid, key_valid, now.past, now.width)
 
-    def _rows(self, entries: KeptEntries | None, held: int, whole: int | None) -> Rows:
-        now = self._survivors
-        index, past = self._index_now(entries), now.past
-        parts = [self._held_keys(entries, held, index), (index + past, now.valid)]
+    def _own_rows(self, layer: int, cache: Any, queries: Tensor, entries: KeptEntries | None, held: int) -> Rows:
+        """Return the queries and keys that a layer sees in this pass; the same object for layers that see the same."""
+        held = held if self._parts.has_entries(layer) else 0
+        whole = kv.whole_length(cache, layer)
+        make = functools.partial(self._rows, queries, entries, held, whole)
+        rows: Rows = self._made.once("rows", entries, held, whole, make=make)
+        return rows
+
+    def _rows(self, queries: Tensor, entries: KeptEntries | None, held: int, whole: int | None) -> Rows:
+        now, past = self._survivors, self._survivors.past
+        parts = [self._held_keys(entries, held, queries), (queries + past, now.valid)]
         seen = past + now.width
         if whole is not None:
-            coming = torch.arange(seen, whole, device=index.device)
-            parts.append((coming.expand(index.shape[0], -1), None))
+            coming = torch.arange(seen, whole, device=queries.device)
+            parts.append((coming.expand(queries.shape[0], -1), None))
         keys, key_valid = _joined(parts)
         ahead = 0 if whole is None else whole - seen
-        return Rows(index, keys, now.valid, self._seen(keys, key_valid), past, now.width, ahead)
+        return Rows(queries, keys, now.valid, self._seen(keys, key_valid), past, now.width, ahead)
 
-    def _held_keys(self, entries: KeptEntries | None, held: int, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _held_keys(self, entries: KeptEntries | None, held: int, queries: Tensor) -> tuple[Tensor, Tensor | None]:
         past = self._survivors.past
         if entries is None or not held:
-            return torch.arange(past - held, past, device=index.device).expand(index.shape[0], -1), None
+            return torch.arange(past - held, past, device=queries.device).expand(queries.shape[0], -1), None
         columns, valid = entries.extended(held)
-        return columns.to(index.device), None if valid is None else valid.to(index.device)
+        return columns.to(queries.device), None if valid is None else valid.to(queries.device)
 
     def _seen(self, keys: Tensor, valid: Tensor | None) -> Tensor | None:
         """Return which keys (B, P) are seen: the valid ones that a decode step did not close."""
@@ -162,60 +166,48 @@ class LayerArguments:
         seen = ~functional.pad(self._closed, (0, keys.shape[1] - self._closed.shape[1]))
         return seen if valid is None else valid & seen
 
-    def _index_now(self, entries: KeptEntries | None) -> Tensor:
-        if self._survivors.index is not None:
-            return self._survivors.index
-        assert entries is not None
-        columns = entries.columns
-        return torch.arange(self._survivors.width, device=columns.device).expand(columns.shape[0], -1)
-
     def _mask(self, layer: int, mask: Any, rows: Rows) -> Tensor | None:
         if not self._parts.has_entries(layer):
             # Layers without entries read which tokens are real, not who may see whom.
-            return self._once(("real", id(mask), id(rows)), lambda: shorten_padding(mask, rows))
+            return self._made.once("real", mask, rows, make=lambda: shorten_padding(mask, rows))
         causal = self._parts.is_causal(layer)
-        found: Tensor | None = self._once(
-            ("mask", id(mask), id(rows), causal),
-            lambda: shorten_mask(mask, rows, self._survivors.implementation, causal),
-        )
+        make = functools.partial(shorten_mask, mask, rows, self._survivors.implementation, causal)
+        found: Tensor | None = self._made.once("mask", mask, rows, causal, make=make)
         return found
 
-    def _announced(self, rows: Rows, entries: KeptEntries | None) -> KeptEntries:
+    def _announced(self, left: Left, rows: Rows, entries: KeptEntries | None) -> KeptEntries:
+        """Return what a KV layer will hold once the keys of what is left are written."""
         now = self._survivors
-        assert now.shift is not None
         # The last column is never padding when rows are padded on the left.
-        shift = now.shift[:, -1] if entries is None else now.shift[:, -1] + entries.shift.to(rows.keys.device)
+        shift = left.shift[:, -1] if entries is None else left.shift[:, -1] + entries.shift.to(rows.keys.device)
         seen = now.past + now.width
         filled = rows.keys.shape[1] - rows.ahead
         columns, valid = rows.keys[:, :filled], None if rows.key_valid is None else rows.key_valid[:, :filled]
-        visual = None if now.plan.decode is None else self._visual(filled, entries)
-        return KeptEntries(columns, valid, seen, shift, now.tail, visual, now.renumbers(entries))
-
-    def _visual(self, filled: int, entries: KeptEntries | None) -> Tensor:
-        """Return bool (B, P): which entries of a KV layer will be visual."""
-        now = self._survivors
-        new = now.visual if now.valid is None else now.visual & now.valid
-        before = new.new_zeros(new.shape[0], filled - new.shape[1])
-        if entries is not None and entries.visual is not None:
-            before[:, : entries.visual.shape[1]] = entries.visual
-        return torch.cat([before, new], dim=1)
+        visual = None if now.plan.decode is None else _visual(left, filled, entries)
+        return KeptEntries(columns, valid, seen, shift, left.tail, visual, now.renumbers(entries))
 
     # Positions
 
-    def _gathered(self, call: LayerCall) -> LayerCall:
-        """Take the survivors' rows of rotary tables and positions."""
-        index, width = self._survivors.index, self._survivors.width
-        if index is None:
+    def _placed(self, layer: int, hidden: Tensor, call: LayerCall, entries: KeptEntries | None) -> LayerCall:
+        """Return a call with rotary tables and positions of the survivors; entries: of the KV layer that it reads."""
+        left = self._survivors.left
+        if left is None and entries is None:
             return call
-        rope, positions = call.rope, call.positions
+        if self._survivors.renumbers(entries):
+            return self._renumbered(layer, call, hidden, entries)
+        return call if left is None else self._gathered(call, left.index)
+
+    def _gathered(self, call: LayerCall, index: Tensor) -> LayerCall:
+        """Take the survivors' rows of rotary tables and positions."""
+        rope, positions, width = call.rope, call.positions, self._survivors.width
         if rope is not None:
-            rope = self._once(("rope", id(rope)), lambda: gather_rope(call.rope, index, width))
+            rope = self._made.once("rope", rope, make=lambda: gather_rope(call.rope, index, width))
         if isinstance(positions, Tensor) and positions.shape[-1] == width:
             # Flash attention reads gaps between positions as packed sequences, so it must not see them.
             positions = (
                 None
                 if is_flash(self._survivors.implementation)
-                else self._once(("positions", id(positions)), lambda: gather_positions(call.positions, index))
+                else self._made.once("positions", positions, make=lambda: gather_positions(call.positions, index))
             )
         return call.replace(rope=rope, positions=positions)
 
@@ -227,19 +219,22 @@ class LayerArguments:
                 "The text model passes no position_ids to its layers, so survivors cannot be renumbered. Use "
                 "positions='keep' in the recipe."
             )
-        positions, rope = self._once(
-            ("repack", id(given), id(entries), self._parts.rope_kind(layer)),
-            lambda: self._new_positions(layer, given, hidden, entries),
+        positions, rope = self._made.once(
+            "repack",
+            given,
+            entries,
+            self._parts.rope_kind(layer),
+            make=lambda: self._new_positions(layer, given, hidden, entries),
         )
         return call.replace(positions=positions, rope=rope)
 
     def _new_positions(
         self, layer: int, positions: Tensor, hidden: Tensor, entries: KeptEntries | None
     ) -> tuple[Tensor, Any]:
-        index, shift = self._survivors.index, self._survivors.shift
+        left = self._survivors.left
         positions = positions.expand(hidden.shape[0], -1)
-        if index is not None and shift is not None:
-            positions = positions.gather(1, index.to(positions.device)) - shift.to(positions.device)
+        if left is not None:
+            positions = positions.gather(1, left.index.to(positions.device)) - left.shift.to(positions.device)
         if entries is not None:
             positions = positions - entries.shift.to(positions.device)[:, None]
         positions = positions.clamp(min=0)
@@ -253,3 +248,12 @@ def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor |
         return columns, None
     every = [torch.ones_like(column, dtype=torch.bool) if valid is None else valid for column, valid in parts]
     return columns, torch.cat(every, dim=1)
+
+
+def _visual(left: Left, filled: int, entries: KeptEntries | None) -> Tensor:
+    """Return bool (B, P): which entries of a KV layer will be visual."""
+    new = left.visual if left.valid is None else left.visual & left.valid
+    before = new.new_zeros(new.shape[0], filled - new.shape[1])
+    if entries is not None and entries.visual is not None:
+        before[:, : entries.visual.shape[1]] = entries.visual
+    return torch.cat([before, new], dim=1)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.engine.sequence.session import Session
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.preview import run_projections
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_rows
 from mllm_squeeze.engine.timing import marked
-from mllm_squeeze.engine.tokens.spans import SpanTable
+from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_pre_norm, is_causal
 from mllm_squeeze.reducers.base import Signals
@@ -35,14 +35,14 @@ def mean_weights(mask: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-def listen(session: Session, planned: PlannedCut, number: int) -> None:
+def listen(session: Prefill, planned: PlannedCut, number: int) -> None:
     """Make the tap of the layer before a cut, which is the layer of this number, read what the cut will need."""
     attention = find_attention(session.parts.layers[number])
     if attention is None:
         return
     needs = list(dict.fromkeys(whole(need) for need in planned.reducer.needs() if from_layer_before(need)))
     # Rows that were not chosen at layer 0 are those of a cut that has nothing to do.
-    needs = [need for need in needs if not chooses_rows(need) or planned.step in session.row_weights]
+    needs = [need for need in needs if not chooses_rows(need) or planned.step in session.signals.row_weights]
     if not needs:
         return
 
@@ -55,15 +55,15 @@ def listen(session: Session, planned: PlannedCut, number: int) -> None:
             if isinstance(need, Attention):
                 rows, weights = _rows(session, planned, need)
                 scores = score_rows(filled, rows, weights, is_causal(attention))
-                session.read[planned, need] = scores[:, keys - queries :]
+                session.signals.read[planned, need] = scores[:, keys - queries :]
             else:
                 fresh = filled.key[:, :, keys - queries :]
-                session.read[planned, need] = fresh.transpose(1, 2).flatten(2)
+                session.signals.read[planned, need] = fresh.transpose(1, 2).flatten(2)
         return False if others is None else others(call)
 
     # Another step may cut at the same layer.
-    others = session.listeners.get(attention)
-    session.listeners[attention] = read
+    others = session.signals.listeners.get(attention)
+    session.signals.listeners[attention] = read
 
 
 def chooses_rows(need: Need) -> bool:
@@ -81,17 +81,17 @@ def whole(need: Need) -> Need:
     return replace(need, of="visual") if isinstance(need, (Features, Projection, Normed)) else need
 
 
-def _rows(session: Session, planned: PlannedCut, need: Attention) -> tuple[Tensor, Tensor]:
+def _rows(session: Prefill, planned: PlannedCut, need: Attention) -> tuple[Tensor, Tensor]:
     """Return the rows (B, R) whose attention is read, as they stand now, and their weights."""
     if need.rows == "last":
         return session.last_place, torch.ones_like(session.last_place, dtype=torch.float32)
     if need.rows == "chosen":
-        return session.text_place, session.row_weights[planned.step]
+        return session.text_place, session.signals.row_weights[planned.step]
     return session.text_place, mean_weights(session.text_mask)
 
 
 def gather(
-    session: Session,
+    session: Prefill,
     planned: PlannedCut,
     needs: tuple[Need, ...],
     hidden: Tensor,
@@ -129,7 +129,7 @@ def gather(
     return Signals(found), there[table.sample]
 
 
-def _of_all_tokens(session: Session, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
+def _of_all_tokens(session: Prefill, planned: PlannedCut, need: Need, hidden: Tensor, call: LayerCall | None) -> Tensor:
     """Return a signal of the whole sequence: (B, M), or (B, M, D)."""
     if isinstance(need, Features):
         return hidden
@@ -137,10 +137,10 @@ def _of_all_tokens(session: Session, planned: PlannedCut, need: Need, hidden: Te
         return _preview(session, planned, need, hidden, call)
     if isinstance(need, Normed):
         return _normed(session, hidden)
-    return session.read.pop((planned, need))
+    return session.signals.read.pop((planned, need))
 
 
-def _normed(session: Session, hidden: Tensor) -> Tensor:
+def _normed(session: Prefill, hidden: Tensor) -> Tensor:
     norm = session.parts.final_norm
     if norm is None:
         raise UnsupportedModelError(
@@ -151,7 +151,7 @@ def _normed(session: Session, hidden: Tensor) -> Tensor:
     return normed
 
 
-def _encoder_signal(session: Session, need: Need, origin: Tensor, rows: list[int]) -> Tensor:
+def _encoder_signal(session: Prefill, need: Need, origin: Tensor, rows: list[int]) -> Tensor:
     """Return an encoder signal for each candidate, by its place in the span before any cut."""
     assert session.layout is not None
     parts: list[Tensor] = []
@@ -166,7 +166,7 @@ def _encoder_signal(session: Session, need: Need, origin: Tensor, rows: list[int
     return found.transpose(1, 2) if isinstance(need, EncoderAttention) and found.ndim == 3 else found
 
 
-def _preview(session: Session, planned: PlannedCut, need: Attention, hidden: Tensor, call: LayerCall | None) -> Tensor:
+def _preview(session: Prefill, planned: PlannedCut, need: Attention, hidden: Tensor, call: LayerCall | None) -> Tensor:
     """Return the attention that the layer behind the cut would give: its norm and projections, one chosen row."""
     layer = session.parts.layers[planned.layer]
     attention, norm = find_attention(layer), find_pre_norm(layer)

@@ -8,8 +8,8 @@ from torch import Tensor
 from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.upstream import masks
-from mllm_squeeze.upstream.attention import Listener, Tap
 from mllm_squeeze.upstream.attention_call import AttentionCall
+from mllm_squeeze.upstream.attention_tap import Listener, Tap
 
 __all__ = ["AttentionCall", "Listener", "Tap", "score_rows"]
 

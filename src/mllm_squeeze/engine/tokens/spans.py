@@ -1,60 +1,18 @@
-"""Finds the visual spans of a prompt, and follows their tokens through the cuts."""
+"""Finds the visual spans of a prompt by its placeholders."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.timing import marked
+from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedInputError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
-from mllm_squeeze.reducers.base import Reducer
-from mllm_squeeze.reducers.needs import Need
-
-# What a token carries that stands for no token of the encoder: it stays, or goes.
-SEPARATOR, PRUNED = -1, -2
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the encoder gave for one modality: visual tokens and tiles per item, and signals per token of each item.
-
-    lengths: None where the encoder does not tell; then each unbroken run of placeholders is an item.
-    """
-
-    modality: str
-    lengths: tuple[int, ...] | None
-    tiles: tuple[tuple[Tile, ...], ...] = ()
-    signals: Mapping[Need, tuple[Tensor, ...]] = field(default_factory=dict)
-    # Of a reduction inside the encoder, int64 (length,) per item: the encoder's token that each one carries, SEPARATOR
-    # or PRUNED; the cut of those that carry the same happens before layer 0.
-    groups: tuple[Tensor, ...] | None = None
-    # The reducer that worked inside the encoder, None where none did.
-    merged_by: Reducer | None = None
-
-    def without(self, left: Tensor | None) -> Features:
-        """Return the features that a family leaves itself of those it encoded; left: bool (sum of lengths,) or None.
-
-        An item that lost some is no rectangle any more.
-        """
-        if left is None or self.lengths is None or bool(left.all()):
-            return self
-        rows = torch.split(left.cpu().bool(), list(self.lengths))
-        return replace(
-            self,
-            lengths=tuple(int(row.sum()) for row in rows),
-            tiles=tuple(tiles if bool(row.all()) else () for tiles, row in zip(self.tiles, rows, strict=True)),
-            signals={need: _taken(values, rows) for need, values in self.signals.items()},
-            groups=None if self.groups is None else _taken(self.groups, rows),
-        )
-
-
-def _taken(values: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(value[row.to(value.device)] for value, row in zip(values, rows, strict=True))
 
 
 @marked("shorten")
@@ -200,92 +158,3 @@ def _frames(last: Span, span: Span) -> tuple[Tile, ...]:
     if replace(one, frames=other.frames) != other:
         return last.tiles + span.tiles
     return (replace(one, frames=one.frames + other.frames),)
-
-
-@dataclass(frozen=True)
-class SpanTable:
-    """The visual tokens of all spans, padded to the longest, as they stand in the sequence now.
-
-    sample: int64 (S,). place: int64 (S, N), column in the sequence of now. mask: bool (S, N). origin: int64 (S, N),
-    place in the span before any cut. grid: int64 (S, N, 4). current: tokens per span, on the host. size: float32
-    (S, N), how many tokens each one stands for by now; None while nothing was merged, or nobody asks.
-    """
-
-    sample: Tensor
-    place: Tensor
-    mask: Tensor
-    origin: Tensor
-    grid: Tensor
-    current: tuple[int, ...]
-    size: Tensor | None = None
-
-    def rows(self, rows: Sequence[int]) -> SpanTable:
-        """Return the table of some spans."""
-        pick = torch.tensor(rows, device=self.sample.device)
-        return SpanTable(
-            self.sample[pick],
-            self.place[pick],
-            self.mask[pick],
-            self.origin[pick],
-            self.grid[pick],
-            tuple(self.current[n] for n in rows),
-            None if self.size is None else self.size[pick],
-        )
-
-    def take(self, chosen: Tensor, current: tuple[int, ...], place: Tensor) -> SpanTable:
-        """Keep the chosen tokens (bool (S, N)) in order; `place` are the columns they have now."""
-        width = max(current, default=0)
-        order = (~(chosen & self.mask)).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        mask = (chosen & self.mask).gather(1, order)
-        return SpanTable(
-            self.sample,
-            place.gather(1, order),
-            mask,
-            self.origin.gather(1, order),
-            self.grid.gather(1, order[..., None].expand(-1, -1, 4)),
-            current,
-            None if self.size is None else self.size.gather(1, order),
-        )
-
-    def order(self, chosen: Tensor, width: int) -> Tensor:
-        """Return int64 (S, width): the chosen tokens first, in order."""
-        return (~(chosen & self.mask)).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-
-
-def first_table(layout: TokenLayout, device: torch.device) -> SpanTable:
-    """Return the table of all visual tokens of a prompt; tokens stand at their columns."""
-    current = tuple(span.length for span in layout.spans)
-    origin = torch.arange(max(current)).expand(len(current), -1)
-    mask = origin < torch.tensor(current)[:, None]
-    place = torch.zeros_like(origin)
-    place[mask] = _columns([run for span in layout.spans for run in span.runs])
-    if any(span.origin is not None for span in layout.spans):
-        origin = origin.clone()
-        for row, span in enumerate(layout.spans):
-            if span.origin is not None:
-                origin[row, : span.length] = torch.tensor(span.origin)
-    grid = torch.full((*mask.shape, 4), -1)
-    for tiles in {span.tiles for span in layout.spans if span.tiles}:
-        cells = torch.cat([_cells(n, tile) for n, tile in enumerate(tiles)])
-        grid[[span.tiles == tiles for span in layout.spans], : len(cells)] = cells
-    sample = torch.tensor([span.sample for span in layout.spans])
-    return SpanTable(sample.to(device), place.to(device), mask.to(device), origin.to(device), grid.to(device), current)
-
-
-def _columns(runs: Sequence[tuple[int, int]]) -> Tensor:
-    """Return int64 (P,), the columns of some runs, one after the other."""
-    start, length = torch.tensor(runs).unbind(1)
-    before = length.cumsum(0) - length
-    return torch.arange(int(length.sum())) + (start - before).repeat_interleave(length)
-
-
-def _cells(number: int, tile: Tile) -> Tensor:
-    """Return int64 (N, 4): tile, frame, row and column of each token of a tile, -1 for separators."""
-    cells = torch.full((tile.length, 4), -1)
-    frames = cells[: tile.length - tile.tail].unflatten(0, (tile.frames, -1))[:, tile.frame_lead :]
-    inside = frames.unflatten(1, (tile.height, -1))[:, :, : tile.width]
-    inside[..., 0] = number
-    inside[..., 1] = torch.arange(tile.frames)[:, None, None]
-    inside[..., 2] = torch.arange(tile.height)[:, None]
-    inside[..., 3] = torch.arange(tile.width)
-    return cells

@@ -1,0 +1,154 @@
+"""Hooks on the decoder layers: what stands in front of each is cut, and each is given what fits the tokens left."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mllm_squeeze.engine import cut as cutting
+from mllm_squeeze.engine.decode import choice as decoding
+from mllm_squeeze.engine.decode.static_step import refuse_static, serve_step
+from mllm_squeeze.engine.hooks import preview
+from mllm_squeeze.engine.hooks.current import Local
+from mllm_squeeze.engine.hooks.installer import Installer
+from mllm_squeeze.engine.hooks.owner import Hooks, Publish
+from mllm_squeeze.engine.hooks.untraced import untraced
+from mllm_squeeze.engine.kv import ask as kv
+from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.sequence.passes import Pass
+from mllm_squeeze.engine.sequence.prefill import Prefill
+from mllm_squeeze.engine.sequence.streams import fold, unfold
+from mllm_squeeze.engine.signals import gather as signals
+from mllm_squeeze.engine.signals.rows import Listener
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.family.handlers.inner_features import has_inner_features
+from mllm_squeeze.family.structure import ModelParts, find_attention
+from mllm_squeeze.reducers.base import DecodeReducer
+from mllm_squeeze.reducers.needs import Attention, Projection
+from mllm_squeeze.upstream.calls import LayerCall
+
+
+class LayerHooks(Hooks):
+    """Runs what a pass needs in front of each layer, and behind the last one."""
+
+    def __init__(
+        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
+    ) -> None:
+        super().__init__(parts, plan, local, enabled, publish)
+        self._chooses_rows = [
+            cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
+        ]
+
+    def attach(self, installer: Installer) -> None:
+        """Put the hooks on.
+
+        Raises:
+            UnsupportedModelError: a layer whose attention the plan reads has none.
+        """
+        self._hook_layers(installer)
+        self._tap_attention(installer)
+
+    def _hook_layers(self, installer: Installer) -> None:
+        first = self.plan.first
+        if first is None:
+            return
+        from_start = self._chooses_rows or has_inner_features(self.parts.decoder)
+        start = 0 if from_start else max(first - 1, 0)
+        layers = self.parts.layers
+        for number in range(start, len(layers)):
+            before = functools.partial(self._before_layer, number)
+            installer.before(layers[number], before)
+        # Ahead of hooks that record hidden states, so that they see the full length as HF promises for the last one.
+        installer.after(layers[-1], self._after_last_layer, first=True)
+
+    def _tap_attention(self, installer: Installer) -> None:
+        tapped: set[int] = set()
+        previewed: set[int] = set()
+        for cut in self.plan.cuts:
+            for need in cut.reducer.needs():
+                if not isinstance(need, (Attention, Projection)):
+                    continue
+                tapped.add(cut.layer if need.block == "next" else cut.layer - 1)
+                previewed |= {cut.layer} if need.block == "next" else set()
+        if self.plan.decode is not None:
+            tapped.add(self._decode.layer - 1)
+        for number in sorted(tapped):
+            attention = find_attention(self.parts.layers[number])
+            if attention is None:
+                raise UnsupportedModelError(
+                    f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another "
+                    "layer."
+                )
+            installer.tap(attention, functools.partial(self._listener, attention))
+            if number in previewed:
+                preview.put_on(installer, attention, self._running)
+
+    @property
+    def _decode(self) -> DecodeReducer:
+        assert self.plan.decode is not None
+        assert isinstance(self.plan.decode.reducer, DecodeReducer)
+        return self.plan.decode.reducer
+
+    def _running(self) -> Pass | None:
+        return self._local.running
+
+    def _listener(self, attention: nn.Module) -> Listener | None:
+        running = self._local.running
+        return None if running is None else running.signals.listeners.get(attention)
+
+    # In front of a layer
+
+    def _before_layer(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        running, call = self._local.running, LayerCall.read(args, kwargs)
+        new = serve_step(self.parts, number, call) if running is None else self._run_before(running, number, call)
+        return None if new is None else new.out()
+
+    @untraced
+    def _run_before(self, running: Pass, number: int, call: LayerCall) -> LayerCall | None:
+        """Cut in front of a layer, and return its call on what is left; None where it is as it came."""
+        folded = hidden = fold(call.hidden)
+        if isinstance(running, Prefill):
+            hidden = self._cut(running, number, running.with_inner(number, hidden), call)
+            self._listen(running, number)
+        elif self.plan.decode is not None and number == self._decode.layer - 1 and running.width == 1:
+            decoding.listen(running, find_attention(self.parts.layers[number]), self._decode, call.cache)
+        new = running.arguments.shorten(number, hidden, call)
+        running.lengths[number] = hidden.shape[1]
+        running.held[number] = kv.held_entries(call.cache, number, running.past)
+        if new is call and running.left is None and hidden is folded:
+            return None
+        others = tuple(running.arguments.per_token(other) for other in call.others)
+        return new.replace(hidden=unfold(hidden, call.hidden), others=others)
+
+    def _cut(self, prefill: Prefill, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
+        cuts, stage = prefill.plan.at(number), prefill.stage
+        if number == 0:
+            for cut in self._chooses_rows if prefill.plan is self.plan else ():
+                cutting.choose_rows(prefill, cut, hidden)
+            if prefill.plan.encoder is not None:
+                hidden = cutting.cut_survivors(prefill, prefill.plan.encoder, hidden)
+        for cut in cuts:
+            hidden = cutting.run_cut(prefill, cut, hidden, call)
+        # A cut that removes nothing asks nothing of the cache.
+        if prefill.stage > stage and call.cache is not None:
+            kv.require_cuttable(call.cache)
+            refuse_static(prefill, call.cache)
+        prefill.signals.read.clear()
+        return hidden
+
+    def _listen(self, prefill: Prefill, number: int) -> None:
+        for cut in prefill.plan.at(number + 1):
+            signals.listen(prefill, cut, number)
+
+    def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
+        prefill = self._local.running
+        if not isinstance(prefill, Prefill) or prefill.left is None:
+            return None
+        if isinstance(output, tuple):
+            return (prefill.restore(output[0]), *output[1:])
+        return unfold(prefill.restore(fold(output)), output)

@@ -1,0 +1,54 @@
+"""The most similar pairs of an even/odd split: ToMe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from mllm_squeeze import ops
+from mllm_squeeze.parts.base import Groups, Merge
+from mllm_squeeze.reducers.base import Reduction, VisualTokens
+from mllm_squeeze.reducers.needs import Need, Place, Projection, Size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mllm_squeeze.layout import Tile
+
+
+class Bipartite(Merge):
+    """Merge each of the best-matched tokens at even positions into its most similar token at an odd position.
+
+    ToMe, arXiv 2210.09461, with keys (S, N, d) as metric and means weighted by the patches in each token. With a CLS
+    token in front it takes part in the count but is neither merged nor a target. One call removes at most half of the
+    tokens.
+
+    proportional: add log(size) to the attention logits of each key. Off by default, as for MAE models and in the ports
+        to LLaVA, because FlashAttention takes no bias.
+
+    Differs from the authors' code: the order of the tokens is kept, a merged token stands at the place of its target;
+    equal scores are ordered by index; the number per block follows from the budget and is spread evenly over the
+    blocks.
+    """
+
+    places: ClassVar[frozenset[Place]] = frozenset({"encoder"})
+    modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
+    picks: ClassVar[bool] = True
+    grouped: ClassVar[bool] = False
+
+    proportional: bool = False
+
+    def needs(self) -> tuple[Need, ...]:
+        """Return the keys of the block and the sizes so far."""
+        return (Projection("key", heads="mean"), Size())
+
+    def count(self, current: int, budget: int, tiles: tuple[Tile, ...]) -> int:
+        """Return the budget, but at least half of the tokens, rounded up."""
+        return max(min(current, budget), current - current // 2)
+
+    def pick_and_merge(self, tokens: VisualTokens, groups: Groups, score: Tensor | None, limit: Tensor) -> Reduction:
+        """Return who is merged into whom, with size-weighted means."""
+        keys, size = (tokens[need] for need in self.needs())
+        mask = groups.label >= 0
+        removed = (mask.sum(1) - limit[:, 0]).clamp(min=0)
+        assign = ops.bipartite_match(keys, mask, removed, tokens.special_tokens)
+        return Reduction(assign == ops.positions(assign), assign, ops.mean_weights(assign, size))

@@ -1,0 +1,66 @@
+"""Several scores as one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mllm_squeeze import ops
+from mllm_squeeze.parts.base import AScore, Groups, Part, Score
+from mllm_squeeze.reducers.base import VisualTokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Scale = Literal["none", "minmax", "zscore", "softmax", "rank"]
+
+
+class Term(BaseModel):
+    """One of the scores.
+
+    score: the score.
+    weight: what it counts; the exponent in a product.
+    sign: -1 turns it round before it is normalised.
+    normalise: the scale that it is brought to, span by span: "minmax" to [0, 1], "zscore" to mean 0 and deviation 1,
+        "softmax" to a sum of 1, "rank" to 1 for the best and 1 / n for the last.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    score: AScore
+    weight: float = Field(default=1.0, ge=0)
+    sign: Literal[1, -1] = 1
+    normalise: Scale = "none"
+
+
+class Fused(Score):
+    """Score a token by several scores together.
+
+    of: the scores, each with its weight, sign and scale.
+    how: "sum" adds weight * score, "product" multiplies score ** weight (negative numbers count as 0), "rank" adds the
+        weighted ranks.
+    """
+
+    main: ClassVar[str | None] = "of"
+
+    of: tuple[Term, ...] = Field(min_length=1)
+    how: Literal["sum", "product", "rank"] = "sum"
+
+    def inside(self) -> tuple[Part, ...]:
+        """Return the scores."""
+        return tuple(term.score for term in self.of)
+
+    def score(self, tokens: VisualTokens, groups: Groups) -> Tensor:
+        """Return the fused score, -inf where one of them is -inf."""
+        import torch
+
+        there = groups.label >= 0
+        scores = []
+        for term in self.of:
+            score = term.score.score(tokens, groups)
+            # -inf says that a token is no piece of the picture, whatever the sign.
+            score = score if term.sign == 1 else (-score).masked_fill(score == -torch.inf, -torch.inf)
+            scores.append(ops.normalised(score, there, "rank" if self.how == "rank" else term.normalise))
+        how = "product" if self.how == "product" else "sum"
+        return ops.fused(torch.stack(scores), [term.weight for term in self.of], how)

@@ -1,0 +1,46 @@
+"""How alike a token is to the words of the prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from mllm_squeeze import ops
+from mllm_squeeze.parts.base import Groups, Score
+from mllm_squeeze.reducers.base import VisualTokens
+from mllm_squeeze.reducers.needs import Embedding, Features, Need, Side
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TextSimilarity(Score):
+    """Score a token by its cosine to the words behind the first visual token, in float32.
+
+    space: "features" compares the states at the place of the cut, "llm" the language model's input space, "clip" the
+        space of the text model that the user gives.
+    over: the words are joined by their largest or their mean cosine.
+    sign: -1 keeps what is least alike.
+    fallback: whether the language model's own space may stand in where no text model is given.
+    """
+
+    main: ClassVar[str | None] = "space"
+
+    space: Literal["features", "llm", "clip"] = "features"
+    over: Literal["max", "mean"] = "max"
+    sign: Literal[1, -1] = 1
+    fallback: bool = False
+
+    def needs(self) -> tuple[Need, ...]:
+        """Return the vectors of both sides."""
+        return self._side("visual"), self._side("text")
+
+    def score(self, tokens: VisualTokens, groups: Groups) -> Tensor:
+        """Return the similarity to the words; to the one pooled prompt where the space has but one vector."""
+        visual, text = (tokens[need] for need in self.needs())
+        words = tokens.words
+        if text.shape[1] == 1 and words.shape[1] != 1:
+            words = words.any(1, keepdim=True)
+        return ops.text_similarity(visual, text, words, self.over) * self.sign
+
+    def _side(self, of: Side) -> Need:
+        return Features(of) if self.space == "features" else Embedding(of, self.space, self.fallback)

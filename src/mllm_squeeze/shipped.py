@@ -1,0 +1,59 @@
+"""Where the reducers and parts are that ship, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+BUILTIN_REDUCERS: Mapping[str, str] = {
+    "pipeline": "mllm_squeeze.reducers.pipeline:Pipeline",
+    "attention_rank": "mllm_squeeze.reducers.attention_rank:AttentionRank",
+    "text_rank_recycle": "mllm_squeeze.reducers.text_rank_recycle:TextRankRecycle",
+    "dominant_contextual": "mllm_squeeze.reducers.dominant_contextual:DominantContextual",
+    "farthest_point": "mllm_squeeze.reducers.farthest_point:FarthestPoint",
+    "pivot_dissimilar": "mllm_squeeze.reducers.pivot_dissimilar:PivotDissimilar",
+    "bipartite_merge": "mllm_squeeze.reducers.bipartite_merge:BipartiteMerge",
+    "frame_uniqueness": "mllm_squeeze.reducers.frame_uniqueness:FrameUniqueness",
+    "temporal_windows": "mllm_squeeze.reducers.temporal_windows:TemporalWindows",
+    "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
+    "random_subset": "mllm_squeeze.reducers.random_subset:RandomSubset",
+    "uniform_stride": "mllm_squeeze.reducers.uniform_stride:UniformStride",
+    "average_pool": "mllm_squeeze.reducers.average_pool:AveragePool",
+}
+
+# By kind. The entry points of other packages, and `register_part`, name a part "kind.name", like "score.attention".
+BUILTIN_PARTS: Mapping[str, str] = {
+    "score.attention": "mllm_squeeze.parts.score.attention:Attention",
+    "score.encoder_attention": "mllm_squeeze.parts.score.encoder_attention:EncoderAttention",
+    "score.norm": "mllm_squeeze.parts.score.norm:Norm",
+    "score.random": "mllm_squeeze.parts.score.random:Random",
+    "score.text_similarity": "mllm_squeeze.parts.score.text_similarity:TextSimilarity",
+    "score.uniqueness": "mllm_squeeze.parts.score.uniqueness:Uniqueness",
+    "score.size": "mllm_squeeze.parts.score.size:Size",
+    "score.isolation": "mllm_squeeze.parts.score.isolation:Isolation",
+    "score.fused": "mllm_squeeze.parts.score.fused:Fused",
+    "segment.whole": "mllm_squeeze.parts.segment.whole:Whole",
+    "segment.tile": "mllm_squeeze.parts.segment.tile:Tile",
+    "segment.frame": "mllm_squeeze.parts.segment.frame:Frame",
+    "segment.window": "mllm_squeeze.parts.segment.window:Window",
+    "segment.grid_window": "mllm_squeeze.parts.segment.grid_window:GridWindow",
+    "segment.stillness": "mllm_squeeze.parts.segment.stillness:Stillness",
+    "budget.even": "mllm_squeeze.parts.budget.even:Even",
+    "budget.softmax": "mllm_squeeze.parts.budget.softmax:Softmax",
+    "budget.fixed": "mllm_squeeze.parts.budget.fixed:Fixed",
+    "budget.mass": "mllm_squeeze.parts.budget.mass:Mass",
+    "select.top_k": "mllm_squeeze.parts.select.top_k:TopK",
+    "select.in_turn": "mllm_squeeze.parts.select.in_turn:InTurn",
+    "select.stride": "mllm_squeeze.parts.select.stride:Stride",
+    "select.even_sample": "mllm_squeeze.parts.select.even_sample:EvenSample",
+    "select.farthest_point": "mllm_squeeze.parts.select.farthest_point:FarthestPoint",
+    "select.dpp": "mllm_squeeze.parts.select.dpp:Dpp",
+    "select.facility_location": "mllm_squeeze.parts.select.facility_location:FacilityLocation",
+    "select.density_peaks": "mllm_squeeze.parts.select.density_peaks:DensityPeaks",
+    "select.pivots": "mllm_squeeze.parts.select.pivots:Pivots",
+    "select.threshold": "mllm_squeeze.parts.select.threshold:Threshold",
+    "merge.nearest": "mllm_squeeze.parts.merge.nearest:Nearest",
+    "merge.cluster": "mllm_squeeze.parts.merge.cluster:Cluster",
+    "merge.fused_token": "mllm_squeeze.parts.merge.fused_token:FusedToken",
+    "merge.bipartite": "mllm_squeeze.parts.merge.bipartite:Bipartite",
+    "merge.pool": "mllm_squeeze.parts.merge.pool:Pool",
+}

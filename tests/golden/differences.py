@@ -1,0 +1,55 @@
+"""What the library does otherwise than the authors' code, with its reason: as a transformation of what is expected.
+
+Every entry is named under "Differs from the authors' code" of the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from golden.case import Case
+from golden.read_attention import pyramiddrop_row
+from mllm_squeeze.ops import kept_count
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One declared difference.
+
+    reason: why, as the docs say it. expected: the case with what the library is expected to make of it.
+    """
+
+    reason: str
+    expected: Callable[[Case], Case]
+
+
+def recounted(expected: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Return what was kept (n,), and as many more or fewer by score (N,) as make up the count."""
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[expected] = True
+    first = (scores.double() + kept * scores.abs().max() * 4).argsort(descending=True, stable=True)
+    return first[:count].sort().values
+
+
+def _fastv(case: Case) -> Case:
+    scores = case["attention_last_row"].mean(0)
+    count = kept_count(len(scores), ratio=case["ratio_removed"])
+    return case.with_expected(keep=recounted(case["keep"], scores, count))
+
+
+def _pyramiddrop(case: Case) -> Case:
+    kept = {}
+    for stage, ratio in enumerate(case["ratios"].tolist()):
+        name, row = f"s{stage}_keep", pyramiddrop_row(case, stage)
+        kept[name] = recounted(case[name], row, min(kept_count(case["visual"], keep=ratio), len(row)))
+    return case.with_expected(**kept)
+
+
+DIFFERENCES = {
+    "fastv": Difference("kept counts round half up instead of half to even", _fastv),
+    "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
+}

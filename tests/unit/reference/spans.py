@@ -1,0 +1,78 @@
+"""Five spans of different shapes with every signal, and what a reduction says of one row."""
+
+from __future__ import annotations
+
+import torch
+
+from mllm_squeeze import ops
+from mllm_squeeze.layout import Tile
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Size
+from reference.build import chosen, visual_tokens
+
+TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
+LENGTHS = [sum(tile.cells for tile in tiles) for tiles in TILES]
+WORDS = [9, 2, 5, 4, 1]
+
+
+def spans_with(needs, seed=0, dtype=torch.float32):
+    """Five spans with these signals."""
+    torch.manual_seed(seed)
+
+    def noise(lengths, *tail):
+        return [torch.randn(n, *tail).to(dtype) for n in lengths]
+
+    signals = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in LENGTHS] for need in needs}
+    words = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in WORDS] for need in needs}
+    return {
+        "features": noise(LENGTHS, 12),
+        "signals": {need: rows for need, rows in signals.items() if not of_text(need) and need != Features()},
+        "text": {need: rows for need, rows in words.items() if of_text(need)},
+    }
+
+
+def wide(need):
+    """Whether it is a vector per token, and not a number."""
+    return not isinstance(need, (Attention, EncoderAttention, Size))
+
+
+def one(need, n):
+    """A signal of n tokens: a number each, or a vector as long for the words as for the picture."""
+    if "each" in (getattr(need, "heads", ""), getattr(need, "over_rows", "")) or getattr(need, "columns", "") == "text":
+        raise NotImplementedError(f"{need}: say here what it looks like")
+    if isinstance(need, Size):
+        return torch.randint(1, 4, (n,)).float()
+    return torch.randn(n, 8 if "Projection" in type(need).__name__ else 12) if wide(need) else torch.rand(n)
+
+
+def batch(data, budgets, rows=range(5), width=None):
+    rows = list(rows)
+
+    def pick(lists):
+        return {name: [values[i] for i in rows] for name, values in lists.items()}
+
+    return visual_tokens(
+        [data["features"][i] for i in rows],
+        [budgets[i] for i in rows],
+        tiles=[TILES[i] for i in rows],
+        signals=pick(data["signals"]),
+        text=pick(data["text"]),
+        width=width,
+    )
+
+
+def of_text(need):
+    return getattr(need, "of", "visual") == "text"
+
+
+def share(fraction):
+    return [ops.kept_count(n, keep=fraction) for n in LENGTHS]
+
+
+def answer(reduction, row):
+    """Survivors and who is merged into whom with which weight, of one row."""
+    kept = chosen(reduction.keep, row)
+    if reduction.assign is None:
+        return kept, None
+    weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
+    pairs = {i: (int(a), round(float(weights[row, i]), 5)) for i, a in enumerate(reduction.assign[row]) if a >= 0}
+    return kept, pairs
