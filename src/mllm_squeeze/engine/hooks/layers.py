@@ -63,7 +63,7 @@ class LayerHooks(Hooks):
         from_start = self._chooses_rows or has_inner_features(self.parts.decoder)
         read = self._sources.first_layer
         start = 0 if from_start else first if read is None else min(first, read)
-        if self.plan.decode is not None:
+        if self._decode is not None:
             start = min(start, self._decode.layer - 1)
         layers = self.parts.layers
         for number in range(start, len(layers)):
