@@ -151,7 +151,9 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
     A model that was compiled and has run is compiled anew at its next call, as is other compiled code in the process.
 
     method: the name of a method, the path of a YAML recipe, or a dict. params: what the recipe lets one set, such as
-    `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept) and `layer`.
+    `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept), `total`
+    (tokens kept of all spans of one prompt together) and `layer`. Each of the first three may be a list, one number for
+    each row of the batch.
 
     Raises:
         AlreadyAppliedError: a method is applied to the model.

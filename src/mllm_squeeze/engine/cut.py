@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_squeeze import ops
 from mllm_squeeze.engine import limits
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import gather as signals
+from mllm_squeeze.engine.signals.source import Found
 from mllm_squeeze.engine.timing import marked, now
 from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.engine.tokens.table import SpanTable
@@ -62,8 +62,8 @@ def run_cut(session: Prefill, planned: PlannedCut, hidden: Tensor, call: LayerCa
     tokens = _tokens(session, planned, found, hidden, call, planned.reducer.needs())
     reduction = _reduce(planned, tokens)
     hidden = session.merge(hidden, reduction, found.table, found.place, found.mask)
-    if reduction.assign is not None and Size() in session.plan.needs:
-        _add_sizes(session, found, reduction.assign)
+    if reduction.merges and Size() in session.plan.needs:
+        _add_sizes(session, found, reduction)
     chosen = _chosen(session, planned, found, reduction.keep)
     counts = _counts(session, planned, found, chosen)
     limits.warn_left(session, planned, found.rows, found.current, found.budget, counts)
@@ -183,11 +183,9 @@ def _tokens(
     needs: tuple[Need, ...],
 ) -> VisualTokens:
     spans = [session.layout.spans[n] for n in found.rows]
-    place = found.place
-    origin, size = found.table.origin.gather(1, found.order), found.size
-    gathered, words = signals.gather(
-        session, planned, needs, hidden, call, found.table, place, origin, size, found.rows
-    )
+    origin = found.table.origin.gather(1, found.order)
+    wanted = Found(found.table, found.place, origin, found.size, found.mask, found.rows)
+    gathered, words = signals.gather(session, planned, needs, hidden, call, wanted)
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
         mask=found.mask,
@@ -250,10 +248,10 @@ def _asked(session: Prefill, planned: PlannedCut, found: _Candidates) -> tuple[i
 
 
 @marked("merge")
-def _add_sizes(session: Prefill, found: _Candidates, assign: Tensor) -> None:
+def _add_sizes(session: Prefill, found: _Candidates, reduction: Reduction) -> None:
     """Count for each survivor what was merged into it."""
     table = session.table
     size = torch.ones_like(table.mask, dtype=torch.float32) if table.size is None else table.size.clone()
     rows = torch.tensor(found.rows, device=size.device)[:, None]
-    size[rows, found.order] = ops.merged_size(assign, found.size)
+    size[rows, found.order] = reduction.sizes(found.size)
     session.table = replace(table, size=size)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mllm_squeeze import ops
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.sequence.shorten import gather_rows
@@ -119,7 +118,6 @@ class Prefill(Pass):
         valid = None if even else torch.arange(width, device=hidden.device) >= pad
         self.left = self._left(order, valid, (there & ~keep).cumsum(1))
         self._move(keep.cumsum(1) - 1 + pad, chosen, counts)
-        self.signals.follow(order)
         self.arguments.forget()
         self.cuts.append(Cut(layer, self.left.index, self.left.valid))
         return gather_rows(hidden, order)
@@ -184,11 +182,10 @@ class Prefill(Pass):
 
         hidden: (B, M, D). place, mask: (S, N') of the candidates the reduction speaks of. Returns (B, M, D).
         """
-        if reduction.assign is None:
+        if not reduction.merges:
             return hidden
         sample = table.sample[:, None].expand(-1, place.shape[1])
-        weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
-        states = ops.merge_tokens(hidden[sample, place], reduction.assign, weights)
+        states = reduction.states(hidden[sample, place])
         write = mask & reduction.keep
         # Slots that do not survive write what stands there already.
         states = torch.where(write.unsqueeze(-1), states, hidden[sample, place].detach())
