@@ -102,13 +102,14 @@ def test_rooms_of_the_engine_import_what_is_below(room):
 def test_only_errors_and_types_stand_below_everything():
     assert imported(PACKAGE / "errors.py") == set()
     assert imported(PACKAGE / "layout.py") <= {"errors"}
+    assert imported(PACKAGE / "amount.py") == {"ops", "errors.ConfigError"}
     assert imported(PACKAGE / "reducers" / "needs.py") == set()
     below = ("layout.", "errors.", "reducers.needs.", "ops")
     assert all(name.startswith(below) for name in imported(PACKAGE / "reducers" / "base.py"))
 
 
 def test_reducers_and_recipes_load_without_torch():
-    modules = [NAME, f"{NAME}.ops", f"{NAME}.recipe.recipe", f"{NAME}.registry", f"{NAME}.ops.budget"]
+    modules = [NAME, f"{NAME}.ops", f"{NAME}.recipe.recipe", f"{NAME}.registry", f"{NAME}.ops.budget", f"{NAME}.amount"]
     modules += [f"{NAME}.reducers.{p.stem}" for p in (PACKAGE / "reducers").glob("*.py") if p.stem != "__init__"]
     code = (
         f"import sys, importlib\n[importlib.import_module(m) for m in {modules}]\n"

@@ -25,8 +25,8 @@ OTHER_NUMBERS = {
     "frame_uniqueness": {"channels": 1.0, "temperature": 1.0},
     "random_subset": {"seed": 9},
 }
-# They say how much is left, or what is left out before a rule is asked.
-BUDGET = {"ratio", "keep", "separators"}
+# The engine leaves them out before a rule is asked.
+OUTSIDE = {"separators"}
 
 
 def choices(cls):
@@ -35,7 +35,7 @@ def choices(cls):
     for name, field in cls.model_fields.items():
         kind = field.annotation
         words = (True, False) if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
-        if name not in BUDGET:
+        if name not in OUTSIDE:
             yield from ({name: word} for word in words if word != field.default)
 
 
@@ -54,7 +54,7 @@ def of_recipes():
     for path in configs_dir().glob("*.yaml"):
         for step in load_recipe(path.stem).steps:
             if not isinstance(step.built, DecodeReducer):
-                yield step.built.model_copy(update={"ratio": None, "keep": None, "separators": "compete"})
+                yield step.built.model_copy(update={"separators": "compete"})
 
 
 REDUCERS = list({repr(r): r for r in (*built_in(), *of_recipes())}.values())

@@ -13,6 +13,7 @@ from mllm_squeeze.engine import limits
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import gather as signals
+from mllm_squeeze.engine.signals.source import Found
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.engine.tokens.table import SpanTable
@@ -77,7 +78,7 @@ def _reduce(planned: PlannedCut, tokens: VisualTokens) -> Reduction:
 def cut_survivors(session: Prefill, planned: PlannedCut, hidden: Tensor) -> Tensor:
     """Cut what a reduction inside the encoder pruned, and the duplicates it left behind; at the input of layer 0."""
     groups = {m: f.groups for m, f in session.features.items() if f.groups is not None}
-    if not groups or session.layout is None:
+    if not groups:
         return hidden
     start = now(hidden.device)
     table = session.table
@@ -141,7 +142,6 @@ def _finish(
 def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     """Return what may be chosen from, None where the budget asks for all that is there, or nothing is."""
     layout = session.layout
-    assert layout is not None
     reducer, table = planned.reducer, session.table
     rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.facts.modalities]
     if not rows:
@@ -169,7 +169,6 @@ def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
 
 
 def _is_cell(session: Prefill, table: SpanTable, rows: list[int]) -> Tensor:
-    assert session.layout is not None
     unknown = torch.tensor([not session.layout.spans[n].tiles for n in rows], device=table.mask.device)
     return (table.grid[..., 0] >= 0) | unknown[:, None]
 
@@ -183,13 +182,10 @@ def _tokens(
     call: LayerCall | None,
     needs: tuple[Need, ...],
 ) -> VisualTokens:
-    assert session.layout is not None
     spans = [session.layout.spans[n] for n in found.rows]
-    place = found.place
-    origin, size = found.table.origin.gather(1, found.order), found.size
-    gathered, words = signals.gather(
-        session, planned, needs, hidden, call, found.table, place, origin, size, found.rows
-    )
+    origin = found.table.origin.gather(1, found.order)
+    wanted = Found(found.table, found.place, origin, found.size, found.mask, found.rows)
+    gathered, words = signals.gather(session, planned, needs, hidden, call, wanted)
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
         mask=found.mask,
@@ -232,7 +228,6 @@ def _chosen(session: Prefill, planned: PlannedCut, found: _Candidates, keep: Ten
 @marked("select")
 def _counts(session: Prefill, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
-    assert session.layout is not None
     if planned.decides or not planned.reducer.facts.known_count:
         return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
     counts = list(session.table.current)

@@ -12,7 +12,7 @@ from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Need
 
 
-# Told apart by which it is: what a rule is made of may have no hash, and two cuts of one rule are two.
+# Two cuts are the same only if they are one: what a pass reads is kept by its cut, and reducers need not be hashable.
 @dataclass(frozen=True, eq=False)
 class PlannedCut:
     """One cut at the input of a decoder layer.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mllm_squeeze.engine.plan import PlannedCut
-from mllm_squeeze.errors import ConfigError, UnsupportedModelError
-from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
-from mllm_squeeze.family.tower_to_llm import require_tower_to_llm
-from mllm_squeeze.reducers.needs import Attention, EncoderNeed, Features, Normed, Projection, Size
+from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.planning.encoder_signals import check_encoder_need
+from mllm_squeeze.planning.text_model import check_text_model
+from mllm_squeeze.reducers.needs import EncoderNeed, Features, Normed, Projection, Size
 
 # What a rule can read in front of the blocks of the vision encoder.
 INSIDE = (Features(), Projection(heads="mean"), Size())
@@ -16,19 +17,19 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
     """Check that a model gives what a cut reads.
 
     Raises:
-        ConfigError: the layer has no layer before it to read.
+        ConfigError: a block is out of range or behind the cut, or the parts of a need do not go together.
         UnsupportedModelError: the model lacks a part that gives a signal; the message names it.
     """
     for need in cut.reducer.needs():
-        if isinstance(need, (Attention, Projection)):
-            _check_attention(method, cut, need, parts)
-        elif isinstance(need, EncoderNeed):
-            _check_encoder(method, parts)
+        if isinstance(need, EncoderNeed):
+            check_encoder_need(method, need, parts)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(
                 f"'{method}' reads normed states; no final norm was found in this model. Use a method that reads none.",
                 avoid=[],
             )
+        else:
+            check_text_model(method, cut, need, parts)
 
 
 def check_inside(method: str, step: PlannedCut) -> None:
@@ -48,44 +49,4 @@ def check_inside(method: str, step: PlannedCut) -> None:
         raise UnsupportedModelError(
             f"'{method}' leaves a number of tokens inside the vision encoder that follows from the picture, and "
             "all tiles must keep the same number there. Use a reducer whose count is known, or act at the projector."
-        )
-
-
-def _check_encoder(method: str, parts: ModelParts) -> None:
-    if _lacks_attention(parts):
-        raise UnsupportedModelError(
-            f"'{method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
-            "cannot be read. Use a method that reads nothing of it.",
-            avoid=["encoder attention"],
-        )
-    require_tower_to_llm(parts)
-
-
-def _lacks_attention(parts: ModelParts) -> bool:
-    block = parts.saliency_block
-    if block is None or parts.blocks is None or parts.row.tower_to_llm == "none":
-        return True
-    return find_attention(parts.blocks[block]) is None
-
-
-def _check_attention(method: str, cut: PlannedCut, need: Attention | Projection, parts: ModelParts) -> None:
-    if need.block == "next":
-        layer = parts.layers[cut.layer]
-        if parts.row.stacked or find_attention(layer) is None or find_pre_norm(layer) is None:
-            raise UnsupportedModelError(
-                f"'{method}' previews layer {cut.layer}, whose attention or norm was not found; read the layer before "
-                "the cut: block: -1."
-            )
-        return
-    if cut.layer == 0:
-        raise ConfigError(
-            f"'{method}' reads the attention of the layer before the cut, so layer must be between 1 and "
-            f"{len(parts.layers) - 1}; got 0. Before the LLM, use a method that reads nothing of it.",
-            avoid=["attention of the LLM"],
-        )
-    if find_attention(parts.layers[cut.layer - 1]) is None:
-        raise UnsupportedModelError(
-            f"'{method}' reads the attention of layer {cut.layer - 1}, which has none. Choose another layer, "
-            "or a method that reads none.",
-            avoid=["attention of the LLM"],
         )

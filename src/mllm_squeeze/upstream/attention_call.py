@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError
@@ -101,6 +102,22 @@ class AttentionCall:
     def replace(self, **changes: Any) -> AttentionCall:
         """Return the call with other arguments."""
         return dataclasses.replace(self, **changes)
+
+    def of_sample(self, number: int) -> AttentionCall:
+        """Return the call of one row of the batch."""
+        mask = self.mask
+        if isinstance(mask, Tensor) and mask.shape[0] > 1:
+            mask = mask[number : number + 1]
+        query, key, value = (states[number : number + 1] for states in (self.query, self.key, self.value))
+        return self.replace(query=query, key=key, value=value, mask=mask)
+
+    def behind(self, key: Tensor, value: Tensor) -> AttentionCall:
+        """Return the call with keys and values (B, Hkv, n, d) of earlier passes in front of its own."""
+        return self.replace(key=torch.cat([key, self.key], dim=2), value=torch.cat([value, self.value], dim=2))
+
+    def filled(self, entries: int) -> AttentionCall:
+        """Return the call without the empty slots that a cache of fixed size hands out behind so many entries."""
+        return self.replace(key=self.key[:, :, :entries], value=self.value[:, :, :entries])
 
     def nothing(self) -> Tensor:
         """Return an output (B, M, H, d) of the attention function for a caller that does not look at it."""

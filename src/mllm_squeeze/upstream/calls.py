@@ -133,6 +133,21 @@ class LayerCall:
         return (), new
 
 
+def states_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the states that a module inside of a layer is called with.
+
+    Raises:
+        UnsupportedModelError: they are not found.
+    """
+    found = args[0] if args else kwargs.get(HIDDEN)
+    if not isinstance(found, Tensor):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} was called without states: expected a tensor as its first argument or as "
+            f"'{HIDDEN}', found {', '.join(kwargs) or 'nothing'}."
+        )
+    return found
+
+
 def with_block_mask(call: LayerCall, mask: Tensor) -> LayerCall:
     """Return the call of an encoder block with a mask; a block takes it by its place or by its name."""
     return call.replace(others=(mask, *call.others[1:])) if call.others else call.replace(mask=mask)

@@ -11,23 +11,24 @@ from torch import Tensor, nn
 from mllm_squeeze.engine import cut as cutting
 from mllm_squeeze.engine.decode import choice as decoding
 from mllm_squeeze.engine.decode.static_step import refuse_static, serve_step
-from mllm_squeeze.engine.hooks import preview
+from mllm_squeeze.engine.hooks import listening, preview
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.streams import fold, unfold
-from mllm_squeeze.engine.signals import gather as signals
-from mllm_squeeze.engine.signals.rows import Listener
-from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.engine.signals.rows import AttentionCall, Listener
+from mllm_squeeze.engine.signals.source import Spot
+from mllm_squeeze.engine.signals.sources import Sources
+from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.handlers.inner_features import has_inner_features
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import DecodeReducer
-from mllm_squeeze.reducers.needs import Attention, Projection
+from mllm_squeeze.reducers.needs import Attention
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -38,8 +39,12 @@ class LayerHooks(Hooks):
         self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
     ) -> None:
         super().__init__(parts, plan, local, enabled, publish)
+        self._decode = None if plan.decode is None else _while_decoding(plan.decode)
+        self._sources = Sources(plan, parts)
         self._chooses_rows = [
-            cut for cut in plan.cuts if any(signals.chooses_rows(need) for need in cut.reducer.needs())
+            cut
+            for cut in plan.cuts
+            if any(isinstance(need, Attention) and need.rows == "chosen" for need in cut.reducer.needs())
         ]
 
     def attach(self, installer: Installer) -> None:
@@ -56,7 +61,10 @@ class LayerHooks(Hooks):
         if first is None:
             return
         from_start = self._chooses_rows or has_inner_features(self.parts.decoder)
-        start = 0 if from_start else max(first - 1, 0)
+        read = self._sources.first_layer
+        start = 0 if from_start else first if read is None else min(first, read)
+        if self._decode is not None:
+            start = min(start, self._decode.layer - 1)
         layers = self.parts.layers
         for number in range(start, len(layers)):
             before = functools.partial(self._before_layer, number)
@@ -65,39 +73,42 @@ class LayerHooks(Hooks):
         installer.after(layers[-1], self._after_last_layer, first=True)
 
     def _tap_attention(self, installer: Installer) -> None:
-        tapped: set[int] = set()
-        previewed: set[int] = set()
-        for cut in self.plan.cuts:
-            for need in cut.reducer.needs():
-                if not isinstance(need, (Attention, Projection)):
-                    continue
-                tapped.add(cut.layer if need.block == "next" else cut.layer - 1)
-                previewed |= {cut.layer} if need.block == "next" else set()
-        if self.plan.decode is not None:
-            tapped.add(self._decode.layer - 1)
-        for number in sorted(tapped):
-            attention = find_attention(self.parts.layers[number])
-            if attention is None:
-                raise UnsupportedModelError(
-                    f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another "
-                    "layer."
-                )
-            installer.tap(attention, functools.partial(self._listener, attention))
-            if number in previewed:
-                preview.put_on(installer, attention, self._running)
+        # What reads a call of each module's attention function, None where only previews and decode steps do.
+        tapped: dict[nn.Module, Listener | None] = {
+            spot.module: functools.partial(self._hear, spot) for spot in self._sources.spots if spot.side == "call"
+        }
+        for number in self._sources.previewed:
+            attention = self._attention(number)
+            tapped.setdefault(attention, None)
+            preview.put_on(installer, attention, self._running)
+        if self._decode is not None:
+            tapped.setdefault(self._attention(self._decode.layer - 1), None)
+        for module, heard in tapped.items():
+            installer.tap(module, functools.partial(self._listener, module, heard))
+        listening.put_on(installer, self._sources, self._running)
 
-    @property
-    def _decode(self) -> DecodeReducer:
-        assert self.plan.decode is not None
-        assert isinstance(self.plan.decode.reducer, DecodeReducer)
-        return self.plan.decode.reducer
+    def _attention(self, number: int) -> nn.Module:
+        found = find_attention(self.parts.layers[number])
+        if found is None:
+            raise UnsupportedModelError(
+                f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another layer."
+            )
+        return found
 
     def _running(self) -> Pass | None:
         return self._local.running
 
-    def _listener(self, attention: nn.Module) -> Listener | None:
+    def _listener(self, attention: nn.Module, heard: Listener | None) -> Listener | None:
         running = self._local.running
-        return None if running is None else running.signals.listeners.get(attention)
+        if running is None:
+            return None
+        return running.signals.listeners.get(attention, heard if isinstance(running, Prefill) else None)
+
+    def _hear(self, spot: Spot, call: AttentionCall) -> bool:
+        prefill = self._local.running
+        assert isinstance(prefill, Prefill)
+        self._sources.hear_attention(prefill, spot, call)
+        return False
 
     # In front of a layer
 
@@ -114,8 +125,8 @@ class LayerHooks(Hooks):
         folded = hidden = fold(call.hidden)
         if isinstance(running, Prefill):
             hidden = self._cut(running, number, running.with_inner(number, hidden), call)
-            self._listen(running, number)
-        elif self.plan.decode is not None and number == self._decode.layer - 1 and running.width == 1:
+            self._sources.enter(running, number, hidden)
+        elif self._decode is not None and number == self._decode.layer - 1 and running.width == 1:
             decoding.listen(running, find_attention(self.parts.layers[number]), self._decode, call.cache)
         new = running.arguments.shorten(number, hidden, call)
         running.lengths[number] = hidden.shape[1]
@@ -128,6 +139,7 @@ class LayerHooks(Hooks):
     def _cut(self, prefill: Prefill, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
         cuts, stage = prefill.plan.at(number), prefill.stage
         if number == 0:
+            self._sources.start(prefill, hidden)
             for cut in self._chooses_rows if prefill.plan is self.plan else ():
                 cutting.choose_rows(prefill, cut, hidden)
             if prefill.plan.encoder is not None:
@@ -138,12 +150,8 @@ class LayerHooks(Hooks):
         if prefill.stage > stage and call.cache is not None:
             kv.require_cuttable(call.cache)
             refuse_static(prefill, call.cache)
-        prefill.signals.read.clear()
+        self._sources.forget(prefill, number)
         return hidden
-
-    def _listen(self, prefill: Prefill, number: int) -> None:
-        for cut in prefill.plan.at(number + 1):
-            signals.listen(prefill, cut, number)
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         prefill = self._local.running
@@ -152,3 +160,9 @@ class LayerHooks(Hooks):
         if isinstance(output, tuple):
             return (prefill.restore(output[0]), *output[1:])
         return unfold(prefill.restore(fold(output)), output)
+
+
+def _while_decoding(planned: PlannedCut) -> DecodeReducer:
+    if not isinstance(planned.reducer, DecodeReducer):
+        raise ConfigError(f"'{planned.name}' cannot act while decoding: {type(planned.reducer).__name__} acts once.")
+    return planned.reducer

@@ -65,11 +65,7 @@ class LayerArguments:
         if queries is None:
             kv.serve(cache, layer)
             return placed
-        held = kv.held_entries(cache, holder, self._survivors.past)
-        if holder == layer:
-            rows = self._own_rows(layer, cache, queries, entries, held)
-        else:
-            rows = self._borrowed_rows(queries, entries, held, hidden.shape[1])
+        rows = self._rows_for(layer, cache, queries, entries, hidden.shape[1])
         if left is not None and cache is not None and holder == layer:
             kv.announce(
                 cache, layer, self._made.once("entries", rows, make=lambda: self._announced(left, rows, entries))
@@ -81,6 +77,26 @@ class LayerArguments:
     def given(self, layer: int, hidden: Tensor, call: LayerCall) -> LayerCall:
         """Return the call of a layer with rotary tables and positions of the survivors; the mask is left."""
         return self._placed(layer, hidden, call, kv.kept_entries(call.cache, self._holder(layer)))
+
+    def mask_now(self, layer: int, hidden: Tensor, call: LayerCall) -> Any:
+        """Return the mask of a layer over the keys it would see if it ran now, on hidden (B, M, D)."""
+        left, holder = self._survivors.left, self._holder(layer)
+        entries = kv.kept_entries(call.cache, holder)
+        if left is not None:
+            queries = left.index
+        elif entries is not None:
+            queries = self._all_queries(entries)
+        else:
+            return call.mask
+        return self._mask(layer, call.mask, self._rows_for(layer, call.cache, queries, entries, hidden.shape[1]))
+
+    def entries_before(self, layer: int, call: LayerCall) -> tuple[Tensor, Tensor] | None:
+        """Return keys and values (B, Hkv, n, d) that a layer holds of earlier passes, None where it holds none."""
+        held = kv.held_entries(call.cache, layer, self._survivors.past)
+        if not held:
+            return None
+        found: Any = kv.layer_at(call.cache, layer)
+        return found.keys[:, :, :held], found.values[:, :, :held]
 
     def per_token(self, given: Any) -> Any:
         """Take the survivors' rows of another argument with one row per token, such as Gemma's per-layer inputs."""
@@ -115,6 +131,14 @@ class LayerArguments:
     def _all_queries(self, entries: KeptEntries) -> Tensor:
         columns, width = entries.columns, self._survivors.width
         return torch.arange(width, device=columns.device).expand(columns.shape[0], -1)
+
+    def _rows_for(self, layer: int, cache: Any, queries: Tensor, entries: KeptEntries | None, width: int) -> Rows:
+        """Return the queries and keys that a layer sees if it runs on so many tokens."""
+        holder = self._holder(layer)
+        held = kv.held_entries(cache, holder, self._survivors.past)
+        if holder == layer:
+            return self._own_rows(layer, cache, queries, entries, held)
+        return self._borrowed_rows(queries, entries, held, width)
 
     def _borrowed_rows(self, queries: Tensor, entries: KeptEntries | None, held: int, width: int) -> Rows:
         """Return the rows of a layer that borrows keys and values, which hold the tokens of this pass already.

@@ -118,7 +118,6 @@ class Prefill(Pass):
         valid = None if even else torch.arange(width, device=hidden.device) >= pad
         self.left = self._left(order, valid, (there & ~keep).cumsum(1))
         self._move(keep.cumsum(1) - 1 + pad, chosen, counts)
-        self.signals.follow(order)
         self.arguments.forget()
         self.cuts.append(Cut(layer, self.left.index, self.left.valid))
         return gather_rows(hidden, order)
