@@ -222,7 +222,5 @@ def test_where_nothing_attends_from_outside(family: str) -> None:
 def test_pictures_in_front_of_a_q_former_have_no_prompt(amount: dict[str, Any]) -> None:
     t = tiny.load("blip_2")
     method = recipe() | {"steps": [{"reducer": "farthest_point", "at": "keys", **amount}]}
-    with pytest.raises(
-        ConfigError, match="step 1: .* speaks of prompts, and what the Q-Former attends to are pictures"
-    ):
+    with pytest.raises(ConfigError, match="step 1: .* speaks of prompts, and what the Q-Former attends to are"):
         squeeze.apply(t.model, method)
