@@ -20,18 +20,18 @@ MADE = "Made from the code by `docs/make_reference.py`; nothing in it is written
 
 PARTS_HEAD = f"""# Parts
 
-A step without `reducer:` is a pipeline of parts. They run in this order: `segment` puts tokens into groups, `score` gives
-each token a number, `budget` says how many each group keeps, `select` picks them, `merge` says what becomes of the
-others. What a step leaves out is `segment: whole`, `budget: even`, `select: top_k`, and no merge.
+A step without `reducer:` is a pipeline of parts. They run in this order: `segment` puts tokens into groups, `score`
+gives each token a number, `budget` says how many each group keeps, `select` picks them, `merge` says what becomes of
+the others. What a step leaves out is `segment: whole`, `budget: even`, `select: top_k`, and no merge.
 
-A part is written as a word (`select: top_k`), as `{{name: {{parameter: value}}}}`, or as `{{name: value}}` where one parameter
-is its main one (in bold below). {MADE}"""
+A part is written as a word (`select: top_k`), as `{{name: {{parameter: value}}}}`, or as `{{name: value}}` where one
+parameter is its main one (in bold below). {MADE}"""
 
 SIGNALS_HEAD = f"""# Signals
 
-What a rule may read. A signal arrives under the need that asked for it, `tokens[Attention(rows="last")]`, and so does it
-in `squeeze.choose(..., signals={{Attention(rows="last"): tensor}})`; there its name will do where a step reads one signal
-of that name. S is spans, N visual tokens of the longest span, T words behind the first visual token; `choose` takes a
+What a rule may read. A signal arrives under the need that asked for it, `tokens[Attention(rows="last")]`, and so does
+it in `squeeze.choose(..., signals={{Attention(rows="last"): tensor}})`; there its name will do where a step reads one
+signal of that name. S is spans, N visual tokens of the longest span, T words behind the first visual token; `choose` takes a
 single span without the axis S. {MADE}"""
 
 KIND_SAYS = {
@@ -117,7 +117,12 @@ def _table(rows: list[tuple[str, str, str]]) -> list[str]:
     if not rows:
         return []
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return ["| parameter | default | what it is |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in cells), ""]
+    return [
+        "| parameter | default | what it is |",
+        "| --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+    ]
 
 
 def _places(places: frozenset[str]) -> str:
@@ -128,7 +133,9 @@ def _places(places: frozenset[str]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Part):
-        return f"`{next(n for n in registry.part_names(value.kind) if registry.part_class(value.kind, n) is type(value))}`"
+        return (
+            f"`{next(n for n in registry.part_names(value.kind) if registry.part_class(value.kind, n) is type(value))}`"
+        )
     return "none" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

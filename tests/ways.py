@@ -178,7 +178,7 @@ def _place(at: At) -> str:
 
 
 def _counts(reducer: Reducer, step: Step) -> str:
-    if reducer.facts.decides and reducer.ratio is None and reducer.keep is None and step.kept is None:
+    if reducer.facts.decides and not step.amount.given:
         return "decided"
     if not reducer.facts.known_count:
         return "measured"
@@ -276,8 +276,9 @@ def left_of(m: Method, span: Any, before: int | None = None, **changes: Any) -> 
         return None
     beside = span.length - sum(tile.cells for tile in span.tiles) if span.tiles else 0
     whole = span.length - (beside if reducer.separators == "keep" else 0)
-    kept = step.kept[-1] if step.kept is not None else None
-    budget = kept_of(whole, kept if kept is not None else reducer.keep, reducer.ratio)
+    (unit, asked), *rows = step.amount.left
+    assert unit != "tokens per prompt" and not rows, f"{step.amount}: no budget of one span"
+    budget = kept_of(whole, asked)
     apart = beside if reducer.separators == "keep" else 0
     if step.at.place == "encoder":
         return Count(budget, 0 if len(span.tiles) == 1 and not beside else whole // 4)
@@ -287,21 +288,23 @@ def left_of(m: Method, span: Any, before: int | None = None, **changes: Any) -> 
     return Count(reducer.count(current, budget, span.tiles) + apart)
 
 
-def kept_of(length: int, keep: float | None, ratio: float | None) -> int:
+def kept_of(length: int, keep: float) -> int:
     """Return the tokens that stay of `length`, worked out anew: rounded half up, at least one, at most all."""
-    if isinstance(keep, int):
-        return min(keep, length)
-    share = keep if keep is not None else 1 - (ratio or 0)
-    return max(1, math.floor(round(length * share, 9) + 0.5))
+    return min(keep, length) if isinstance(keep, int) else max(1, math.floor(round(length * keep, 9) + 0.5))
 
 
 def refuses(m: Method, span: Any, **changes: Any) -> bool:
     """Say whether the rule itself cannot keep this budget of a span, so that it must say so."""
     try:
         left_of(m, span, **changes)
+        step = [step for step in m.recipe(**changes).steps if _cuts(step)][-1]
     except ConfigError:
         return True
-    return False
+    if not step.amount.counts_tokens:
+        return False
+    whole = sum(tile.cells for tile in span.tiles) or span.length
+    (_, asked), *_ = step.amount.left
+    return asked < min(step.built.fewest(whole, span.tiles), whole)
 
 
 def cut_layers(m: Method, layers: int) -> list[tuple[int, Reducer]]:

@@ -61,7 +61,7 @@ class Amount:
 
     @property
     def left(self) -> tuple[tuple[Unit, float], ...]:
-        """What is left in the end, with its unit: for all rows or for each, nothing where the rule decides."""
+        """What is left in the end, with its unit: one entry, or one for each row; none where the rule decides."""
         return tuple(_left(name, value) for name, value in self._last())
 
     @property
@@ -143,9 +143,10 @@ def _left(name: str, value: float) -> tuple[Unit, float]:
 
 
 def _exclude(names: list[str]) -> str:
-    said = " and ".join(names)
     if "kept" in names:
-        return f"{said} exclude each other: kept already says what is left after each layer; give one"
+        said = " and ".join(["kept", *(name for name in names if name != "kept")])
+        return f"{said} exclude each other: kept already says what is left after each layer; give one of them"
+    said = " and ".join(names)
     return f"{said} exclude each other: {'; '.join(RULES[name] for name in names)}; got {said}"
 
 

@@ -48,9 +48,9 @@ class Handle:
         self._saw_text_only = False
         self._removed = False
         with naming_others(recipe, parts):
-            runtime = Attachment(parts, make_plan(recipe, parts), self._publish)
-            self._runtime = weakref.ref(runtime)
-            runtime.attach()
+            attachment = Attachment(parts, make_plan(recipe, parts), self._publish)
+            self._attachment = weakref.ref(attachment)
+            attachment.attach()
 
     @property
     def method(self) -> str:
@@ -106,11 +106,11 @@ class Handle:
             NotAppliedError: it was taken off before. InUseError: another thread is inside a call of the model.
         """
         self._require_applied()
-        runtime, inner = self._runtime(), self._inner()
-        if runtime is not None:
-            require_idle(_called(runtime.parts))
-            runtime.detach()
-            forget_compiled(runtime.parts)
+        attachment, inner = self._attachment(), self._inner()
+        if attachment is not None:
+            require_idle(_called(attachment.parts))
+            attachment.detach()
+            forget_compiled(attachment.parts)
         self._removed = True
         if inner is not None:
             _handles.pop(inner, None)
@@ -126,8 +126,8 @@ class Handle:
             NotAppliedError: the method was taken off before.
         """
         self._require_applied()
-        runtime = self._runtime()
-        with contextlib.nullcontext() if runtime is None else runtime.switch.off():
+        attachment = self._attachment()
+        with contextlib.nullcontext() if attachment is None else attachment.switch.off():
             yield
 
     def _require_applied(self) -> None:
@@ -151,7 +151,9 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
     A model that was compiled and has run is compiled anew at its next call, as is other compiled code in the process.
 
     method: the name of a method, the path of a YAML recipe, or a dict. params: what the recipe lets one set, such as
-    `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept) and `layer`.
+    `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept), `total`
+    (tokens kept of all spans of one prompt together) and `layer`. Each of the first three may be a list, one number for
+    each row of the batch.
 
     Raises:
         AlreadyAppliedError: a method is applied to the model.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_squeeze import ops
 from mllm_squeeze.errors import ConfigError, did_you_mean
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe
@@ -238,7 +237,4 @@ def _text_mask(given: Signals) -> Tensor | None:
 
 def _merged(states: Tensor, reduction: Any) -> tuple[Tensor, ...]:
     """Return the survivors' states of each span, in order."""
-    if reduction.assign is not None:
-        weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
-        states = ops.merge_tokens(states, reduction.assign, weights)
-    return tuple(row[keep] for row, keep in zip(states, reduction.keep, strict=True))
+    return tuple(row[keep] for row, keep in zip(reduction.states(states), reduction.keep, strict=True))

@@ -6,13 +6,12 @@ Other packages add theirs through entry points; nothing is imported before its n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mllm_squeeze import plugins
 from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
 from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.shipped import BUILTIN_PARTS, BUILTIN_REDUCERS
@@ -67,7 +66,7 @@ def unregister_part(kind: str, name: str) -> None:
 
 def part_names(kind: str) -> list[str]:
     """Return the names of all parts of a kind, sorted."""
-    every = {*BUILTIN_PARTS, *_own_parts, *_points(PARTS_GROUP)}
+    every = {*BUILTIN_PARTS, *_own_parts, *plugins.points(PARTS_GROUP)}
     return sorted(name.removeprefix(f"{kind}.") for name in every if name.startswith(f"{kind}."))
 
 
@@ -79,7 +78,7 @@ def part_class(kind: str, name: str) -> type[Part]:
         found.append(("mllm_squeeze", lambda: _import(BUILTIN_PARTS[full])))
     if full in _own_parts:
         found.append(("register_part", lambda: _own_parts[full]))
-    found += _from_packages(PARTS_GROUP, full)
+    found += plugins.from_packages(PARTS_GROUP, full)
     if not found:
         raise UnknownNameError(f"Unknown {kind} '{name}'. {did_you_mean(name, part_names(kind))}")
     cls: type[Part] = _only("part", full, found, lambda: part_names(kind))()
@@ -129,7 +128,7 @@ def unregister_method(name: str) -> None:
 
 def reducer_names() -> list[str]:
     """Return the names of all reducers, sorted."""
-    return sorted({*BUILTIN_REDUCERS, *_own_reducers, *_points(REDUCERS_GROUP)})
+    return sorted({*BUILTIN_REDUCERS, *_own_reducers, *plugins.points(REDUCERS_GROUP)})
 
 
 def reducer_class(name: str) -> type[Reducer]:
@@ -139,7 +138,7 @@ def reducer_class(name: str) -> type[Reducer]:
         found.append(("mllm_squeeze", lambda: _import(BUILTIN_REDUCERS[name])))
     if name in _own_reducers:
         found.append(("register_reducer", lambda: _own_reducers[name]))
-    found += _from_packages(REDUCERS_GROUP, name)
+    found += plugins.from_packages(REDUCERS_GROUP, name)
     cls: type[Reducer] = _only("reducer", name, found, reducer_names)()
     _check_reducer(name, cls)
     return cls
@@ -147,7 +146,7 @@ def reducer_class(name: str) -> type[Reducer]:
 
 def method_names() -> list[str]:
     """Return the names of all methods, sorted."""
-    return sorted({*_builtin_methods(), *_own_methods, *_points(METHODS_GROUP)})
+    return sorted({*_builtin_methods(), *_own_methods, *plugins.points(METHODS_GROUP)})
 
 
 def method_source(name: str) -> Source:
@@ -158,15 +157,17 @@ def method_source(name: str) -> Source:
         found.append(("mllm_squeeze", lambda: builtin[name]))
     if name in _own_methods:
         found.append(("register_method", lambda: _own_methods[name]))
-    found += _from_packages(METHODS_GROUP, name, _load_method)
+    found += plugins.from_packages(METHODS_GROUP, name, plugins.load_method)
     source: Any = _only("method", name, found, method_names)()
     return check_method(name, source)
 
 
 def family_plugins() -> dict[str, Any]:
     """Return what other packages offer as `mllm_squeeze.families`, loaded, by name; ConfigError on a double name."""
-    points = _points(FAMILIES_GROUP)
-    return {name: _only("family", name, _from_packages(FAMILIES_GROUP, name), lambda: points)() for name in points}
+    points = plugins.points(FAMILIES_GROUP)
+    return {
+        name: _only("family", name, plugins.from_packages(FAMILIES_GROUP, name), lambda: points)() for name in points
+    }
 
 
 def configs_dir() -> Path:
@@ -181,50 +182,6 @@ def configs_dir() -> Path:
 
 def _builtin_methods() -> dict[str, Path]:
     return {path.stem: path for path in configs_dir().glob("*.yaml")}
-
-
-@cache
-def _points(group: str) -> dict[str, list[EntryPoint]]:
-    """Return the entry points of a group by name, read once; one package found twice on the path counts once."""
-    out: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=group):
-        same = out.setdefault(point.name, [])
-        if all(point.value != other.value for other in same):
-            same.append(point)
-    return out
-
-
-def _from_packages(
-    group: str, name: str, load: Callable[[EntryPoint], Any] | None = None
-) -> list[tuple[str, Callable[[], Any]]]:
-    return [(_package(point), partial(load or _load, point)) for point in _points(group).get(name, [])]
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else point.value
-
-
-def _load(point: EntryPoint) -> Any:
-    try:
-        return point.load()
-    except Exception as error:  # code of others: whatever it raises must not hide the other names
-        raise _broken(point, error) from error
-
-
-def _load_method(point: EntryPoint) -> Any:
-    """Return what an entry point says, the recipe itself where it is a function that returns one."""
-    found = _load(point)
-    try:
-        return found() if callable(found) else found
-    except Exception as error:
-        raise _broken(point, error) from error
-
-
-def _broken(point: EntryPoint, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"The entry point '{point.name}' of {_package(point)} ({point.value}) cannot be loaded: "
-        f"{type(error).__name__}: {error}. Repair or uninstall that package."
-    )
 
 
 def _import(target: str) -> Any:

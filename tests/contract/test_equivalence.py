@@ -98,7 +98,7 @@ def test_every_layer(family: str, ratio: float, layer: int) -> None:
         squeezed = oracle.run(t.model, inputs, forced)
     assert [c.layer for c in handle.cuts] == [layer]
     kept = int(t.visual(inputs)[0][handle.cuts[0].kept[0]].sum())
-    assert kept == ways.kept_of(int(t.visual(inputs).sum()), None, ratio)
+    assert kept == ways.kept_of(int(t.visual(inputs).sum()), 1 - ratio)
     expected = oracle.masked_logits(t.model, inputs, handle.cuts, forced)
     oracle.assert_steps(squeezed, expected, inputs, handle.cuts, f"layer {layer}")
 

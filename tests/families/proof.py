@@ -290,7 +290,7 @@ def compare(
 
 def expected_count(length: int, ratio: float) -> int:
     """Return the tokens that stay of one image, video or sound."""
-    return ways.kept_of(length, None, ratio)
+    return ways.kept_of(length, 1 - ratio)
 
 
 def check_cuts(t: tiny.TinyModel, inputs: tiny.Inputs, handle: Any) -> None:

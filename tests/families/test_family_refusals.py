@@ -51,8 +51,8 @@ def test_a_method_that_does_not_fit_says_why(family: str, method: str, covers: A
         return
     with pytest.raises(squeeze.SqueezeError) as caught:
         squeeze.apply(t.model, method)
-    reason, _, others = str(caught.value).partition(" Methods that fit this model, the closest first: ")
-    assert reason == said
+    text, _, others = str(caught.value).partition(" Methods that fit this model, the closest first: ")
+    assert text == said
     assert all(methods[name] == "fits" for name in others.rstrip(".").split(", ") if others)
     # With its own parameters a method may look at a layer that cannot be read; with those of the tests it fits then.
     assert method in said and (proof.reason(family, method) or "which has none") in said, said

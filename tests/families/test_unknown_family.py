@@ -15,7 +15,7 @@ import oracle
 import snapshot
 import tiny
 from families import proof
-from mllm_squeeze import api, registry
+from mllm_squeeze import api, plugins, registry
 from mllm_squeeze.family.table import TABLE, FamilyRow
 
 pytestmark = pytest.mark.quick
@@ -56,12 +56,12 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a package offer a family."""
     point = EntryPoint("house_llava", f"{__name__}:OFFERED", registry.FAMILIES_GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: OFFERED)
-    real = registry._points
+    real = plugins.points
 
     def points(group: str) -> dict[str, list[EntryPoint]]:
         return {"house_llava": [point]} if group == registry.FAMILIES_GROUP else real(group)
 
-    monkeypatch.setattr(registry, "_points", points)
+    monkeypatch.setattr(plugins, "points", points)
 
 
 def test_a_class_of_ones_own_works_after_its_self_check(house: tiny.TinyModel) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mllm_squeeze import registry
+from mllm_squeeze.amount import RULE_DECIDES, RULES, Amount
 from mllm_squeeze.errors import ConfigError, UnknownNameError
 from mllm_squeeze.recipe import template
 from mllm_squeeze.recipe.build import build_reducer
@@ -46,14 +47,6 @@ class Refresh(DecodeReducer):
 class Deciding(Reducer):
     places: ClassVar[frozenset[Place]] = frozenset({"projector"})
     decides: ClassVar[bool] = True
-
-
-class SetIn(Reducer):
-    """A reducer with a budget of its own."""
-
-    places: ClassVar[frozenset[Place]] = frozenset({"projector"})
-
-    ratio: float | None = 0.25
 
 
 class Counting:
@@ -96,7 +89,7 @@ def recipe(change: Change | None = None) -> dict[str, Any]:
 
 def step(**keys: Any) -> Change:
     """Return a change that adds a second step, which leaves a tenth where it names no other budget."""
-    budget = {} if {"ratio", "keep", "kept"} & set(keys) or keys.get("reducer") == "refresh" else {"ratio": 0.9}
+    budget = {} if set(RULES) & set(keys) or keys.get("reducer") == "refresh" else {"ratio": 0.9}
     return lambda data: data["steps"].append({"reducer": "rank", **budget, **keys})
 
 
@@ -112,31 +105,31 @@ def test_every_reference_becomes_a_typed_value() -> None:
     assert loaded.params == {"ratio": 0.5, "layer": 2}
     assert only.at.layer == 2 and isinstance(only.at.layer, int)
     assert only.at.place == "layer"
-    assert only.options == {"ratio": 0.5, "rows": "text"}
-    assert build_reducer(only) == Rank(ratio=0.5, rows="text")
+    assert (only.amount, only.options) == (Amount(ratio=0.5), {"rows": "text"})
+    assert build_reducer(only) == Rank(rows="text")
 
 
 def test_params_override_the_recipe() -> None:
     (only,) = load_recipe(recipe(), ratio=0.75, layer=0.5).steps
-    assert only.options["ratio"] == 0.75
+    assert only.amount.ratio == 0.75
     assert only.at.layer == 0.5
 
 
 def test_numpy_numbers_are_numbers() -> None:
     numpy = pytest.importorskip("numpy")
     (only,) = load_recipe(recipe(), ratio=numpy.float32(0.25), layer=numpy.int64(3)).steps
-    assert only.options["ratio"] == 0.25 and type(only.options["ratio"]) is float
+    assert only.amount.ratio == 0.25 and type(only.amount.ratio) is float
     assert only.at.layer == 3 and type(only.at.layer) is int
 
 
-@pytest.mark.parametrize("name", ["ratio", "keep"])
+@pytest.mark.parametrize("name", ["ratio", "keep", "total"])
 def test_none_is_no_budget(name: str) -> None:
     """Taken for "not given" it would be the recipe's 0.5, which nobody asked for."""
     with pytest.raises(ConfigError, match=rf"sketch.*{name}=None is no budget.*leave {name} out.*ratio: 0\.5"):
         load_recipe(recipe(), **{name: None})
 
 
-@pytest.mark.parametrize("budget", [{}, {"ratio": None}, {"keep": None}, {"kept": None}])
+@pytest.mark.parametrize("budget", [{}, {"ratio": None}, {"keep": None}, {"total": None}, {"kept": None}])
 def test_a_step_without_a_budget_is_refused(budget: dict[str, Any]) -> None:
     """Its reducer would never be called."""
 
@@ -156,12 +149,9 @@ def test_a_step_built_by_hand_without_a_budget_is_refused() -> None:
 
 def test_who_decides_alone_needs_no_budget() -> None:
     registry.register_reducer("deciding", Deciding)
-    registry.register_reducer("set_in", SetIn)
-    for name in ("deciding", "set_in"):
-        (only,) = load_recipe({"method": "mine", "steps": [{"reducer": name, "at": "projector"}]}).steps
-        assert only.options == {}
-    (only,) = load_recipe({"method": "mine", "steps": [{"reducer": "refresh", "at": {"cache": "decode"}}]}).steps
-    assert only.options == {}
+    steps = [{"reducer": "deciding", "at": "projector"}, {"reducer": "refresh", "at": {"cache": "decode"}}]
+    for only in load_recipe({"method": "mine", "steps": steps}).steps:
+        assert only.amount == RULE_DECIDES
 
 
 class Tensorish:
@@ -208,7 +198,7 @@ def test_what_was_read_cannot_be_changed_by_who_got_it(tmp_path: Path) -> None:
     spoilt.params["ratio"] = 0.9
     spoilt.raw["steps"][0]["rows"] = "last"
     spoilt.raw["params"]["ratio"] = 0.9
-    spoilt.steps[0].options["ratio"] = 0.9
+    spoilt.steps[0].options["rows"] = "last"
     assert load_recipe(path).model_dump() == before
     assert load_recipe(path).raw["params"]["ratio"] == 0.5
 
@@ -269,15 +259,15 @@ class TestRegistering:
 @pytest.mark.parametrize("keep", [64, 1, 0.25, 1.0])
 def test_keep_replaces_ratio_wherever_it_is_referred_to(keep: float) -> None:
     loaded = load_recipe(recipe(step(at={"layer": 9}, ratio="${ratio}")), keep=keep)
-    assert [one.options.get("keep") for one in loaded.steps] == [keep, keep]
-    assert not any("ratio" in one.options for one in loaded.steps)
+    assert [one.amount for one in loaded.steps] == [Amount(keep=keep)] * 2
+    assert all(type(one.amount.keep) is type(keep) for one in loaded.steps)
     assert loaded.params == {"layer": 2, "keep": keep}
 
 
 def test_keep_leaves_fixed_ratios_alone() -> None:
     first, second = load_recipe(recipe(step(at={"layer": 9}, ratio=0.9)), keep=64).steps
-    assert first.options["keep"] == 64
-    assert second.options["ratio"] == 0.9
+    assert first.amount == Amount(keep=64)
+    assert second.amount == Amount(ratio=0.9)
 
 
 def test_ratio_replaces_keep_where_the_recipe_says_keep() -> None:
@@ -286,7 +276,19 @@ def test_ratio_replaces_keep_where_the_recipe_says_keep() -> None:
         data["steps"] = [{"reducer": "pool", "at": "projector", "keep": "${keep}"}]
 
     (only,) = load_recipe(recipe(said_as_keep), ratio=0.5).steps
-    assert only.options == {"ratio": 0.5}
+    assert only.amount == Amount(ratio=0.5)
+    (only,) = load_recipe(recipe(said_as_keep), total=96).steps
+    assert only.amount == Amount(total=96)
+
+
+def test_a_total_and_a_list_of_numbers_take_the_place_of_a_ratio() -> None:
+    loaded = load_recipe(recipe(step(at={"layer": 9}, ratio="${ratio}")), total=96)
+    assert [one.amount for one in loaded.steps] == [Amount(total=96)] * 2
+    assert loaded.params == {"layer": 2, "total": 96}
+    loaded = load_recipe(recipe(), ratio=(0.5, 0.9))
+    assert loaded.steps[0].amount == Amount(ratio=[0.5, 0.9]) and loaded.steps[0].amount.by_row
+    assert load_recipe(yaml.safe_load(loaded.to_yaml())) == loaded
+    assert load_recipe(recipe(schedule), total=96).steps[0].amount == Amount(total=96)
 
 
 @pytest.mark.parametrize("params", [{}, {"keep": 64}, {"ratio": 0.9, "layer": 0.3}])
@@ -329,9 +331,9 @@ def test_loading_leaves_the_dict_alone() -> None:
 
 def test_kept_takes_the_place_of_the_default_ratio_and_back() -> None:
     (only,) = load_recipe(recipe(schedule)).steps
-    assert only.kept is None and only.options == {"ratio": 0.875}
+    assert only.amount == Amount(ratio=0.875)
     (only,) = load_recipe(recipe(schedule), kept=(0.5, 0.3, 0.1)).steps
-    assert only.kept == (0.5, 0.3, 0.1) and only.options == {}
+    assert only.amount == Amount(kept=(0.5, 0.3, 0.1))
     written = load_recipe(recipe(schedule), kept=(0.5, 0.3, 0.1)).to_dict()
     with pytest.raises(ConfigError, match="unknown param 'ratio'"):
         load_recipe(written, ratio=0.5)
@@ -361,6 +363,29 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (None, {"keep": 0}, ["keep is the tokens kept per span", "got 0"]),
     (None, {"keep": 1.5}, ["fraction kept", "got 1.5"]),
     (None, {"keep": False}, ["keep is", "got False"]),
+    (None, {"total": 0}, ["step 1", "total is the tokens kept of all spans of one prompt", "got 0"]),
+    (None, {"total": 0.5}, ["total is", "an int, at least 1", "got 0.5"]),
+    (None, {"total": True}, ["total is", "got True"]),
+    (None, {"total": "96"}, ["total is", "got '96'"]),
+    (None, {"ratio": []}, ["a list of such numbers, one for each row of the batch", "got []"]),
+    (None, {"ratio": [0.5, 1.5]}, ["ratio is the fraction removed", "got [0.5, 1.5]"]),
+    (None, {"keep": [64, True]}, ["keep is the tokens kept", "got [64, True]"]),
+    (None, {"total": [96, 0]}, ["total is", "got [96, 0]"]),
+    (None, {"keep": 64, "total": 96}, ["keep=64 and total=96 exclude each other: give one"]),
+    (lambda d: d["steps"][0].update(total=96), {}, ["step 1", "ratio and total exclude each other", "got ratio and"]),
+    (schedule, {"kept": [0.5, "half", 0.3]}, ["kept are cumulative", "got [0.5, 'half', 0.3]"]),
+    (schedule, {"kept": 0.5}, ["kept are cumulative", "one for each layer", "got 0.5"]),
+    (
+        lambda d: d["steps"].insert(0, {"reducer": "pool", "at": {"encoder": 3}, "total": 96}),
+        {},
+        ["step 1", "total=96 speaks of prompts", "the encoder sees all pictures of a batch at once"],
+    ),
+    (
+        step(at={"layer": 9}, ratio=[0.6, 0.3]),
+        {},
+        ["a later step leaves no more", "step 2 keeps 0.7, after a step that keeps 0.5"],
+    ),
+    (step(at={"cache": "decode"}, reducer="refresh", total=3), {}, ["step 2", "total has no effect on 'refresh'"]),
     (None, {"ratio": 0.5, "keep": 64}, ["ratio=0.5 and keep=64 exclude each other", "ratio is the fraction removed"]),
     (
         lambda d: d["steps"][0].update(keep=3),
@@ -371,7 +396,7 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
     (schedule, {"kept": [0.5, 0.4]}, ["2 fractions for 3 layers"]),
     (schedule, {"kept": [0.3, 0.4, 0.5]}, ["never rising", "[0.3, 0.4, 0.5]"]),
     (schedule, {"kept": [1.5, 0.4, 0.3]}, ["at most 1"]),
-    (lambda d: d["steps"][0].update(kept=[0.5]), {}, ["kept is a schedule over {layers: [...]}"]),
+    (step(at={"layer": 9}, kept=[0.5]), {}, ["step 2", "kept is a schedule over {layers: [...]}"]),
     (step(at={"layers": [4, 8]}, kept=[0.5, 0.2], ratio=0.8), {}, ["step 2", "kept and ratio exclude each other"]),
     (step(at={"layer": 9}, ratio=0.1), {}, ["a later step leaves no more", "step 2 keeps 0.9", "keeps 0.5"]),
     (
@@ -380,7 +405,7 @@ WRONG: list[tuple[Change | None, dict[str, Any], list[str]]] = [
         ["only be given a"],
     ),
     # Params and references.
-    (None, {"layr": 3}, ["unknown param 'layr'", "Allowed: keep, layer, ratio", "Did you mean 'layer'?"]),
+    (None, {"layr": 3}, ["unknown param 'layr'", "Allowed: keep, layer, ratio, total", "Did you mean 'layer'?"]),
     (lambda d: d["params"].update(spare=1), {}, ["the param 'spare' is not used"]),
     (
         lambda d: d["steps"][0].update(ratio="${rato}"),
@@ -586,6 +611,7 @@ def test_facts_are_those_of_all_steps() -> None:
     assert facts(loaded) == {
         "places": ["projector", "layer 2"],
         "known_count": False,
+        "exact": False,
         "decides": False,
         "merges": False,
         "reads_text": True,

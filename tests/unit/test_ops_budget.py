@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 
 from mllm_squeeze import ops
@@ -49,11 +52,38 @@ def test_keep_is_a_number_or_a_fraction():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"ratio": 1.0}, {"ratio": -0.1}, {"keep": 0}, {"keep": 1.5}, {"ratio": 0.5, "keep": 4}]
+    ("total", "sizes", "shares"),
+    [
+        (10, (5, 5), (5, 5)),
+        (7, (5, 5), (4, 3)),  # a tie goes to the first
+        (10, (30, 10), (8, 2)),  # 7.5 and 2.5
+        (10, (31, 9), (8, 2)),  # 7.75 and 2.25
+        (3, (100, 1, 1), (1, 1, 1)),
+        (10, (100, 1, 1), (8, 1, 1)),
+        (6, (50, 50, 1, 1), (2, 2, 1, 1)),
+        (9, (2, 3), (2, 3)),
+        (1, (7,), (1,)),
+        (2, (1, 1), (1, 1)),
+    ],
 )
-def test_what_is_out_of_range_is_an_error(bad):
-    with pytest.raises(ValueError, match=r"ratio|keep"):
-        ops.kept_count(10, **bad)
+def test_a_total_is_shared_by_largest_remainder(total, sizes, shares):
+    assert ops.share_counts(total, sizes) == shares
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_share_is_fair(seed):
+    """All of it is given, nobody gets none or more than there is, and who has more tokens keeps no fewer."""
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, rng.choice((2, 20, 900))) for _ in range(rng.randint(1, 9))]
+    for total in range(len(sizes), sum(sizes) + 2):
+        shares = ops.share_counts(total, sizes)
+        assert sum(shares) == min(total, sum(sizes))
+        assert all(1 <= share <= size for share, size in zip(shares, sizes, strict=True))
+        for (one, size), (other, another) in itertools.combinations(zip(shares, sizes, strict=True), 2):
+            assert size == another or (size < another) == (one < other) or one == other
+        ample = min(total, sum(sizes)) * min(sizes) >= sum(sizes)
+        exact = [total * size / sum(sizes) for size in sizes]
+        assert not ample or total > sum(sizes) or all(abs(a - b) < 1 for a, b in zip(shares, exact, strict=True))
 
 
 def test_stages_are_geometric_and_end_exactly():

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mllm_squeeze import registry
+from mllm_squeeze.amount import Amount
 from mllm_squeeze.errors import SqueezeError
 from mllm_squeeze.recipe.recipe import load_recipe
 
@@ -35,17 +36,19 @@ def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_example_loads_as_the_text_says() -> None:
     first, second = load_recipe(example()).steps
-    assert (first.options["ratio"], second.options["ratio"]) == (0.5, 0.875)
+    assert (first.amount.ratio, second.amount.ratio) == (0.5, 0.875)
     first, second = load_recipe(example(), ratio=0.75, layer=4).steps
-    assert (second.options["ratio"], second.at.layer) == (0.75, 4)
+    assert (second.amount.ratio, second.at.layer) == (0.75, 4)
     first, second = load_recipe(example(), keep=64).steps
-    assert (first.options, second.options["keep"]) == ({"ratio": 0.5}, 64)
+    assert (first.amount, second.amount) == (Amount(ratio=0.5), Amount(keep=64))
+    first, second = load_recipe(example(), total=96).steps
+    assert (first.amount, second.amount) == (Amount(ratio=0.5), Amount(total=96))
 
 
 def test_the_schedule_loads() -> None:
     (text,) = (block for block in blocks("yaml") if "kept:" in block)
     (step,) = load_recipe({"method": "m", "steps": yaml.safe_load(text)}).steps
-    assert step.kept == (0.52, 0.35, 0.2)
+    assert step.amount.kept == (0.52, 0.35, 0.2)
 
 
 def test_the_reducer_keeps_the_largest_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +73,7 @@ def test_the_reducer_keeps_the_largest_norms(tmp_path: Path, monkeypatch: pytest
         origin=torch.arange(4)[None],
         lengths=(3,),
     )
-    kept = registry.reducer_class("largest_norm")(ratio=0.5).reduce(tokens).keep
+    kept = registry.reducer_class("largest_norm")().reduce(tokens).keep
     assert kept.tolist() == [[False, True, True, False]]
 
 

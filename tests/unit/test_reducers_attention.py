@@ -34,7 +34,7 @@ def assignment(reduction, row, n):
 
 def test_fastv_worked_example():
     tokens = with_scores([0.05, 0.20, 0.02, 0.10, 0.02, 0.06], [0.2, 0.2, 0.1, 0.2], budgets=[3, 2])
-    reduction = AttentionRank(ratio=0.5).reduce(tokens)
+    reduction = AttentionRank().reduce(tokens)
     assert [chosen(reduction.keep, i) for i in range(2)] == [[1, 3, 5], [0, 1]]
     assert reduction.assign is None
 

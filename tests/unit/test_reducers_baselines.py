@@ -64,7 +64,7 @@ def test_uniform_fills_the_budget_and_spreads_over_frames():
 
 def test_avgpool_worked_example():
     tokens = visual_tokens([ramp(16)], [4], tiles=[(Tile(1, 4, 4),)])
-    reduction = AveragePool(ratio=0.75).reduce(tokens)
+    reduction = AveragePool().reduce(tokens)
     assert chosen(reduction.keep) == [0, 2, 8, 10]
     assert pooled(tokens, reduction) == [2.5, 4.5, 10.5, 12.5]
 

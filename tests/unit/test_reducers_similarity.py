@@ -16,7 +16,7 @@ from mllm_squeeze.reducers.pivot_dissimilar import PivotDissimilar
 
 def test_divprune_worked_example():
     tokens = visual_tokens([circle(0, 10, 90, 95, 200), circle(3, 77)], [3, 1])
-    keep = FarthestPoint(ratio=0.4).reduce(tokens).keep
+    keep = FarthestPoint().reduce(tokens).keep
     assert chosen(keep) == [1, 3, 4]
     assert chosen(keep, 1) == [0]
 

@@ -133,7 +133,7 @@ def test_keys_beside_the_prompt() -> None:
     text = str(report)
     assert "keys per cross-attention layer 20 8 40.0 %" in {" ".join(line.split()) for line in text.splitlines()}
     assert "0-1: 10   (keys in 1)" in text
-    assert "pool  keys   12 -> 8  20 -> 8" in text
+    assert "pool  keys       -  12 -> 8  20 -> 8" in text
 
 
 def test_keys_of_earlier_turns_are_seen_but_not_computed() -> None:

@@ -17,7 +17,8 @@ from transformers.models.llama import modeling_llama
 import mllm_squeeze as squeeze
 import snapshot
 import tiny
-from mllm_squeeze.engine.signals.rows import score_received, score_rows
+from mllm_squeeze.engine.encoder.read import received
+from mllm_squeeze.engine.signals.rows import score_rows
 from mllm_squeeze.errors import UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.family.structure import find_attention, find_parts
 from mllm_squeeze.upstream import attention
@@ -279,16 +280,16 @@ class TestScores:
         allowed[0, 0] = True
         call = random_call(mask=torch.zeros(1, 1, 6, 6).masked_fill(~allowed, closed))
         torch.testing.assert_close(score_rows(call, self.ROWS, self.ONE), dense(call, allowed)[:, 5])
-        torch.testing.assert_close(score_received(call), dense(call, allowed).sum(1) * 2)
+        torch.testing.assert_close(received(call), dense(call, allowed).sum(1) * 2)
 
     def test_a_bias_is_refused(self) -> None:
-        for read in (lambda c: score_rows(c, self.ROWS, self.ONE), score_received):
+        for read in (lambda c: score_rows(c, self.ROWS, self.ONE), received):
             with pytest.raises(UnsupportedInputError, match="bias"):
                 read(random_call(mask=torch.full((1, 1, 6, 6), 0.5)))
 
     @pytest.mark.parametrize("mask", [torch.ones(1, 6, 6), torch.ones(1, 1, 6, 6, dtype=torch.long), object(), {}])
     def test_a_new_form_is_refused(self, mask: Any) -> None:
-        for read in (lambda c: score_rows(c, self.ROWS, self.ONE), score_received):
+        for read in (lambda c: score_rows(c, self.ROWS, self.ONE), received):
             with pytest.raises(UnsupportedInputError, match="attention mask"):
                 read(random_call(mask=mask))
 
@@ -297,10 +298,10 @@ class TestScores:
         near = self.CAUSAL & ~torch.ones(6, 6, dtype=torch.bool).tril(-3)
         call = random_call(window=3)
         torch.testing.assert_close(score_rows(call, self.ROWS, self.ONE), dense(call, near)[:, 5])
-        torch.testing.assert_close(score_received(call.replace(is_causal=True)), dense(call, near).sum(1) * 2)
+        torch.testing.assert_close(received(call.replace(is_causal=True)), dense(call, near).sum(1) * 2)
         around = near | near.T
         torch.testing.assert_close(score_rows(call, self.ROWS, self.ONE, causal=False), dense(call, around)[:, 5])
-        torch.testing.assert_close(score_received(call), dense(call, around).sum(1) * 2)
+        torch.testing.assert_close(received(call), dense(call, around).sum(1) * 2)
 
     def test_the_call_says_whether_it_is_causal(self) -> None:
         everything = torch.ones_like(self.CAUSAL)
@@ -313,7 +314,7 @@ class TestScores:
     def test_a_softcap(self) -> None:
         call = random_call(softcap=0.3, scaling=2.0)
         torch.testing.assert_close(score_rows(call, self.ROWS, self.ONE), dense(call, self.CAUSAL)[:, 5])
-        torch.testing.assert_close(score_received(call), dense(call, torch.ones_like(self.CAUSAL)).sum(1) * 2)
+        torch.testing.assert_close(received(call), dense(call, torch.ones_like(self.CAUSAL)).sum(1) * 2)
 
 
 def test_a_model_that_goes_takes_its_tap_with_it() -> None:

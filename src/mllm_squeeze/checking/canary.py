@@ -147,8 +147,8 @@ def _decoding(parts: ModelParts, case: Case) -> str | None:
     """Prefill, decode, and compare the states of survivors and of each step with those of one masked pass."""
     prompt, layer = trial_prompt(parts, case.rows), case.layer
     plan = Plan((selfcheck.probe_cut(layer),), repack=case.repack)
-    with using(parts.text_config, case.implementation), running(parts, plan) as runtime:
-        run = Run(parts, runtime, plan, prompt, case.static)
+    with using(parts.text_config, case.implementation), running(parts, plan) as attachment:
+        run = Run(parts, attachment, plan, prompt, case.static)
         run.prefill()
         for column in range(PREFILL, LENGTH):
             run.step(column)
@@ -245,8 +245,8 @@ def _preview(parts: ModelParts) -> str | None:
     if layer + 1 < len(parts.layers):
         cuts.append(PlannedCut(1, "canary", layer + 1, inside))
     plan = Plan(tuple(cuts), repack=False)
-    with running(parts, plan) as runtime:
-        run = Run(parts, runtime, plan, trial_prompt(parts), static=False)
+    with running(parts, plan) as attachment:
+        run = Run(parts, attachment, plan, trial_prompt(parts), static=False)
         run.prefill()
     for number in range(len(parts.layers)):
         held = kv.held_entries(run.cache, number, PREFILL)
@@ -276,8 +276,8 @@ def _rows(parts: ModelParts) -> str | None:
 def _behind_swap(parts: ModelParts, order: Tensor | None, static: bool) -> Tensor:
     """Return the states (2, 1, D) of one decode step behind a prefill, its rows swapped by `order` in between."""
     prompt, plan = trial_prompt(parts, 2), Plan((selfcheck.probe_cut(layer_to_cut(parts)),), repack=False)
-    with running(parts, plan) as runtime:
-        run = Run(parts, runtime, plan, prompt, static)
+    with running(parts, plan) as attachment:
+        run = Run(parts, attachment, plan, prompt, static)
         run.prefill()
         if order is not None:
             run.cache.reorder_cache(order)

@@ -28,26 +28,28 @@ PREFILL = LENGTH - STEPS
 @contextmanager
 def running(parts: ModelParts, plan: Plan) -> Iterator[Attachment]:
     """Hook a text model for a plan inside the block."""
-    runtime = Attachment(parts, plan, lambda prefill: None)
+    attachment = Attachment(parts, plan, lambda prefill: None)
     try:
-        runtime.attach()
-        yield runtime
+        attachment.attach()
+        yield attachment
     finally:
-        runtime.detach()
+        attachment.detach()
 
 
 class Run:
     """A squeezed prefill and its decode steps; `states` are what each of them gave."""
 
-    def __init__(self, parts: ModelParts, runtime: Attachment, plan: Plan, prompt: TrialPrompt, static: bool) -> None:
-        self.parts, self.runtime, self.prompt = parts, runtime, prompt
+    def __init__(
+        self, parts: ModelParts, attachment: Attachment, plan: Plan, prompt: TrialPrompt, static: bool
+    ) -> None:
+        self.parts, self.attachment, self.prompt = parts, attachment, prompt
         self.cache = new_static(parts.text_config, LENGTH) if static else new_growing(parts.text_config)
         self.first = Prefill(plan, parts, prompt.layout(PREFILL), {}, torch.device("cpu"))
         self.states: list[Tensor] = []
 
     def prefill(self) -> None:
         """Run the tokens in front of those that are decoded."""
-        self.states.append(self.runtime.run_with(self.first, lambda: self._pass(0, PREFILL)))
+        self.states.append(self.attachment.run_with(self.first, lambda: self._pass(0, PREFILL)))
 
     def step(self, column: int) -> None:
         """Decode one token."""
@@ -74,9 +76,9 @@ def expected_states(parts: ModelParts, run: Run, layer: int, repack: bool) -> Te
     """
     if selfcheck.layers_without_attention(parts, layer):
         plan = run.first.plan
-        with running(parts, plan) as runtime:
+        with running(parts, plan) as attachment:
             prefill = Prefill(plan, parts, run.prompt.layout(), {}, torch.device("cpu"))
-            return runtime.run_with(prefill, lambda: dense_states(parts, run.prompt))
+            return attachment.run_with(prefill, lambda: dense_states(parts, run.prompt))
     kept = run.kept()
     hooks = []
     for number in range(layer, len(parts.layers)):

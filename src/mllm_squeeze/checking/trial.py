@@ -108,16 +108,16 @@ def _tried(parts: ModelParts, on: str) -> Trial:
         dense = _last_hidden(parts, prompt.given)
     except Exception as error:
         return Trial("not run", on, layer, reason=f"the text model alone does not run: {first_line(error)}")
-    runtime = Attachment(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda prefill: None)
+    attachment = Attachment(parts, Plan((selfcheck.probe_cut(layer),), repack=False), lambda prefill: None)
     try:
-        runtime.attach()
-        proof = runtime.prove(layer, prompt.layout(), {}, TextCall.read(parts.decoder, (), prompt.given))
+        attachment.attach()
+        proof = attachment.prove(layer, prompt.layout(), {}, TextCall.read(parts.decoder, (), prompt.given))
     except SqueezeError as error:
         return Trial("not run", on, layer, reason=str(error))
     except Exception as error:
         return Trial("failed", on, layer, reason=f"a cut at layer {layer} raises: {first_line(error)}")
     finally:
-        runtime.detach()
+        attachment.detach()
     return _judged(proof, selfcheck.distance(proof.of(dense), proof.masked), layer, on)
 
 

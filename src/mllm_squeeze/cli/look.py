@@ -13,6 +13,7 @@ from rich.text import Text
 from mllm_squeeze import registry
 from mllm_squeeze.cli import output
 from mllm_squeeze.errors import ConfigError, SqueezeError
+from mllm_squeeze.recipe.build import PIPELINE
 from mllm_squeeze.recipe.recipe import describe as describe_method
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def describe(
             "paper": paper and f"{paper['title']} ({_paper(paper)})",
             "params": params or None,
             "steps": [
-                f"{step['reducer']} at {place}" for step, place in zip(told["steps"], facts["places"], strict=True)
+                f"{step.get('reducer', PIPELINE)} at {place}"
+                for step, place in zip(told["steps"], facts["places"], strict=True)
             ],
             "positions": told["positions"],
             "count known from grid and budget": facts["known_count"],

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_squeeze import ops
 from mllm_squeeze.engine import limits
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
@@ -63,8 +62,8 @@ def run_cut(session: Prefill, planned: PlannedCut, hidden: Tensor, call: LayerCa
     tokens = _tokens(session, planned, found, hidden, call, planned.reducer.needs())
     reduction = _reduce(planned, tokens)
     hidden = session.merge(hidden, reduction, found.table, found.place, found.mask)
-    if reduction.assign is not None and Size() in session.plan.needs:
-        _add_sizes(session, found, reduction.assign)
+    if reduction.merges and Size() in session.plan.needs:
+        _add_sizes(session, found, reduction)
     chosen = _chosen(session, planned, found, reduction.keep)
     counts = _counts(session, planned, found, chosen)
     limits.warn_left(session, planned, found.rows, found.current, found.budget, counts)
@@ -79,7 +78,7 @@ def _reduce(planned: PlannedCut, tokens: VisualTokens) -> Reduction:
 def cut_survivors(session: Prefill, planned: PlannedCut, hidden: Tensor) -> Tensor:
     """Cut what a reduction inside the encoder pruned, and the duplicates it left behind; at the input of layer 0."""
     groups = {m: f.groups for m, f in session.features.items() if f.groups is not None}
-    if not groups or session.layout is None:
+    if not groups:
         return hidden
     start = now(hidden.device)
     table = session.table
@@ -143,7 +142,6 @@ def _finish(
 def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     """Return what may be chosen from, None where the budget asks for all that is there, or nothing is."""
     layout = session.layout
-    assert layout is not None
     reducer, table = planned.reducer, session.table
     rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.facts.modalities]
     if not rows:
@@ -171,7 +169,6 @@ def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
 
 
 def _is_cell(session: Prefill, table: SpanTable, rows: list[int]) -> Tensor:
-    assert session.layout is not None
     unknown = torch.tensor([not session.layout.spans[n].tiles for n in rows], device=table.mask.device)
     return (table.grid[..., 0] >= 0) | unknown[:, None]
 
@@ -185,7 +182,6 @@ def _tokens(
     call: LayerCall | None,
     needs: tuple[Need, ...],
 ) -> VisualTokens:
-    assert session.layout is not None
     spans = [session.layout.spans[n] for n in found.rows]
     origin = found.table.origin.gather(1, found.order)
     wanted = Found(found.table, found.place, origin, found.size, found.mask, found.rows)
@@ -232,7 +228,6 @@ def _chosen(session: Prefill, planned: PlannedCut, found: _Candidates, keep: Ten
 @marked("select")
 def _counts(session: Prefill, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
-    assert session.layout is not None
     if planned.decides or not planned.reducer.facts.known_count:
         return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
     counts = list(session.table.current)
@@ -253,10 +248,10 @@ def _asked(session: Prefill, planned: PlannedCut, found: _Candidates) -> tuple[i
 
 
 @marked("merge")
-def _add_sizes(session: Prefill, found: _Candidates, assign: Tensor) -> None:
+def _add_sizes(session: Prefill, found: _Candidates, reduction: Reduction) -> None:
     """Count for each survivor what was merged into it."""
     table = session.table
     size = torch.ones_like(table.mask, dtype=torch.float32) if table.size is None else table.size.clone()
     rows = torch.tensor(found.rows, device=size.device)[:, None]
-    size[rows, found.order] = ops.merged_size(assign, found.size)
+    size[rows, found.order] = reduction.sizes(found.size)
     session.table = replace(table, size=size)

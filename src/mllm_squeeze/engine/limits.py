@@ -22,7 +22,6 @@ def asked_of(session: Prefill, planned: PlannedCut, rows: Sequence[int]) -> dict
         ConfigError: the batch has another number of rows than the amount, or a prompt more spans than its total.
     """
     layout = session.layout
-    assert layout is not None
     whole = {n: _whole(planned.reducer.separators, layout.spans[n]) for n in rows}
     amounts = _amounts(session, layout, planned.amount)
     asked: dict[int, int] = {}
@@ -44,7 +43,6 @@ def _amounts(session: Prefill, layout: TokenLayout, amount: Amount) -> list[Amou
 
 def current_of(session: Prefill, separators: str, row: int) -> int:
     """Return how many tokens of a span a reducer may choose from now."""
-    assert session.layout is not None
     span, current = session.layout.spans[row], session.table.current[row]
     cells = _cells(span.tiles) or span.length
     if separators != "compete" and session.stage == 0:
@@ -62,7 +60,6 @@ def asked_in_encoder(session: Prefill, planned: PlannedCut, rows: Sequence[int])
 
     rows: numbers of the spans that it reduces.
     """
-    assert session.layout is not None
     out = list(session.table.current)
     for row in rows:
         span = session.layout.spans[row]
@@ -76,7 +73,6 @@ def require_reachable(
     session: Prefill, planned: PlannedCut, rows: Sequence[int], current: Sequence[int], asked: Sequence[int]
 ) -> None:
     """Raise ConfigError where a number of tokens is asked for that the rule cannot come down to."""
-    assert session.layout is not None
     if not planned.amount.counts_tokens:
         return
     for row, there, number in zip(rows, current, asked, strict=True):
@@ -101,7 +97,6 @@ def warn_left(
 
     counts: tokens of all spans behind the cut.
     """
-    assert session.layout is not None
     if planned.decides:
         return
     for row, there, number in zip(rows, current, asked, strict=True):

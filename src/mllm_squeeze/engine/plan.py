@@ -12,7 +12,8 @@ from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Need
 
 
-@dataclass(frozen=True)
+# Two cuts are the same only if they are one: what a pass reads is kept by its cut, and reducers need not be hashable.
+@dataclass(frozen=True, eq=False)
 class PlannedCut:
     """One cut at the input of a decoder layer.
 

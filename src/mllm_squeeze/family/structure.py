@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
 from mllm_squeeze.family.handlers.cross_attention import has_cross_attention
 from mllm_squeeze.family.table import TABLE, FamilyRow
-from mllm_squeeze.upstream import configs, contract, functions, layer_kinds, modules, rope
+from mllm_squeeze.upstream import configs, contract, functions, layer_kinds, modules, pooling_head, rope
 from mllm_squeeze.upstream.layer_kinds import LayerKind
 from mllm_squeeze.upstream.modules import attention_of as find_attention
 from mllm_squeeze.upstream.modules import is_causal
@@ -84,15 +84,40 @@ class ModelParts:
         return modules.queries_of(self.base)
 
     @property
+    def probe_head(self) -> nn.Module | None:
+        """Head of the tower that pools its patches by the attention of a learned query, None without one."""
+        return None if self.tower is None else pooling_head.head_of(self.tower)
+
+    @property
+    def embedder(self) -> nn.Module | None:
+        """Module inside the text model that encodes pictures, None where a feature method of the inner model does."""
+        return modules.embedder_of(self.base)
+
+    @property
     def final_norm(self) -> nn.Module | None:
         """Norm behind the last decoder layer."""
         return modules.final_norm_of(self.decoder)
 
     @cached_property
-    def special_tokens(self) -> int:
-        """Special tokens in front of the patches inside the tower: 1 with a CLS token, else 0."""
+    def has_cls(self) -> bool:
+        """True where the tower has a CLS token beside its patches."""
         # LLaVA takes CLIP (CLS) or SigLIP (none).
-        return 1 if self.row.cls and self.tower is not None and modules.has_class_token(self.tower) else 0
+        return self.row.cls and self.tower is not None and modules.has_class_token(self.tower)
+
+    @property
+    def special_tokens(self) -> int:
+        """Special tokens in front of the patches inside the tower: 1 with a CLS token there, else 0."""
+        return int(self.has_cls and not self.row.cls_last)
+
+    @property
+    def cls_place(self) -> int:
+        """Index of the CLS token in the tower's sequence, counted from the end where it stands there."""
+        return -1 if self.row.cls_last else 0
+
+    def patches(self, values: Tensor) -> Tensor:
+        """Return what belongs to the patches of a tower's sequence; values: (tiles, special + N, ...)."""
+        behind = int(self.has_cls) - self.special_tokens
+        return values[:, self.special_tokens : values.shape[1] - behind]
 
     @property
     def saliency_block(self) -> int | None:
@@ -102,7 +127,7 @@ class ModelParts:
         full = configs.full_blocks(self.tower.config, self.row.saliency) if self.row.saliency else []
         if full:
             return full[-1]
-        return self.feature_block if self.special_tokens else max(len(self.blocks) - 2, 0)
+        return self.feature_block if self.has_cls else max(len(self.blocks) - 2, 0)
 
     @property
     def feature_layers(self) -> int | list[int]:

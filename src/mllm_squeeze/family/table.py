@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-TowerToLlm = Literal["identity", "anyres", "block_merge", "pool", "packed_rows", "none"]
+TowerToLlm = Literal[
+    "identity",
+    "anyres",
+    "block_merge",
+    "merge_sizes",
+    "pool",
+    "cells",
+    "packed_rows",
+    "positions",
+    "index",
+    "sub_images",
+    "queries",
+    "none",
+]
 Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
 
 
@@ -14,15 +27,17 @@ class FamilyRow:
     """What a family does between its pixels and its text model.
 
     model_type: `config.model_type`. modalities: what it takes. grid: rule that gives the rectangle of each span.
-    tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way ("none": it cannot).
-    tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may put a CLS token first. grouped: modalities
-    whose feature items, where no text stands between them, are tiles of one picture or frames of one video. per_token:
-    the projector maps one tower token to one LLM token. saliency: config name of the list of full-attention tower
-    blocks, "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config path
-    of the placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through the
-    inner model. by_runs: the feature method does not tell what is an item; each run of placeholders is one. stacked:
-    layers pass several streams of hidden states, so that norms and projections cannot be previewed. verified: False for
-    a family nobody has tried, which must prove itself on its first call. note: what a user should know.
+    tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way; the module of that
+    name says what each word means ("queries": each LLM token looks at all patches, so a score cannot; "none": nobody
+    has looked). tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may have a CLS token, in front of
+    the patches, or behind them where cls_last. late: what the feature method gives is projected behind it. grouped:
+    modalities whose feature items, where no text stands between them, are tiles of one picture or frames of one video.
+    per_token: the projector maps one tower token to one LLM token. saliency: config name of the list of full-attention
+    tower blocks, "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config
+    path of the placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through
+    the inner model. by_runs: the feature method does not tell what is an item; each run of placeholders is one.
+    stacked: layers pass several streams of hidden states, so that norms and projections cannot be previewed. verified:
+    False for a family nobody has tried, which must prove itself on its first call. note: what a user should know.
     """
 
     model_type: str
@@ -31,6 +46,8 @@ class FamilyRow:
     tower_to_llm: TowerToLlm = "none"
     tower: Literal["batched", "packed"] = "batched"
     cls: bool = False
+    cls_last: bool = False
+    late: bool = False
     grouped: tuple[str, ...] = ()
     per_token: bool = False
     saliency: str = ""
@@ -72,7 +89,7 @@ _ROWS = (
     replace(_ANYRES, model_type="llava_next"),
     replace(_ANYRES, model_type="llava_next_video", modalities=_BOTH),
     replace(_ANYRES, model_type="llava_onevision", modalities=_BOTH, cls=False),
-    FamilyRow("granite4_vision", grid="unknown"),
+    FamilyRow("granite4_vision", grid="unknown", tower_to_llm="anyres", cls=True),
     _QWEN,
     replace(_WINDOWED, model_type="qwen2_5_vl"),
     replace(_QWEN, model_type="qwen3_vl"),
@@ -84,38 +101,39 @@ _ROWS = (
     replace(_GLM, model_type="glm4v"),
     replace(_GLM, model_type="glm4v_moe"),
     replace(_GLM, model_type="glm46v"),
-    FamilyRow("kimi_k25", _BOTH, grid="thw", tower="packed"),
+    FamilyRow("kimi_k25", _BOTH, grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("internvl", tower_to_llm="pool", cls=True, grouped=("image",)),
     _POOLED,
     FamilyRow("gemma3n", ("image", "audio"), stacked=True, note=_SHARED_NOTE),
-    FamilyRow("gemma4", _OMNI, grid="unknown", note=_SHARED_NOTE),
+    FamilyRow("gemma4", _OMNI, grid="unknown", tower_to_llm="positions", note=_SHARED_NOTE),
     FamilyRow("paligemma", tower_to_llm="identity", per_token=True),
-    FamilyRow("idefics2", grid="unknown", note=_QUERIES_NOTE),
+    FamilyRow("idefics2", grid="unknown", tower_to_llm="queries", note=_QUERIES_NOTE),
     FamilyRow("idefics3", grid="unknown", tower_to_llm="pool"),
     FamilyRow("smolvlm", grid="unknown", tower_to_llm="pool"),
     FamilyRow("mistral3", grid="rows", tower_to_llm="packed_rows", tower="packed"),
     FamilyRow("lighton_ocr", grid="rows", tower_to_llm="packed_rows", tower="packed"),
     replace(_POOLED, model_type="aya_vision"),
     replace(_POOLED, model_type="cohere2_vision", grouped=("image",)),
-    FamilyRow("molmo2", _BOTH, grid="unknown", shared_id=True),
-    FamilyRow("minicpmv4_6", _BOTH, grid="unknown", note=_HYBRID_NOTE),
-    FamilyRow("minicpmv4_7", _BOTH, grid="unknown", note=_HYBRID_NOTE),
+    FamilyRow("molmo2", _BOTH, grid="unknown", tower_to_llm="index", shared_id=True),
+    FamilyRow("minicpmv4_6", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
+    FamilyRow("minicpmv4_7", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
     replace(_POOLED, model_type="ovis2"),
     FamilyRow("deepseek_vl", tower_to_llm="identity", per_token=True),
     FamilyRow(
         "phi4_multimodal",
         ("image", "audio"),
         grid="unknown",
+        tower_to_llm="sub_images",
         id_paths=(("image", "vision_config.image_token_id"), ("audio", "audio_config.audio_token_id")),
     ),
-    FamilyRow("llama4", tower_to_llm="none", grouped=("image",)),
+    FamilyRow("llama4", tower_to_llm="pool", cls=True, cls_last=True, late=True, grouped=("image",)),
     FamilyRow("mllama", note=_KEYS_NOTE),
     FamilyRow("perception_lm", _BOTH, grid="unknown", by_runs=True),
     FamilyRow("fast_vlm"),
-    FamilyRow("video_llama_3", _BOTH, grid="thw", tower="packed"),
-    FamilyRow("lfm2_vl", grid="unknown", note=_HYBRID_NOTE),
-    FamilyRow("blip-2", grid="unknown", own_generate=True, note=_QFORMER_NOTE),
-    FamilyRow("instructblip", grid="unknown", own_generate=True, note=_QFORMER_NOTE),
+    FamilyRow("video_llama_3", _BOTH, grid="thw", tower_to_llm="merge_sizes", tower="packed"),
+    FamilyRow("lfm2_vl", grid="unknown", tower_to_llm="cells", note=_HYBRID_NOTE),
+    FamilyRow("blip-2", grid="unknown", tower_to_llm="queries", own_generate=True, note=_QFORMER_NOTE),
+    FamilyRow("instructblip", grid="unknown", tower_to_llm="queries", own_generate=True, note=_QFORMER_NOTE),
     _AUDIO,
     replace(_AUDIO, model_type="voxtral"),
     replace(_AUDIO, model_type="audioflamingo3"),

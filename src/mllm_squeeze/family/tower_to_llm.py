@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.family import patch_cells
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream import configs, functions
 from mllm_squeeze.upstream.prompts import VIDEO_PIXELS
@@ -33,21 +34,7 @@ def to_llm_tokens(
     Raises:
         UnsupportedModelError: the family's features take a way that is not known, or the lengths do not fit.
     """
-    way = parts.row.tower_to_llm
-    if way == "block_merge":
-        items = _block_merge(parts, modality, inputs, lengths, values)
-    elif way == "packed_rows":
-        items = _packed_rows(parts, inputs, values)
-    elif way == "anyres" and modality == "video":
-        items = _pool_frames(parts, inputs, values, fill)
-    elif way == "anyres":
-        items = pack_anyres(parts, values, inputs, fill)
-    elif way == "pool":
-        items = _pool(values, lengths)
-    elif way == "identity":
-        items = list(values)
-    else:
-        items = []
+    items = _carried(parts, modality, inputs, lengths, values, fill)
     if [len(item) for item in items] != list(lengths):
         raise UnsupportedModelError(
             f"The vision encoder of '{parts.row.model_type}' gave {[len(item) for item in items]} token scores for "
@@ -56,18 +43,62 @@ def to_llm_tokens(
     return items
 
 
-def require_tower_to_llm(parts: ModelParts) -> None:
-    """Check that what this way needs of transformers is there.
+def _carried(
+    parts: ModelParts,
+    modality: str,
+    inputs: Mapping[str, Any],
+    lengths: Sequence[int],
+    values: Tensor,
+    fill: float,
+) -> list[Tensor]:
+    way = parts.row.tower_to_llm
+    if way == "identity":
+        # One tower token is one LLM token.
+        return list(values)
+    if way == "pool":
+        return _pool(values, lengths)
+    if way == "anyres":
+        # Tiles of one picture are laid out again as one grid, with separators behind its rows.
+        return _anyres(parts, modality, inputs, values, fill)
+    if way == "block_merge":
+        # Patches that become one token stand one behind the other, perhaps in the order of windows.
+        return _block_merge(parts, modality, inputs, lengths, values)
+    if way == "merge_sizes":
+        return patch_cells.merge_by_size(modality, inputs, values)
+    if way == "packed_rows":
+        return patch_cells.packed_rows(parts, inputs, values)
+    if way == "cells":
+        return patch_cells.pool_cells(modality, inputs, lengths, values)
+    if way == "positions":
+        return patch_cells.pool_by_position(parts, modality, inputs, lengths, values)
+    if way == "index":
+        return patch_cells.pool_by_index(modality, inputs, lengths, values)
+    return []
+
+
+def why_not(parts: ModelParts) -> str | None:
+    """Return why values of tower tokens cannot be carried to the LLM's tokens, None where they can.
 
     Raises:
         UnsupportedModelError: the order in which the encoder walks its tokens cannot be told.
     """
+    if parts.row.tower_to_llm == "queries":
+        return "each token that the LLM gets is a query that looks at all patches, so none stands for some of them"
+    if parts.row.tower_to_llm == "none":
+        return "which patches each token of the LLM stands for is not known of this family"
     if parts.row.tower_to_llm == "block_merge" and parts.tower is not None:
         functions.window_function(parts.tower, parts.config.vision_config)
+    return None
 
 
 def pack_anyres(parts: ModelParts, values: Tensor, inputs: Mapping[str, Any], fill: float) -> list[Tensor]:
     """Pack (tiles, N, C) values as LLaVA-NeXT packs features: overview, then the unpadded grid with row separators."""
+    rate = configs.tile_downsample(parts.config)
+    if rate != 1:
+        # The projector makes fewer tokens of a tile, each of them where its patches are.
+        side = math.isqrt(values.shape[1])
+        grid = functional.interpolate(_as_grid(values, side), size=(int(side * rate),) * 2, mode="area")
+        values = grid.flatten(2).transpose(1, 2)
     items = torch.split(values, tiles_per_image(parts, inputs), dim=0)
     newline = values.new_full((values.shape[-1],), fill)
     return functions.pack_tiles(parts.base, parts.config, items, inputs, newline)
@@ -85,10 +116,16 @@ def tiles_per_image(parts: ModelParts, inputs: Mapping[str, Any]) -> list[int]:
     return [count if split else 1 for count, split in zip(counts, tiled, strict=True)]
 
 
+def _anyres(parts: ModelParts, modality: str, inputs: Mapping[str, Any], values: Tensor, fill: float) -> list[Tensor]:
+    if modality == "video":
+        return _pool_frames(parts, inputs, values, fill)
+    return pack_anyres(parts, values, inputs, fill)
+
+
 def _pool_frames(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor, fill: float) -> list[Tensor]:
     batch = inputs[VIDEO_PIXELS].shape[0]
     side = round(values.shape[1] ** 0.5)
-    grid = values.reshape(-1, side, side, values.shape[-1]).permute(0, 3, 1, 2)
+    grid = _as_grid(values, side)
     if functions.pools_by_interpolation(parts.base):
         half = math.ceil(side / 2)
         pooled = functional.interpolate(grid, size=(half, half), mode="bilinear")
@@ -117,17 +154,12 @@ def _pool(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     tiles, count, channels = values.shape
     side, per_tile = math.isqrt(count), sum(lengths) // tiles
     window = side // max(math.isqrt(per_tile), 1)
-    grid = values.reshape(tiles, side, side, channels).permute(0, 3, 1, 2)
-    pooled = functional.avg_pool2d(grid, window, window).flatten(2).transpose(1, 2).reshape(-1, channels)
+    pooled = (
+        functional.avg_pool2d(_as_grid(values, side), window, window).flatten(2).transpose(1, 2).reshape(-1, channels)
+    )
     return list(torch.split(pooled, list(lengths))) if len(pooled) == sum(lengths) else []
 
 
-def _packed_rows(parts: ModelParts, inputs: Mapping[str, Any], values: Tensor) -> list[Tensor]:
-    """Split a packed row into images, and take the mean over the square that a patch merger joins."""
-    patch, merge = configs.patch_size(parts.config), configs.projector_merge(parts.config)
-    items, start = [], 0
-    for height, width in (torch.as_tensor(inputs["image_sizes"]) // patch).tolist():
-        grid = values[start : start + height * width].reshape(1, height, width, -1).permute(0, 3, 1, 2)
-        items.append(functional.avg_pool2d(grid, merge, merge).flatten(2)[0].transpose(0, 1))
-        start += height * width
-    return items
+def _as_grid(values: Tensor, side: int) -> Tensor:
+    """Return (tiles, N, C) values of square tiles as (tiles, C, side, side)."""
+    return values.reshape(-1, side, side, values.shape[-1]).permute(0, 3, 1, 2)

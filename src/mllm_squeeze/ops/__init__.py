@@ -61,6 +61,7 @@ _MODULES = {
         "mix_tokens",
         "mixed_size",
         "nearest_target",
+        "strongest_target",
     ),
     "normalise": ("fused", "normalised"),
     "pivots": ("pivots_and_dissimilar",),

@@ -64,6 +64,23 @@ def mixed_size(size: Tensor, span: Tensor, into: Tensor, source: Tensor, weight:
     return torch.where(receives, total, flat).view(size.shape)
 
 
+@selection
+def strongest_target(keep: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+    """Return assign (S, N): survivors to themselves, others to the token they go into with the largest weight, else -1.
+
+    keep: bool (S, N). The rest as in `mix_tokens`; weights count by their size, ties take the lowest index.
+    """
+    width = keep.shape[1]
+    giver = span * width + source
+    amount = at_least_float32(weight.detach()).abs()
+    largest = torch.zeros(keep.numel(), dtype=amount.dtype, device=keep.device)
+    largest = largest.scatter_reduce(0, giver, amount, "amax")
+    candidate = torch.where(amount == largest[giver], into, width)
+    target = torch.full((keep.numel(),), width, dtype=torch.int64, device=keep.device)
+    target = target.scatter_reduce(0, giver, candidate, "amin").view(keep.shape)
+    return torch.where(keep, positions(keep), torch.where(target == width, -1, target))
+
+
 def is_target(assign: Tensor) -> Tensor:
     """Return bool (S, N), True at tokens that some token is assigned to."""
     return segment_sum((assign >= 0).float(), assign, assign.shape[1]) > 0

@@ -13,7 +13,7 @@ from .stride import pooled_size
 Plan = list[tuple[int, int]]
 
 
-class Rectangle(Protocol):
+class _Rectangle(Protocol):
     """A rectangle of tokens, frames x height x width."""
 
     @property
@@ -28,7 +28,7 @@ class Rectangle(Protocol):
     def length(self) -> int: ...
 
 
-def pooled_plan(current: int, budget: int, tiles: Sequence[Rectangle]) -> Plan | None:
+def pooled_plan(current: int, budget: int, tiles: Sequence[_Rectangle]) -> Plan | None:
     """Return the pooled (height, width) of each tile, None where runs are pooled: no grid, a cut before, or no cut."""
     cells = sum(tile.cells for tile in tiles)
     if budget >= current or not cells or current not in (cells, sum(tile.length for tile in tiles)):
@@ -37,7 +37,7 @@ def pooled_plan(current: int, budget: int, tiles: Sequence[Rectangle]) -> Plan |
     return [pooled_size(tile.height, tile.width, share) for tile, share in zip(tiles, shares, strict=True)]
 
 
-def pooled_table(plans: Sequence[Plan | None], tiles: Sequence[Sequence[Rectangle]]) -> list[list[list[int]]]:
+def pooled_table(plans: Sequence[Plan | None], tiles: Sequence[Sequence[_Rectangle]]) -> list[list[list[int]]]:
     """Return (height, width, pooled height, pooled width, windows before) of each tile of each span, padded by ones."""
     most = max(len(p or ()) for p in plans) or 1
     out = []

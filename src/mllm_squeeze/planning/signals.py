@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.family.tower_to_llm import require_tower_to_llm
+from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.planning.encoder_signals import check_encoder_need
 from mllm_squeeze.planning.text_model import check_text_model
 from mllm_squeeze.reducers.needs import EncoderNeed, Features, Normed, Projection, Size
 
@@ -22,7 +22,7 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
     """
     for need in cut.reducer.needs():
         if isinstance(need, EncoderNeed):
-            _check_encoder(method, parts)
+            check_encoder_need(method, need, parts)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(
                 f"'{method}' reads normed states; no final norm was found in this model. Use a method that reads none.",
@@ -50,20 +50,3 @@ def check_inside(method: str, step: PlannedCut) -> None:
             f"'{method}' leaves a number of tokens inside the vision encoder that follows from the picture, and "
             "all tiles must keep the same number there. Use a reducer whose count is known, or act at the projector."
         )
-
-
-def _check_encoder(method: str, parts: ModelParts) -> None:
-    if _lacks_attention(parts):
-        raise UnsupportedModelError(
-            f"'{method}' reads the attention of the vision encoder, and that of '{parts.row.model_type}' "
-            "cannot be read. Use a method that reads nothing of it.",
-            avoid=["encoder attention"],
-        )
-    require_tower_to_llm(parts)
-
-
-def _lacks_attention(parts: ModelParts) -> bool:
-    block = parts.saliency_block
-    if block is None or parts.blocks is None or parts.row.tower_to_llm == "none":
-        return True
-    return find_attention(parts.blocks[block]) is None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mllm_squeeze import ops
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.reducers.needs import Features, Need, Place
 
@@ -91,6 +92,11 @@ class Mix:
     source: Tensor
     weight: Tensor
 
+    @property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Span, into, source and weight."""
+        return self.span, self.into, self.source, self.weight
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -109,6 +115,33 @@ class Reduction:
     assign: Tensor | None = None
     weights: Tensor | None = None
     mix: Mix | None = None
+
+    @property
+    def merges(self) -> bool:
+        """True where survivors may get other states than they had."""
+        return self.assign is not None or self.mix is not None
+
+    def states(self, x: Tensor) -> Tensor:
+        """Return (S, N, D), x (S, N, D) with merged states in the places of those that something goes into."""
+        if self.mix is not None:
+            return ops.mix_tokens(x, *self.mix.entries)
+        if self.assign is None:
+            return x
+        return ops.merge_tokens(x, self.assign, ops.mean_weights(self.assign) if self.weights is None else self.weights)
+
+    def sizes(self, size: Tensor) -> Tensor:
+        """Return float32 (S, N), what each token stands for, from what each stood for before (S, N)."""
+        if self.mix is not None:
+            return ops.mixed_size(size, *self.mix.entries)
+        return size if self.assign is None else ops.merged_size(self.assign, size)
+
+    def targets(self) -> Tensor:
+        """Return int64 (S, N), the survivor that each token goes into most: itself for survivors, -1 for dropped."""
+        if self.mix is not None:
+            return ops.strongest_target(self.keep, *self.mix.entries)
+        if self.assign is not None:
+            return self.assign
+        return ops.positions(self.keep).where(self.keep, -1)
 
 
 @dataclass(frozen=True)

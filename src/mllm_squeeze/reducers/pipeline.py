@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from mllm_squeeze.parts.base import ABudget, AMerge, AScore, ASegment, ASelect, Groups, Part, Score, counts_as_asked
 from mllm_squeeze.parts.budget.even import Even
+from mllm_squeeze.parts.fitting import Given, check_parts
 from mllm_squeeze.parts.segment.whole import Whole
 from mllm_squeeze.parts.select.top_k import TopK
 from mllm_squeeze.parts.stage import Half, joined, reduced
 from mllm_squeeze.reducers.base import Facts, Reducer, Reduction, VisualTokens
-from mllm_squeeze.reducers.fitting import check_parts
 from mllm_squeeze.reducers.needs import EVERYWHERE, Need, Place
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Pipeline(Reducer):
 
     @model_validator(mode="after")
     def _together(self) -> Pipeline:
-        check_parts(self)
+        own = (self.score, self.segment, self.budget, self.select, self.merge)
+        check_parts(Given(*own, self.parts, self.model_fields_set))
         return self
 
     @property

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
+from mllm_squeeze.reducers.base import Facts, Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Attention, Features, Need, Place
 
 if TYPE_CHECKING:
@@ -52,11 +53,15 @@ class TextRankRecycle(Reducer):
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})
-    merges: ClassVar[bool] = True
 
     recycle: bool = True
     share: float = Field(default=0.3, gt=0, lt=1)
     per_cluster: int = Field(default=10, ge=1)
+
+    @property
+    def facts(self) -> Facts:
+        """As of any reducer; without recycling nothing is merged."""
+        return replace(super().facts, merges=self.recycle)
 
     def needs(self) -> tuple[Need, ...]:
         """Return the attention from the chosen words."""
@@ -64,11 +69,7 @@ class TextRankRecycle(Reducer):
 
     def choose_rows(self, tokens: VisualTokens) -> Tensor:
         """Return bool (S, T), the text tokens of more than average relevance, all of them where none is above."""
-        words = tokens.words
-        relevance = ops.text_relevance(tokens.features, tokens.mask, tokens[Features("text")], words)
-        # The mean is exactly 1 / T; words that are all alike must not be told apart by rounding.
-        above = (relevance * words.sum(1, keepdim=True) > 1 + 1e-5) & words
-        return above | (words & ~above.any(1, keepdim=True))
+        return ops.relevant_words(tokens.features, tokens.mask, tokens[Features("text")], tokens.words)
 
     def reduce(self, tokens: VisualTokens) -> Reduction:
         """Return the ranked tokens and the cluster means."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from torch import nn
 from transformers import masking_utils, modeling_utils
 
 Kind = Literal["eager", "sdpa", "flash", "flex", "other"]
@@ -75,6 +76,11 @@ def _no_forward() -> None: ...
 def reads_registry(cls: type) -> bool:
     """Say whether a class of attention modules chooses its function by its config and a registry."""
     return _forward_of(cls) is not None
+
+
+def computes_by_itself(attention: nn.Module) -> bool:
+    """True where an attention module does not choose its attention by its config and a registry: no tap can read it."""
+    return getattr(attention, "config", None) is None or not reads_registry(type(attention))
 
 
 def registry_of(cls: type) -> Any:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from mllm_squeeze.errors import UnsupportedModelError
 
 _ID_SUFFIXES = ("id", "index")
 _FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
+# Of which encoder layer each of several decoder layers gets features.
+_FEATURES_BY_LAYER = "deepstack_layer_map"
+# Where a part of the config names them: an index into hidden states, or numbers of blocks where it is not negative.
+_INNER_FEATURE_LAYER = ("vision_config", "feature_layer")
+_FEATURE_BLOCKS = ("adapter_config", "vision_feature_layer")
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,22 @@ def placeholder_names(modality: str) -> tuple[str, ...]:
 
 def feature_layers(config: Any) -> int | list[int]:
     """Return which hidden states of the encoder the LLM gets: an index into them, or several that are joined."""
+    by_layer: list[tuple[int, int]] | None = getattr(config, _FEATURES_BY_LAYER, None)
+    if by_layer:
+        return [there for _, there in sorted((layer, there) for there, layer in by_layer)]
     for name in _FEATURE_LAYERS:
         found: Any = getattr(config, name, None)
         if found is not None:
             return found
-    return -1
+    inner: int | None = _inside(config, _INNER_FEATURE_LAYER)
+    if inner is not None:
+        return inner
+    blocks: list[int] | None = _inside(config, _FEATURE_BLOCKS)
+    return -1 if blocks is None else [block + 1 if block >= 0 else block for block in blocks]
+
+
+def _inside(config: Any, path: tuple[str, str]) -> Any:
+    return getattr(getattr(config, path[0], None), path[1], None)
 
 
 def names_feature_layers(config: Any) -> bool:
@@ -163,6 +180,22 @@ def tower_merge(config: Any) -> int:
 def projector_merge(config: Any) -> int:
     """Return how many patches along one side the projector joins to one token, 1 where it joins none."""
     return int(getattr(config, "spatial_merge_size", 1))
+
+
+def tile_downsample(config: Any) -> Fraction:
+    """Return by how much the projector shortens each side of a tile, 1 where it does not."""
+    rate = getattr(config, "downsample_rate", None)
+    return Fraction(rate) if isinstance(rate, str) else Fraction(1)
+
+
+def position_kernel(config: Any) -> int:
+    """Return how many patches along one side the encoder pools by their positions."""
+    return int(config.vision_config.pooling_kernel_size)
+
+
+def crop_size(config: Any) -> int:
+    """Return the side in pixels of a sub-image."""
+    return int(config.vision_config.crop_size)
 
 
 def pool_stride(config: Any) -> int:

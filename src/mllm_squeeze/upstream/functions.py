@@ -114,8 +114,9 @@ def pack_tiles(
         "vision_aspect_ratio": inputs.get("vision_aspect_ratio") or getattr(config, "vision_aspect_ratio", None),
     }
     given = {name: value for name, value in more.items() if name in known}
-    packed, _ = pack(items, inputs["image_sizes"], image_newline=newline, **given)
-    return cast("list[Tensor]", packed)
+    packed = pack(items, inputs["image_sizes"], image_newline=newline, **given)
+    # Most hand out their lengths as well.
+    return cast("list[Tensor]", packed[0] if isinstance(packed, tuple) else packed)
 
 
 def pools_by_interpolation(base: nn.Module) -> bool:

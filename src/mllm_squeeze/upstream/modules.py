@@ -19,7 +19,9 @@ _TOWERS = (
     "video_tower",
     "audio_tower",
     "encoder",
+    "embed_tokens_extend.image_embed.img_processor",
 )
+_EMBEDDERS = ("embed_tokens_extend.image_embed",)
 _BLOCKS = (
     "encoder.layers",
     "encoder.layer",
@@ -131,6 +133,12 @@ def blocks_of(tower: nn.Module | None) -> nn.ModuleList | None:
 def projector_of(base: nn.Module) -> nn.Module | None:
     """Return what maps the encoder's features to those that the LLM gets, None where it is not found."""
     return first_of(base, _PROJECTORS)
+
+
+def embedder_of(base: nn.Module) -> nn.Module | None:
+    """Return the module inside a text model that encodes pictures and puts them in, None without one."""
+    found: nn.Module | None = first_of(base, _EMBEDDERS)
+    return found
 
 
 def queries_of(base: nn.Module) -> nn.Module | None:

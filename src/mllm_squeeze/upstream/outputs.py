@@ -29,9 +29,21 @@ def cache_of_output(output: Any) -> Any:
     return next((getattr(output, name) for name in CACHE_NAMES if name in names), None)
 
 
-def projected(output: Any) -> Tensor | list[Tensor] | None:
-    """Return the features that a feature method gave: (items, N, D), a list with (N, D) each, or None."""
-    found = getattr(output, "pooler_output", None)
+def block_states(output: Any) -> Tensor:
+    """Return the states that an encoder block gave."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def projected(output: Any, late: bool = False) -> Tensor | list[Tensor] | None:
+    """Return the features that a feature method gave: (items, N, D), a list with (N, D) each, or None.
+
+    late: the projector comes behind the method. Where each of several decoder layers gets features of its own, those of
+    the first are returned.
+    """
+    found = getattr(output, "last_hidden_state" if late else "pooler_output", None)
+    if found is None and getattr(output, "deepstack_features", None):
+        found = output.deepstack_features[0][1]
     if isinstance(found, Tensor):
         return found if found.ndim == 3 else None
     if isinstance(found, (list, tuple)) and all(isinstance(item, Tensor) for item in found):

@@ -100,6 +100,60 @@ def vision_inputs(modality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
+def patch_grids(modality: str, inputs: Mapping[str, Any], items: int) -> list[tuple[int, int, int]]:
+    """Return frames, height and width in patches of each item that an encoder gets, as the inputs tell them.
+
+    items: how many there are; what is told once for several frames is repeated.
+    """
+    grids = inputs.get(f"{modality}_grid_thw")
+    if grids is not None:
+        return [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
+    ends = {"image": "", "video": "_videos"}[modality]
+    names = ("spatial_shapes", f"target_sizes{ends}")
+    sizes = next((inputs[name] for name in names if inputs.get(name) is not None), None)
+    if sizes is None:
+        return []
+    told = [(1, int(h), int(w)) for h, w in sizes.tolist()]
+    return told * max(items // max(len(told), 1), 1)
+
+
+def merge_sizes(modality: str, inputs: Mapping[str, Any]) -> list[int]:
+    """Return how many patches along one side of each item become one token."""
+    return [int(size) for size in inputs[f"{modality}_merge_sizes"]]
+
+
+def patch_positions(modality: str, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the column and row of each patch, int64 (rows, P, 2); -1 for padding."""
+    found: Tensor = inputs[f"{modality}_position_ids"]
+    return found
+
+
+def pooled_patches(modality: str, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the patches that each token pools, int64 (tokens, P), counted over all crops; -1 for none."""
+    found: Tensor = inputs[f"{modality}_token_pooling"]
+    return found
+
+
+@dataclass(frozen=True)
+class EmbedderCall:
+    """One call of the module inside a text model that encodes pictures.
+
+    ids: int64 (B, T). sizes: (height, width) in pixels of each picture. mask: bool (pictures, crops, h, w), which
+    patches are no padding, None for all.
+    """
+
+    ids: Tensor
+    sizes: list[tuple[int, int]]
+    mask: Tensor | None
+
+    @classmethod
+    def read(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> EmbedderCall:
+        """Read the call that a hook sees."""
+        given = named(module, args, kwargs)
+        sizes = given["image_sizes"].view(-1, 2).tolist()
+        return cls(given[IDS], [(int(h), int(w)) for h, w in sizes], given.get("image_attention_mask"))
+
+
 @dataclass(frozen=True)
 class GenerateCall:
     """One call of generate(); given: its arguments by name."""

@@ -1,54 +1,74 @@
-"""One call of a family's feature method: what the encoder's taps read in it, carried to the tokens it belongs to."""
+"""One call of a family's feature method: what is read in the encoder meanwhile, carried to the tokens it belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
-from mllm_squeeze.engine.signals.rows import AttentionCall, score_received, score_rows
+from mllm_squeeze.engine.encoder.read import read_attention, read_probe, read_projection, read_states, real_keys
+from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
-from mllm_squeeze.reducers.needs import EncoderAttention, Need
+from mllm_squeeze.reducers.needs import EncoderAttention, EncoderNeed, EncoderProjection, EncoderStates, Need
 from mllm_squeeze.upstream.outputs import projected
+
+# Carries values (tiles, N, C) or (sum, C) of tower tokens to the LLM's tokens of each item; the number is that of
+# separators.
+Carry = Callable[[Tensor, float], Sequence[Tensor]]
 
 
 class EncodeCall:
     """Collects encoder signals while a feature method runs.
 
-    wanted: the signals that the plan's reducers read. merge: the reduction that
-    runs inside the encoder, None without one.
+    wanted: the signals that the plan's reducers read. merge: the reduction that runs inside the encoder, None without
+    one.
     """
 
     def __init__(
-        self, parts: ModelParts, modality: str, wanted: frozenset[Need], merge: EncoderMerge | None = None
+        self, parts: ModelParts, modality: str, wanted: Collection[Need], merge: EncoderMerge | None = None
     ) -> None:
-        self.parts, self.modality, self.wanted, self.merge = parts, modality, wanted, merge
-        self._values: dict[Need, list[Tensor]] = {need: [] for need in wanted}
+        self.parts, self.modality, self.merge = parts, modality, merge
+        self.wanted = [need for need in wanted if isinstance(need, EncoderNeed)]
+        self._values: dict[EncoderNeed, list[Tensor]] = {need: [] for need in self.wanted}
+        self._real: dict[int, Tensor | None] = {}
 
     @marked("signal")
-    def read(self, call: AttentionCall) -> bool:
-        """Read one attention call of the feature layer; packed towers make one per segment."""
-        special = self.parts.special_tokens
-        for need, values in self._values.items():
-            read = self._received(call) if isinstance(need, EncoderAttention) else call.key.float().mean(1)
-            values.append(read[:, special:])
+    def read_attention(self, block: int, call: AttentionCall) -> bool:
+        """Read one attention call of a block; packed towers make one per segment."""
+        for need in self._of(block):
+            if isinstance(need, EncoderProjection):
+                self._add(need, read_projection(need, call, self.parts))
+            elif isinstance(need, EncoderAttention) and not is_of_states(need):
+                self._add(need, read_attention(need, call, self.parts))
+            elif isinstance(need, EncoderAttention):
+                self._real[block] = real_keys(call)
         return False
 
-    def _received(self, call: AttentionCall) -> Tensor:
-        batch, heads, _, _ = call.query.shape
-        if not self.parts.special_tokens:
-            return score_received(call)
-        first = torch.zeros(batch, 1, dtype=torch.long, device=call.query.device)
-        weights = torch.full_like(first, heads, dtype=torch.float32)
-        return score_rows(call, first, weights, causal=False)
+    @marked("signal")
+    @torch.no_grad()
+    def read_states(self, block: int, states: Tensor) -> None:
+        """Read what a block gave: (tiles, N, D), or (sum, D) of a packed tower."""
+        states = states if states.ndim == 3 else states[None]
+        for need in self._of(block):
+            if isinstance(need, EncoderStates):
+                self._add(need, read_states(need, states, self.parts))
+            elif isinstance(need, EncoderAttention) and is_of_states(need):
+                self._add(need, read_probe(need, states, self._real.pop(block, None), self.parts))
+
+    def _of(self, block: int) -> list[EncoderNeed]:
+        return [need for need in self.wanted if block_of(need, self.parts) == block]
+
+    def _add(self, need: EncoderNeed, values: Tensor) -> None:
+        self._values[need].append(self.parts.patches(values))
 
     @marked("signal")
     def features(self, inputs: Mapping[str, Any], output: Any) -> Features:
@@ -57,16 +77,27 @@ class EncodeCall:
         Raises:
             UnsupportedModelError: a signal that the method needs was not read.
         """
-        lengths = item_lengths(output)
+        lengths = item_lengths(output, self.parts.row.late)
         if lengths is None:
             return Features(self.modality, None)
         lengths = with_breaks(self.parts, self.modality, inputs, lengths)
         tiles = find_tiles(self.parts, self.modality, inputs, lengths)
-        signals = {need: self._carried(need, inputs, lengths) for need in self.wanted}
-        groups = None if self.merge is None else self.merge.groups(self.modality, inputs, lengths)
-        return Features(self.modality, tuple(lengths), tuple(tiles), signals, groups)
 
-    def _carried(self, need: Need, inputs: Mapping[str, Any], lengths: list[int]) -> tuple[Tensor, ...]:
+        def carry(values: Tensor, fill: float) -> Sequence[Tensor]:
+            return to_llm_tokens(self.parts, self.modality, inputs, lengths, values, fill)
+
+        groups = None if self.merge is None else self.merge.groups(self.modality, inputs, lengths)
+        return Features(self.modality, tuple(lengths), tuple(tiles), self.signals(carry), groups)
+
+    def signals(self, carry: Carry) -> dict[Need, tuple[Tensor, ...]]:
+        """Return what was read, (length, ...) of each item.
+
+        Raises:
+            UnsupportedModelError: a signal was not read.
+        """
+        return {need: self._carried(need, carry) for need in self.wanted}
+
+    def _carried(self, need: EncoderNeed, carry: Carry) -> tuple[Tensor, ...]:
         read = self._values[need]
         if not read:
             raise UnsupportedModelError(
@@ -75,16 +106,19 @@ class EncodeCall:
             )
         packed = self.parts.row.tower == "packed"
         values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)
-        flat = values.ndim == (1 if packed else 2)
-        values = values.unsqueeze(-1) if flat else values
+        # Tokens come behind the tiles, if there are any; what follows belongs to one token.
+        shape = values.shape[1 if packed else 2 :]
+        flat = values.flatten(1 if packed else 2) if shape else values.unsqueeze(-1)
         fill = float("-inf") if isinstance(need, EncoderAttention) else 0.0
-        carried = to_llm_tokens(self.parts, self.modality, inputs, lengths, values.float(), fill)
-        return tuple(item.squeeze(-1) if flat else item for item in carried)
+        return tuple(item.reshape(len(item), *shape) for item in carry(flat.float(), fill))
 
 
-def item_lengths(output: Any) -> list[int] | None:
-    """Return the tokens of each item of a feature method's output, None where the output does not tell."""
-    features = projected(output)
+def item_lengths(output: Any, late: bool = False) -> list[int] | None:
+    """Return the tokens of each item of a feature method's output, None where the output does not tell.
+
+    late: its features are projected behind the method.
+    """
+    features = projected(output, late)
     if isinstance(features, Tensor):
         return [features.shape[1]] * features.shape[0]
     return None if features is None else [item.numel() // item.shape[-1] for item in features]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_squeeze import ops
 from mllm_squeeze.amount import Amount
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
@@ -59,14 +58,11 @@ class EncoderMerge:
         if left >= count:
             return hidden
         reduction = self.reducer.reduce(self._tokens(patches, left))
-        assign, weights = reduction.assign, reduction.weights
-        if assign is None:
-            assign = ops.positions(reduction.keep).where(reduction.keep, PRUNED)
-        merged = ops.merge_tokens(patches, assign, ops.mean_weights(assign) if weights is None else weights)
+        merged = reduction.states(patches)
         order = (~reduction.keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :left]
-        place = _followed(reduction.keep.cumsum(1) - 1, assign)
+        place = _followed(reduction.keep.cumsum(1) - 1, reduction.targets())
         self._source = _followed(place, self._source)
-        self._sizes = ops.merged_size(assign, self._sizes).gather(1, order)
+        self._sizes = reduction.sizes(self._sizes).gather(1, order)
         short = merged.gather(1, order[..., None].expand(-1, -1, merged.shape[-1]))
         return torch.cat([special, short], dim=1)
 

@@ -68,7 +68,7 @@ class CrossAttentionHooks(Hooks):
         cross = CrossCall.read(call)
         kept = key_cache.open_keys(call.cache, entry)
         if cross.states is not None:
-            kept, cross = self._extended(now, call, cross, kept)
+            kept, cross = self._extended(now, call, cross, cross.states, kept)
         elif self._enabled() and kept is None:
             self._note_text_only(call)
         if kept is not None:
@@ -76,11 +76,12 @@ class CrossAttentionHooks(Hooks):
         return (), live
 
     def _extended(
-        self, now: _Pass, call: TextCall, cross: CrossCall, kept: KeptKeys | None
+        self, now: _Pass, call: TextCall, cross: CrossCall, states: Tensor, kept: KeptKeys | None
     ) -> tuple[KeptKeys | None, CrossCall]:
-        """Reduce the pictures of this pass; returns the keys its layers will hold, None where they hold all."""
-        states = cross.states
-        assert states is not None
+        """Reduce the pictures of this pass; returns the keys its layers will hold, None where they hold all.
+
+        states: of all pictures of the pass.
+        """
         dense = states.numel() // (call.batch * states.shape[-1])
         new, short = self._reduce(now, call, cross) if self._enabled() else (None, cross)
         if new is None and kept is None:

@@ -5,24 +5,29 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states
 from mllm_squeeze.engine.encoder.call import EncodeCall
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.rows import Listener
 from mllm_squeeze.engine.tokens.recorded import mark, merger, recorded
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
+from mllm_squeeze.family.handlers.sub_images import by_runs, lay_out
 from mllm_squeeze.family.structure import ModelParts, find_attention
+from mllm_squeeze.reducers.needs import EncoderNeed, EncoderStates
 from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
-from mllm_squeeze.upstream.prompts import flat, vision_inputs
+from mllm_squeeze.upstream.outputs import block_states
+from mllm_squeeze.upstream.prompts import EmbedderCall, flat, vision_inputs
 
 
 class EncoderHooks(Hooks):
@@ -42,7 +47,9 @@ class EncoderHooks(Hooks):
         """
         self._override_features(installer)
         self._hook_blocks(installer)
-        self._tap_saliency(installer)
+        self._tap_signals(installer)
+        if self._signals and self.parts.embedder is not None:
+            installer.around(self.parts.embedder, self._before_embedder, self._after_embedder)
 
     def _override_features(self, installer: Installer) -> None:
         # Audio needs no override: it is encoded in each forward, and a run of placeholders is one recording.
@@ -128,18 +135,47 @@ class EncoderHooks(Hooks):
         merge = None if self._local.encode is None else self._local.encode.merge
         return None if merge is None else merge.restore(output)
 
-    def _tap_saliency(self, installer: Installer) -> None:
-        if not self._signals:
-            return
-        block = self.parts.saliency_block
-        attention = None if block is None or self.parts.blocks is None else find_attention(self.parts.blocks[block])
-        if attention is None:
-            raise UnsupportedModelError(
-                f"The vision encoder of '{self.parts.row.model_type}' has no attention that could be read. Use a "
-                "method that reads nothing of the vision encoder.",
-                avoid=["encoder attention"],
-            )
-        installer.tap(attention, self._encoder_listener)
+    def _tap_signals(self, installer: Installer) -> None:
+        needs = [need for need in self._signals if isinstance(need, EncoderNeed)]
+        for block in sorted({block for need in needs if (block := block_of(need, self.parts)) is not None}):
+            assert self.parts.blocks is not None
+            module = self.parts.blocks[block]
+            mine = [need for need in needs if block_of(need, self.parts) == block]
+            attention = find_attention(module)
+            if any(not isinstance(need, EncoderStates) for need in mine):
+                if attention is None:
+                    raise UnsupportedModelError(
+                        f"Block {block} of the vision encoder of '{self.parts.row.model_type}' has no attention that "
+                        "could be read. Use a method that reads nothing of the vision encoder.",
+                        avoid=["encoder attention"],
+                    )
+                installer.tap(attention, functools.partial(self._attention_listener, block))
+            if any(is_of_states(need) for need in mine):
+                installer.after(module, functools.partial(self._after_block, block))
 
-    def _encoder_listener(self) -> Listener | None:
-        return None if self._local.encode is None else self._local.encode.read
+    def _attention_listener(self, block: int) -> Listener | None:
+        encode = self._local.encode
+        return None if encode is None else functools.partial(encode.read_attention, block)
+
+    def _after_block(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._local.encode is not None:
+            self._local.encode.read_states(block, block_states(output))
+
+    # Where pictures are encoded inside the text model, the prompt's layout is known by then, and each run of
+    # placeholders is an item.
+
+    def _before_embedder(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._enabled() and self._local.encode is None:
+            self._local.encodings.enter(EncodeCall(self.parts, "image", self._signals))
+
+    def _after_embedder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        encode, running = self._local.encodings.leave(), self._local.running
+        if encode is None or output is None or not isinstance(running, Prefill) or "image" not in running.features:
+            return
+        call = EmbedderCall.read(module, args, kwargs)
+
+        def carry(values: Tensor, fill: float) -> Sequence[Tensor]:
+            return by_runs(call.ids, self.parts.ids["image"], lay_out(self.parts.config, call, values, fill))
+
+        found = replace(running.features["image"], signals=encode.signals(carry))
+        running.features = {**running.features, "image": found}

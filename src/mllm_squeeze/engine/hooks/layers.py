@@ -17,14 +17,14 @@ from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
-from mllm_squeeze.engine.plan import Plan
+from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.streams import fold, unfold
 from mllm_squeeze.engine.signals.rows import AttentionCall, Listener
 from mllm_squeeze.engine.signals.source import Spot
 from mllm_squeeze.engine.signals.sources import Sources
-from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.handlers.inner_features import has_inner_features
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import DecodeReducer
@@ -39,6 +39,7 @@ class LayerHooks(Hooks):
         self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
     ) -> None:
         super().__init__(parts, plan, local, enabled, publish)
+        self._decode = None if plan.decode is None else _while_decoding(plan.decode)
         self._sources = Sources(plan, parts)
         self._chooses_rows = [
             cut
@@ -62,7 +63,7 @@ class LayerHooks(Hooks):
         from_start = self._chooses_rows or has_inner_features(self.parts.decoder)
         read = self._sources.first_layer
         start = 0 if from_start else first if read is None else min(first, read)
-        if self.plan.decode is not None:
+        if self._decode is not None:
             start = min(start, self._decode.layer - 1)
         layers = self.parts.layers
         for number in range(start, len(layers)):
@@ -80,7 +81,7 @@ class LayerHooks(Hooks):
             attention = self._attention(number)
             tapped.setdefault(attention, None)
             preview.put_on(installer, attention, self._running)
-        if self.plan.decode is not None:
+        if self._decode is not None:
             tapped.setdefault(self._attention(self._decode.layer - 1), None)
         for module, heard in tapped.items():
             installer.tap(module, functools.partial(self._listener, module, heard))
@@ -93,12 +94,6 @@ class LayerHooks(Hooks):
                 f"Layer {number} of {type(self.parts.decoder).__name__} has no attention to read. Choose another layer."
             )
         return found
-
-    @property
-    def _decode(self) -> DecodeReducer:
-        assert self.plan.decode is not None
-        assert isinstance(self.plan.decode.reducer, DecodeReducer)
-        return self.plan.decode.reducer
 
     def _running(self) -> Pass | None:
         return self._local.running
@@ -131,7 +126,7 @@ class LayerHooks(Hooks):
         if isinstance(running, Prefill):
             hidden = self._cut(running, number, running.with_inner(number, hidden), call)
             self._sources.enter(running, number, hidden)
-        elif self.plan.decode is not None and number == self._decode.layer - 1 and running.width == 1:
+        elif self._decode is not None and number == self._decode.layer - 1 and running.width == 1:
             decoding.listen(running, find_attention(self.parts.layers[number]), self._decode, call.cache)
         new = running.arguments.shorten(number, hidden, call)
         running.lengths[number] = hidden.shape[1]
@@ -165,3 +160,9 @@ class LayerHooks(Hooks):
         if isinstance(output, tuple):
             return (prefill.restore(output[0]), *output[1:])
         return unfold(prefill.restore(fold(output)), output)
+
+
+def _while_decoding(planned: PlannedCut) -> DecodeReducer:
+    if not isinstance(planned.reducer, DecodeReducer):
+        raise ConfigError(f"'{planned.name}' cannot act while decoding: {type(planned.reducer).__name__} acts once.")
+    return planned.reducer

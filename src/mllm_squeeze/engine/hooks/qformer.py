@@ -12,6 +12,7 @@ from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks
 from mllm_squeeze.engine.keys.kept import KeptKeys, reduce_keys
 from mllm_squeeze.engine.trace import Attended
+from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
 from mllm_squeeze.upstream.attended import QueryCall
 
@@ -20,9 +21,15 @@ class QueryHooks(Hooks):
     """Takes rows of a Q-Former's `encoder_hidden_states` and columns of the mask over them."""
 
     def attach(self, installer: Installer) -> None:
-        """Put the hook on."""
-        assert self.parts.queries is not None
-        installer.before(self.parts.queries, self._before)
+        """Put the hook on.
+
+        Raises:
+            UnsupportedModelError: there is no Q-Former.
+        """
+        queries = self.parts.queries
+        if queries is None:
+            raise UnsupportedModelError(f"No Q-Former was found in {type(self.parts.base).__name__}.")
+        installer.before(queries, self._before)
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mllm_squeeze import ops
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.sequence.shorten import gather_rows
@@ -183,11 +182,10 @@ class Prefill(Pass):
 
         hidden: (B, M, D). place, mask: (S, N') of the candidates the reduction speaks of. Returns (B, M, D).
         """
-        if reduction.assign is None:
+        if not reduction.merges:
             return hidden
         sample = table.sample[:, None].expand(-1, place.shape[1])
-        weights = ops.mean_weights(reduction.assign) if reduction.weights is None else reduction.weights
-        states = ops.merge_tokens(hidden[sample, place], reduction.assign, weights)
+        states = reduction.states(hidden[sample, place])
         write = mask & reduction.keep
         # Slots that do not survive write what stands there already.
         states = torch.where(write.unsqueeze(-1), states, hidden[sample, place].detach())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_squeeze.engine.sequence.prefill import Prefill
-from mllm_squeeze.reducers.needs import Need
+from mllm_squeeze.reducers.needs import EncoderAttention, Need
 
 
 def carried(prefill: Prefill, need: Need, origin: Tensor, rows: list[int]) -> Tensor:
@@ -21,6 +21,7 @@ def carried(prefill: Prefill, need: Need, origin: Tensor, rows: list[int]) -> Te
         items = prefill.features[span.modality].signals[need]
         parts.append(torch.cat([items[span.item + n] for n in range(span.items)]).to(origin.device))
     padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    if padded.ndim == 2:
-        return padded.gather(1, origin)
-    return padded.gather(1, origin[..., None].expand(-1, -1, padded.shape[-1]))
+    wide = (1,) * (padded.ndim - 2)
+    found = padded.gather(1, origin.view(*origin.shape, *wide).expand(*origin.shape, *padded.shape[2:]))
+    # Of attention, an axis of heads stands in front of the tokens.
+    return found.transpose(1, 2) if isinstance(need, EncoderAttention) and found.ndim == 3 else found

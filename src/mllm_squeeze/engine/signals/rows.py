@@ -11,7 +11,7 @@ from mllm_squeeze.upstream import masks
 from mllm_squeeze.upstream.attention_call import AttentionCall
 from mllm_squeeze.upstream.attention_tap import Listener, Tap
 
-__all__ = ["AttentionCall", "Listener", "Tap", "score_joined", "score_received", "score_rows"]
+__all__ = ["AttentionCall", "Listener", "Tap", "score_joined", "score_rows"]
 
 
 def score_rows(call: AttentionCall, rows: Tensor, weights: Tensor, causal: bool = True) -> Tensor:
@@ -31,30 +31,6 @@ def score_rows(call: AttentionCall, rows: Tensor, weights: Tensor, causal: bool 
     allowed, band = _seen(call, rows, causal)
     return ops.attention_from_rows(
         picked, call.key, weights, allowed, scaling=call.logit_scale, softcap=call.softcap, band=band
-    )
-
-
-def score_received(call: AttentionCall) -> Tensor:
-    """Return the attention that each key of an encoder receives from all queries that see it, float32 (B, P).
-
-    A mask keeps pictures apart that are packed into one row.
-
-    Raises:
-        UnsupportedModelError: the call says something about scores that is not taken into account.
-        UnsupportedInputError: so does its mask, or nobody has looked at its form.
-    """
-    call.require_plain_scores()
-    allowed = band = None
-    if _is_square(call.mask):
-        masks.require_unbiased(call.mask)
-        allowed = masks.is_open(call.mask)
-    else:
-        allowed = None if call.mask is None else masks.is_open(call.mask)[:, None, None, :]
-        if call.is_causal or call.window is not None:
-            sizes = call.query.shape[2], call.key.shape[2]
-            band = ops.attention_band(*sizes, bool(call.is_causal), call.window, like=call.query)
-    return ops.attention_received(
-        call.query, call.key, allowed, scaling=call.logit_scale, softcap=call.softcap, band=band
     )
 
 
