@@ -152,13 +152,17 @@ def join(scores: Tensor, how: str, axis: int) -> Tensor:
     return scores.amax(axis) if how == "max" else getattr(scores, how)(axis)
 
 
-def expected_attention(need: Attention, maps: Tensor, visual: Tensor, words: Tensor, chosen: Tensor) -> Tensor:
+def expected_attention(
+    need: Attention, maps: Tensor, visual: Tensor, words: Tensor, real: Any = slice(None), chosen: Any = ()
+) -> Tensor:
     """Return, of the map (H, T, T) of one sample, what a need asks: literally, by rows, columns, heads, rows."""
     columns = visual if need.columns == "visual" else words
     if need.rows == "all":
-        scores = join(maps[..., columns], need.heads, 0)
+        # Padding sees everything where it sees nothing.
+        maps = maps[:, real][..., columns]
+        scores = join(maps, need.heads, 0)
         if need.over_rows == "mean":
-            return scores.sum(-2) / (maps[..., columns] > 0).any(0).sum(0)
+            return scores.sum(-2) / (maps > 0).any(0).sum(0)
         return join(scores, need.over_rows, -2)
     rows = {"last": torch.tensor([maps.shape[1] - 1]), "text": words, "visual": visual, "chosen": chosen}[need.rows]
     return join(join(maps[:, rows][..., columns], need.heads, 0), need.over_rows, -2)
@@ -207,7 +211,7 @@ def test_attention(family: str, kind: str, implementation: str) -> None:
                 dense.maps[number][span.sample],
                 torch.tensor(span.columns),
                 words_of(layout, span.sample),
-                torch.tensor([]),
+                layout.real[span.sample],
             )
             for span in layout.spans
         ]
@@ -228,7 +232,7 @@ def test_attention_of_chosen_rows(family: str, block: Any) -> None:
             # Spans of a sample vote together.
             number = CUT if block == "next" else CUT - 1
             maps = dense.maps[number][span.sample]
-            expected.append(expected_attention(need, maps, torch.tensor(span.columns), words, words[1:3]))
+            expected.append(expected_attention(need, maps, torch.tensor(span.columns), words, chosen=words[1:3]))
         for row, wanted in enumerate(expected):
             torch.testing.assert_close(picked(tokens, need, row), wanted, rtol=1e-5, atol=1e-5, msg=says(need))
 
@@ -332,12 +336,17 @@ OTHER_LAYERS = {
 
 @pytest.mark.parametrize("family", [name for name in tiny.ALL_FAMILIES if name not in OTHER_LAYERS])
 def test_what_a_layer_adds_makes_the_next_layer(family: str) -> None:
-    """Input, attention and MLP sum up to the next layer's input, in each family that gives all three."""
+    """Input, attention and MLP sum up to the next layer's input; of words, as some models add pictures in between."""
     t = tiny.load(family)
-    needs = (States("in", block=0), States("attention_out", block=0), States("mlp_out", block=0), States("in", block=1))
-    kind = next(iter(t.inputs))
-    tokens, _, _ = probe(family, t.inputs[kind], needs, at={"layer": 2})
-    first, attention, mlp, second = (tokens[need][tokens.mask] for need in needs)
+    number = next(n for n, layer in enumerate(oracle.text_model(t.model).layers) if hasattr(layer, "self_attn"))
+    read = (("in", number), ("attention_out", number), ("mlp_out", number), ("in", number + 1))
+    needs = tuple(States(where, of="text", block=block) for where, block in read)
+    recipe = {"method": "probing", "steps": [{"reducer": "probe", "at": {"layer": number + 2}, "ratio": 0.5}]}
+    Probe.wanted = needs
+    with squeeze.applied(t.model, recipe), torch.no_grad():
+        t.model(**t.inputs[next(iter(t.inputs))])
+    tokens = Probe.seen[-1]
+    first, attention, mlp, second = (tokens[need][tokens.words] for need in needs)
     torch.testing.assert_close(first + attention + mlp, second, rtol=1e-4, atol=1e-5)
 
 
@@ -406,5 +415,5 @@ def test_attention_behind_a_cut(family: str, implementation: str) -> None:
             where = {int(column): n for n, column in enumerate(kept)}
             visual = torch.tensor([where[int(column)] for column in left])
             words = torch.tensor([where[int(column)] for column in words_of(layout, span.sample)])
-            wanted = expected_attention(need, maps, visual, words, torch.tensor([]))
+            wanted = expected_attention(need, maps, visual, words)
             torch.testing.assert_close(tokens[need][row][tokens.mask[row]], wanted, rtol=1e-5, atol=1e-5)
