@@ -17,7 +17,8 @@ INF = float("inf")
 
 def with_scores(*rows, budgets):
     scores = [torch.tensor(row) for row in rows]
-    return visual_tokens([s[:, None] for s in scores], budgets, signals={Attention(): scores})
+    needs = (Attention(), Attention("next"), Attention(rows="chosen"))
+    return visual_tokens([s[:, None] for s in scores], budgets, signals=dict.fromkeys(needs, scores))
 
 
 def merged(tokens, reduction):
