@@ -69,11 +69,11 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type, type, tuple[str, .
     "recipe without steps": (({"method": "mine"},), {}, errors.ConfigError, ValueError, ("steps",)),
     "recipe layer": ((uniform_at(17),), {}, errors.ConfigError, ValueError, ("17", "3")),
     "recipe reducer": (
-        ({"method": "mine", "steps": [{"reducer": "uniform_strid", "at": "projector"}]},),
+        ({"method": "mine", "steps": [{"reducer": "temporal_window", "at": "projector"}]},),
         {},
         errors.UnknownNameError,
         KeyError,
-        ("temporal_window", "Did you mean 'temporal_windows'"),
+        ("temporal_window'", "Did you mean 'temporal_windows'"),
     ),
 }
 

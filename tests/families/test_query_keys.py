@@ -15,6 +15,7 @@ import snapshot
 import tiny
 from families import keyed, proof
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
+from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Features, Need
 from mllm_squeeze.registry import unregister_reducer
@@ -191,8 +192,9 @@ def test_keys_of_the_q_former_and_its_queries_in_one_recipe() -> None:
 
 
 def test_what_reads_more_than_the_features() -> None:
+    steps = [{**step.options, "at": "keys", "ratio": 0.5} for step in load_recipe("visionzip").steps]
     with pytest.raises(UnsupportedModelError, match="reads the attention of the vision encoder and the keys"):
-        squeeze.apply(tiny.load("blip_2").model, "visionzip")
+        squeeze.apply(tiny.load("blip_2").model, {"method": "mine", "steps": steps})
 
 
 class ReadsWords(Uneven):
