@@ -360,8 +360,8 @@ FOLLOWED = (
     Embedding("text"),
 )
 EARLY = [
-    {"reducer": "uniform_stride", "at": {"layer": 2}, "ratio": 0.25},
-    {"reducer": "random_subset", "at": {"layer": CUT}, "ratio": 0.5},
+    {"select": "even_sample", "at": {"layer": 2}, "ratio": 0.25},
+    {"score": "random", "at": {"layer": CUT}, "ratio": 0.5},
 ]
 
 

@@ -92,7 +92,7 @@ def test_describe_prints_yaml_that_loads(name: str, tmp_path: Path) -> None:
 
 
 def test_describe_prints_the_yaml_of_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = {"method": "mine", "steps": [{"reducer": "random_subset", "at": "projector", "ratio": 0.25}]}
+    data = {"method": "mine", "steps": [{"score": "random", "at": "projector", "ratio": 0.25}]}
     monkeypatch.setattr(registry, "_own_methods", {"mine": data})
     assert yaml.safe_load(call("describe", "mine", "--yaml").stdout)["steps"] == data["steps"]
 
@@ -103,12 +103,12 @@ def test_describe_prints_one_thing() -> None:
 
 def test_describe_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("method: mine\nsteps: [{reducer: random_subset, at: projector, ratio: 0.25}]\n")
+    path.write_text("method: mine\nsteps: [{score: random, at: projector, ratio: 0.25}]\n")
     assert "ratio: 0.25" in call("describe", path).output
 
 
 def test_describe_shows_a_registered_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [{"reducer": "random_subset", "at": "projector", "ratio": 0.25}]
+    steps = [{"score": "random", "at": "projector", "ratio": 0.25}]
     monkeypatch.setattr(registry, "_own_methods", {"mine": {"method": "mine", "steps": steps}})
     assert "ratio: 0.25" in call("describe", "mine").output
 
