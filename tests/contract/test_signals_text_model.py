@@ -122,12 +122,12 @@ def probe(
     t = tiny.load(family)
     Probe.wanted = Chooser.wanted = needs
     Probe.seen.clear()
-    early = step.pop("early", [])
+    early, cache = step.pop("early", []), step.pop("cache", None)
     last = {"reducer": "probe", "at": {"layer": CUT}, "ratio": 0.5} | step
     recipe = {"method": "probing", "steps": [*early, last]}
     implementation = implementation or oracle.text_model(t.model).config._attn_implementation
     with attention(t, implementation), squeeze.applied(t.model, recipe) as handle:
-        oracle.run(t.model, inputs, oracle.forced_tokens(inputs["input_ids"].shape[0], 0))
+        oracle.run(t.model, inputs, oracle.forced_tokens(inputs["input_ids"].shape[0], 0), cache)
         return Probe.seen[-1], handle.layout, handle.cuts
 
 
@@ -417,3 +417,17 @@ def test_attention_behind_a_cut(family: str, implementation: str) -> None:
             words = torch.tensor([where[int(column)] for column in words_of(layout, span.sample)])
             wanted = expected_attention(need, maps, visual, words)
             torch.testing.assert_close(tokens[need][row][tokens.mask[row]], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_projections_that_come_out_of_one_module() -> None:
+    """Values are not rotated, so that what is taken of the joint output is what attention gets."""
+    if not tiny.available("phi4_multimodal"):
+        pytest.skip("this transformers does not have the family")
+    needs = tuple(Projection("value", rope=rope, heads="each") for rope in (True, False))
+    t = tiny.load("phi4_multimodal")
+    tokens, layout, _ = probe("phi4_multimodal", t.inputs["image"], (*needs, Projection("query", rope=False)))
+    torch.testing.assert_close(tokens[needs[1]], tokens[needs[0]])
+    states = Dense(t, t.inputs["image"]).states[CUT - 1, "self_attn.qkv_proj>"]
+    (span,) = layout.spans
+    wanted = states[0, torch.tensor(span.columns)][:, : tokens[Projection("query", rope=False)].shape[-1]]
+    torch.testing.assert_close(tokens[Projection("query", rope=False)][0], wanted, rtol=1e-5, atol=1e-5)
