@@ -31,8 +31,8 @@ SIGNALS_HEAD = f"""# Signals
 
 What a rule may read. A signal arrives under the need that asked for it, `tokens[Attention(rows="last")]`, and so does
 it in `squeeze.choose(..., signals={{Attention(rows="last"): tensor}})`; there its name will do where a step reads one
-signal of that name. S is spans, N visual tokens of the longest span, T words behind the first visual token; `choose` takes a
-single span without the axis S. {MADE}"""
+signal of that name. S is spans, N visual tokens of the longest span, T words behind the first visual token; `choose`
+takes a single span without the axis S. {MADE}"""
 
 KIND_SAYS = {
     "score": "A number per token; higher stays.",
