@@ -21,6 +21,7 @@ from torch import Tensor
 from tiny.audio_line import AUDIO_LINE
 from tiny.gemma_line import GEMMA_LINE
 from tiny.glm_line import GLM_LINE
+from tiny.grid_line import GRID_LINE
 from tiny.idefics_line import IDEFICS_LINE
 from tiny.llava_line import LLAVA_LINE
 from tiny.misc_line import MISC_LINE
@@ -63,6 +64,7 @@ FAMILIES: dict[str, Family] = {
     **MISTRAL_LINE,
     **IDEFICS_LINE,
     **GEMMA_LINE,
+    **GRID_LINE,
 }
 
 

@@ -57,16 +57,24 @@ def _glm46v() -> Any:
     return build(hf.Glm46VForConditionalGeneration, config)
 
 
+def _glmga() -> Any:
+    config = _config(hf.GlmgaConfig, {"model_type": "glm4v_text"}, {"model_type": "glm4v_vision"})
+    return build(hf.Glm46VForConditionalGeneration, config)
+
+
 def _glm4v_moe() -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
     text = dict(moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, rope_parameters=rope)
     return build(hf.Glm4vMoeForConditionalGeneration, _config(hf.Glm4vMoeConfig, text, {}))
 
 
-def _family(model: Any) -> Family:
+def _family(model: Any, wants: str = "") -> Family:
     # One forward takes images or videos: each kind of feature must fill all placeholders of the batch.
     lacks = ("image_video",)
-    return Family(model, _image, _video, visual_ids=(IMAGE,), tower="model.visual", derived=_types, lacks=lacks)
+    return Family(
+        model, _image, _video, visual_ids=(IMAGE,), tower="model.visual", derived=_types, lacks=lacks, wants=wants
+    )
 
 
 GLM_LINE = {"glm4v": _family(_glm4v), "glm4v_moe": _family(_glm4v_moe), "glm46v": _family(_glm46v)}
+GLM_LINE["glmga"] = _family(_glmga, wants="GlmgaConfig")
