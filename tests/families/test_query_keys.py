@@ -216,3 +216,11 @@ def test_where_nothing_attends_from_outside(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match=r"acts on keys.*Write at: projector"):
         squeeze.apply(t.model, recipe())
     snapshot.assert_same(before, snapshot.snapshot(t.model))
+
+
+@pytest.mark.parametrize("amount", [{"total": 9}, {"ratio": [0.5, 0.9]}], ids=str)
+def test_pictures_in_front_of_a_q_former_have_no_prompt(amount: dict[str, Any]) -> None:
+    t = tiny.load("blip_2")
+    method = recipe() | {"steps": [{"reducer": "farthest_point", "at": "keys", **amount}]}
+    with pytest.raises(ConfigError, match="step 1: .* speaks of prompts, and what the Q-Former attends to are"):
+        squeeze.apply(t.model, method)

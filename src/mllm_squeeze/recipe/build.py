@@ -52,8 +52,8 @@ def _check_amount(step: Step, reducer: Reducer, where: str) -> None:
         )
     if amount.fraction is not None and amount.fraction < reducer.least - 1e-9:
         raise ConfigError(
-            f"{where}: {amount} asks '{step.reducer}' for less than it can leave: {reducer.facts.why_more}. ratio "
-            f"must be at most {1 - reducer.least:g} (keep at least {reducer.least:g})."
+            f"{where}: {amount} asks '{step.reducer}' for less than it can leave: {reducer.facts.why_more}. ratio must "
+            f"be at most {1 - reducer.least:g} (keep at least {reducer.least:g})."
         )
     if step.at.encoder is not None and (amount.by_row or amount.total is not None):
         raise ConfigError(
