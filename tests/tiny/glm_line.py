@@ -59,7 +59,7 @@ def _glm46v() -> Any:
 
 
 def _glmga() -> Any:
-    config = _config(hf.GlmgaConfig, {"model_type": "glm4v_text"}, {"model_type": "glm4v_vision"})
+    config = glm_config(hf.GlmgaConfig, {"model_type": "glm4v_text"}, {"model_type": "glm4v_vision"})
     return build(hf.Glm46VForConditionalGeneration, config)
 
 
