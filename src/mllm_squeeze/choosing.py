@@ -14,7 +14,7 @@ from mllm_squeeze.errors import ConfigError, did_you_mean
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe
 from mllm_squeeze.recipe.steps import Step
-from mllm_squeeze.reducers.base import DecodeReducer, Mix, Reducer, Signals, VisualTokens
+from mllm_squeeze.reducers.base import DecodeReducer, Mix, Reducer, Reduction, Signals, VisualTokens
 from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Need, Size
 
 # Signals whose tokens are their last axis; of all others they are the first one behind the spans.
@@ -235,6 +235,6 @@ def _text_mask(given: Signals) -> Tensor | None:
     return torch.ones(len(given[read[0]]), 1, dtype=torch.bool) if read else None
 
 
-def _merged(states: Tensor, reduction: Any) -> tuple[Tensor, ...]:
+def _merged(states: Tensor, reduction: Reduction) -> tuple[Tensor, ...]:
     """Return the survivors' states of each span, in order."""
     return tuple(row[keep] for row, keep in zip(reduction.states(states), reduction.keep, strict=True))

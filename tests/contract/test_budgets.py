@@ -160,3 +160,43 @@ def test_the_report_says_what_was_asked_where_a_rule_leaves_another_number() -> 
     assert squeeze.describe("divprune")["facts"]["exact"] is True
     row = next(line for line in str(report).splitlines() if line.strip().startswith("0 ") and "image" in line)
     assert row.split()[-1] == "11"
+
+
+@pytest.mark.parametrize(("family", "kind"), [("mllama", "two_images"), ("llava_onevision", "image_video")])
+def test_a_total_of_keys_and_of_pictures_beside_a_film(family: str, kind: str) -> None:
+    t = tiny.load(family)
+    with squeeze.applied(t.model, "divprune", total=11) as handle, torch.no_grad():
+        t.model(**t.inputs[kind])
+        (stage,) = handle.report().record.stages
+        assert sum(stage.after) == 11 and stage.after == stage.asked == ops.share_counts(11, lengths(handle))
+
+
+@pytest.mark.parametrize("amount", [{"total": 5}, {"keep": 5}, {"keep": [5]}], ids=str)
+def test_a_film_alone_has_what_a_rule_for_films_is_given(amount: dict[str, Any]) -> None:
+    """The picture beside it is not reduced, and not counted."""
+    t = tiny.load("llava_onevision")
+    steps = [{"reducer": "temporal_windows", "at": "projector", "separators": "keep", **amount}]
+    with squeeze.applied(t.model, {"method": "films", "steps": steps}) as handle, torch.no_grad():
+        with pytest.raises(
+            ConfigError,
+            match="'films' with .*=.*5.* may leave 5 of the .*less than the 8 that stay.*4th after it stay whole",
+        ):
+            t.model(**t.inputs["image_video"])
+        assert handle.cuts == ()
+
+
+def test_a_schedule_of_fractions_beside_a_later_total() -> None:
+    t = tiny.load("llava")
+    inputs, forced = t.inputs["two_images"], oracle.forced_tokens(1, STEPS)
+    rule = {"score": "random"}
+    steps = [
+        {**rule, "at": {"layers": [0, 1]}, "kept": [0.8, 0.5]},
+        {**rule, "at": {"layer": 2}, "total": 9},
+        {**rule, "at": {"layer": 3}, "keep": [4]},
+    ]
+    with squeeze.applied(t.model, {"method": "mixed", "steps": steps}) as handle:
+        squeezed = oracle.run(t.model, inputs, forced)
+        cuts = handle.cuts
+        after = [stage.after for stage in handle.report().record.stages]
+    assert after == [(20, 20), (13, 13), (5, 4), (4, 4)]
+    oracle.assert_steps(squeezed, oracle.masked_logits(t.model, inputs, cuts, forced), inputs, cuts, "mixed")

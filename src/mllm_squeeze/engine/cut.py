@@ -14,10 +14,10 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import gather as signals
 from mllm_squeeze.engine.signals.source import Found
-from mllm_squeeze.engine.timing import marked
+from mllm_squeeze.engine.timing import marked, now
 from mllm_squeeze.engine.tokens.features import PRUNED, SEPARATOR
 from mllm_squeeze.engine.tokens.table import SpanTable
-from mllm_squeeze.engine.trace import StageTrace, now
+from mllm_squeeze.engine.trace import StageTrace
 from mllm_squeeze.layout import Span
 from mllm_squeeze.reducers.base import Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Need, Size

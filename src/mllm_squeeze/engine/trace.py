@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mllm_squeeze.engine.plan import PlannedCut
@@ -74,12 +72,3 @@ class StageTrace:
             return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
-
-
-def now(device: torch.device) -> Any:
-    """Return a point in time: seconds on a CPU, a recorded event on a GPU, so that nothing waits."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

@@ -145,6 +145,14 @@ _ROWS = (
     replace(_AUDIO, model_type="voxtral"),
     replace(_AUDIO, model_type="audioflamingo3"),
     replace(_AUDIO, model_type="granite_speech"),
+    FamilyRow("deepseek_ocr2", grid="unknown", tower_to_llm="queries"),
+    FamilyRow("got_ocr2", tower_to_llm="pool"),
+    replace(_GLM, model_type="glm_ocr"),
+    FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool"),
+    FamilyRow("minicpm_ocr", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
+    FamilyRow("paddleocr_vl", grid="thw", tower_to_llm="cells", tower="packed"),
+    FamilyRow("pp_chart2table", tower_to_llm="pool"),
+    FamilyRow("qianfan_ocr", tower_to_llm="pool", cls=True, grouped=("image",)),
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}

@@ -23,12 +23,11 @@ from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.sequence.streams import fold, unfold
 from mllm_squeeze.engine.signals.rows import AttentionCall, Listener
 from mllm_squeeze.engine.signals.source import Spot
-from mllm_squeeze.engine.signals.sources import Sources
+from mllm_squeeze.engine.signals.sources import Sources, chooses_rows
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.handlers.inner_features import has_inner_features
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.reducers.base import DecodeReducer
-from mllm_squeeze.reducers.needs import Attention
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -41,11 +40,7 @@ class LayerHooks(Hooks):
         super().__init__(parts, plan, local, enabled, publish)
         self._decode = None if plan.decode is None else _while_decoding(plan.decode)
         self._sources = Sources(plan, parts)
-        self._chooses_rows = [
-            cut
-            for cut in plan.cuts
-            if any(isinstance(need, Attention) and need.rows == "chosen" for need in cut.reducer.needs())
-        ]
+        self._chooses_rows = [cut for cut in plan.cuts if chooses_rows(cut)]
 
     def attach(self, installer: Installer) -> None:
         """Put the hooks on.

@@ -35,6 +35,16 @@ def source_of(planned: PlannedCut, need: Need) -> Source | None:
     return EmbeddingSource(Embedding(), 0) if isinstance(need, Embedding) else None
 
 
+def chooses_rows(cut: PlannedCut) -> bool:
+    """True where a rule itself says which words are read."""
+    return any(isinstance(need, Attention) and need.rows == "chosen" for need in cut.reducer.needs())
+
+
+def needs_of(cut: PlannedCut) -> tuple[Need, ...]:
+    """Return what a cut reads, what its rule reads to choose rows included."""
+    return (*cut.reducer.needs(), *(cut.reducer.row_needs() if chooses_rows(cut) else ()))
+
+
 class Sources:
     """The sources of a plan, by where they are read.
 
@@ -46,7 +56,7 @@ class Sources:
         self.last: dict[Source, int] = {}
         self.previewed: set[int] = set()
         for cut in plan.cuts:
-            for need in cut.reducer.needs():
+            for need in needs_of(cut):
                 source = source_of(cut, need)
                 if source is None:
                     continue

@@ -39,6 +39,6 @@ class DensityPeaks(Select):
 
         def pick(rows: Rows) -> Tensor:
             joined = ops.density_peaks(rows.take(x), rows.mask, rows.limit, self.neighbours)
-            return rows.mask & (joined == ops.positions(joined))
+            return rows.mask & (joined == ops.positions(joined)) & (rows.limit > 0)[:, None]
 
         return Picks(pick_in_rows(tokens, groups, limit, pick).long() - 1, (max(tokens.counts),))

@@ -33,7 +33,7 @@ class Stride(Select):
         def pick(rows: Rows) -> Tensor:
             pieces = rows.mask & (rows.take(score) != -float("inf"))
             strided = ops.stride_mask if self.step == "even" else ops.whole_stride_mask
-            picked = strided(pieces, rows.limit)
+            picked = strided(pieces, rows.limit) & (rows.limit > 0)[:, None]
             # Where the pieces of the picture are too few, the first of the others fill the budget.
             return picked | ops.top_k_mask(rows.mask.float(), rows.mask & ~pieces, rows.limit - picked.sum(1))
 
