@@ -81,6 +81,12 @@ _KEYS_NOTE = (
     "reduce them; the text keeps its length."
 )
 
+_PICKED_NOTE = "Served where layers attend to all keys or to those near by; layers that pick their keys are refused."
+    "Served where all layers attend to all keys or to those near by; layers that pick their keys are refused."
+)
+# Whatever their config says, some of their layers cannot be cut exactly; `upstream/layer_kinds.py` says why.
+_REFUSED = ("qwen4_exp", "glm5_next", "mistral_large4", "hy_v4_vl", "inkling_mm_model", "inkling2", "inkling2_loop")
+
 _ROWS = (
     _LLAVA,
     FamilyRow("llava+pixtral", grid="rows", tower_to_llm="packed_rows", tower="packed", per_token=True),
@@ -113,6 +119,9 @@ _ROWS = (
     FamilyRow("muse_glimmer", _BOTH, grid="unknown", tower="packed"),
     FamilyRow("muse_spark", _OMNI, grid="unknown", tower="packed"),
     FamilyRow("step3p7", grid="unknown"),
+    replace(_QWEN, model_type="minimax_m3_vl", note=_PICKED_NOTE),
+    replace(_QWEN, model_type="dots3_note", modalities=_OMNI, note=_PICKED_NOTE),
+    *(FamilyRow(name, verified=False) for name in _REFUSED),
     FamilyRow("kimi_k25", _BOTH, grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("internvl", tower_to_llm="pool", cls=True, grouped=("image",)),
     _POOLED,
