@@ -77,8 +77,8 @@ def _check_whole_tower(recipe: Recipe, plan: Plan) -> None:
     if plan.encoder is not None and plan.encoder_needs:
         read = ", ".join(sorted(str(need) for need in plan.encoder_needs))
         raise UnsupportedModelError(
-            f"'{recipe.method}' reduces tokens inside the vision encoder and reads {read} there for a later step, which "
-            "then speaks of other patches. Let one step do both, or read states: score: norm.",
+            f"'{recipe.method}' reduces tokens inside the vision encoder and reads {read} there for a later step, "
+            "which then speaks of other patches. Let one step do both, or read states: score: norm.",
             avoid=[],
         )
 
