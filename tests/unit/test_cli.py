@@ -260,6 +260,11 @@ def test_run_answers_and_reports(folder: Path) -> None:
     assert "196" in output and "49" in output
 
 
+def test_run_keeps_a_total(folder: Path) -> None:
+    words = ["--image", folder / "picture.png", "--method", "divprune", "--total", 50, "--device", "cpu"]
+    assert "392 -> 50 visual tokens" in ask(folder, *words).output
+
+
 def test_run_compares_with_the_untouched_model(folder: Path) -> None:
     output = ask(folder, "--method", "divprune", "--keep", 8, "--compare", "--dtype", "float32").output
     assert "against the untouched model" in output
@@ -269,6 +274,7 @@ def test_run_compares_with_the_untouched_model(folder: Path) -> None:
 WRONG: list[tuple[list[object], str]] = [
     (["--method", "fastv", "--ratio", 1.5], "ratio is the fraction removed"),
     (["--method", "fastv", "--ratio", 0.5, "--keep", 3], "exclude each other"),
+    (["--method", "fastv", "--total", 0], "total is the tokens kept of all spans of one prompt"),
     (["--method", "fastv", "--keep", "many"], "keep is the tokens kept"),
     (["--method", "fastv", "--param", "layer"], "--param takes name=value"),
     (["--method", "fastv", "--param", "layr=3"], "Did you mean 'layer'?"),
