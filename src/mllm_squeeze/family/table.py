@@ -17,6 +17,7 @@ TowerToLlm = Literal[
     "index",
     "sub_images",
     "queries",
+    "overlap",
     "none",
 ]
 Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
@@ -28,8 +29,8 @@ class FamilyRow:
 
     model_type: `config.model_type`. modalities: what it takes. grid: rule that gives the rectangle of each span.
     tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way; the module of that
-    name says what each word means ("queries": each LLM token looks at all patches, so a score cannot; "none": nobody
-    has looked). tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may have a CLS token, in front of
+    name says what each word means ("queries": each LLM token looks at all patches, so a score cannot; "overlap":
+    patches go into several LLM tokens; "none": nobody has looked). tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may have a CLS token, in front of
     the patches, or behind them where cls_last. late: what the feature method gives is projected behind it. grouped:
     modalities whose feature items, where no text stands between them, are tiles of one picture or frames of one video.
     per_token: the projector maps one tower token to one LLM token. saliency: config name of the list of full-attention
@@ -71,6 +72,7 @@ _POOLED = FamilyRow("gemma3", tower_to_llm="pool")
 _AUDIO = FamilyRow("qwen2_audio", ("audio",), grid="unknown")
 _HYBRID_NOTE = "Layers without attention cannot be read: cut behind a full-attention layer (layer - 1 must be one)."
 _SHARED_NOTE = "Survivors keep their positions, whatever the recipe says: the last layers borrow the keys of others."
+_PAGES_NOTE = "All tiles of all pictures of a prompt are one span."
 _QUERIES_NOTE = "The LLM sees a few query tokens only; the encoder and Q-Former cost stays."
 _QFORMER_NOTE = (
     "The LLM sees a few query tokens only, which steps at the projector and behind it cut. A recipe whose steps act at "
@@ -146,12 +148,12 @@ _ROWS = (
     replace(_AUDIO, model_type="audioflamingo3"),
     replace(_AUDIO, model_type="granite_speech"),
     FamilyRow("deepseek_ocr2", grid="unknown", tower_to_llm="queries"),
-    FamilyRow("got_ocr2", tower_to_llm="pool"),
+    FamilyRow("got_ocr2", tower_to_llm="overlap"),
     replace(_GLM, model_type="glm_ocr"),
-    FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool"),
+    FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool", note=_PAGES_NOTE),
     FamilyRow("minicpm_ocr", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
     FamilyRow("paddleocr_vl", grid="thw", tower_to_llm="cells", tower="packed"),
-    FamilyRow("pp_chart2table", tower_to_llm="pool"),
+    FamilyRow("pp_chart2table", tower_to_llm="overlap"),
     FamilyRow("qianfan_ocr", tower_to_llm="pool", cls=True, grouped=("image",)),
 )
 

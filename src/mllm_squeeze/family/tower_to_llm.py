@@ -84,6 +84,8 @@ def why_not(parts: ModelParts) -> str | None:
     """
     if parts.row.tower_to_llm == "queries":
         return "each token that the LLM gets is a query that looks at all patches, so none stands for some of them"
+    if parts.row.tower_to_llm == "overlap":
+        return "convolutions whose windows overlap make the tokens that the LLM gets, so each patch goes into several"
     if parts.row.tower_to_llm == "none":
         return "which patches each token of the LLM stands for is not known of this family"
     if parts.row.tower_to_llm == "block_merge" and parts.tower is not None:

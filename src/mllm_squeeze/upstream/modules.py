@@ -30,6 +30,9 @@ _BLOCKS = (
     "transformer.layers",
     "transformer.encoder.layers",
     "model.layers",
+    "vision_model.encoder.layers",
+    "vision_encoder.layers",
+    "vision_encoder.encoder.layers",
 )
 _PROJECTORS = (
     "multi_modal_projector",
