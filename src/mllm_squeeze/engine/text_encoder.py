@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mllm_squeeze.errors import ConfigError, UnsupportedModelError
+from mllm_squeeze.errors import ConfigError, SqueezeWarning
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.upstream import shared_space
@@ -140,7 +141,9 @@ def bind(given: Any, parts: ModelParts) -> PromptEncoder:
             f"was loaded from ({getattr(parts.config, '_name_or_path', '') or 'nowhere'}). Give it: "
             "text_encoder=squeeze.TextEncoder(encoder, tokenizer=processor)."
         )
-    return PromptEncoder(_space(asked, parts), shared_space.tokenizer_in(tokenizer), asked.question)
+    space = _space(asked, parts)
+    _warn_other(space, parts)
+    return PromptEncoder(space, shared_space.tokenizer_in(tokenizer), asked.question)
 
 
 def _space(asked: TextEncoder, parts: ModelParts) -> SharedSpace:
@@ -162,11 +165,24 @@ def _space(asked: TextEncoder, parts: ModelParts) -> SharedSpace:
     if tokenizer is None:
         tokenizer = shared_space.tokenizer_beside(words)
     if tokenizer is None:
-        raise UnsupportedModelError(
+        raise ConfigError(
             f"The tokenizer of the text encoder ({type(words).__name__}) does not lie on this machine where the "
             "encoder was loaded from. Give it: squeeze.TextEncoder(encoder, own_tokenizer=...)."
         )
     return shared_space.PairedSpace(words, pictures, shared_space.tokenizer_in(tokenizer))
+
+
+def _warn_other(space: SharedSpace, parts: ModelParts) -> None:
+    if parts.tower is None or not isinstance(space, shared_space.PairedSpace):
+        return
+    if space.is_of(parts.tower) is False:
+        warnings.warn(
+            f"The vision tower of '{parts.row.model_type}' has other weights than the picture side of the text encoder: "
+            "it was tuned since, or comes from another checkpoint. Words and pictures are then comparable only as far "
+            "as the two agree.",
+            SqueezeWarning,
+            stacklevel=2,
+        )
 
 
 def _loaded(name: str, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Any]:

@@ -16,6 +16,7 @@ from mllm_squeeze.upstream.modules import first_of
 from mllm_squeeze.upstream.pooling_head import head_of
 
 _NORMS = ("vision_model.post_layernorm", "post_layernorm")
+_FIRST_WEIGHTS = ("vision_model.embeddings.patch_embedding", "embeddings.patch_embedding")
 _LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
@@ -29,7 +30,7 @@ class PairedSpace:
     """
 
     def __init__(self, words: nn.Module, pictures: nn.Module, tokenizer: Any) -> None:
-        self._words, self._tokenizer = words, tokenizer
+        self._words, self._pictures, self._tokenizer = words, pictures, tokenizer
         self._norm: Any = first_of(pictures, _NORMS)
         self._projection: Any = first_of(pictures, ("visual_projection",))
         self._head: Any = None if self._projection is not None else head_of(pictures)
@@ -47,6 +48,16 @@ class PairedSpace:
     def image_width(self) -> int:
         """Channels C of the patch states that `image` takes."""
         return int(self._norm.weight.shape[0])
+
+    def is_of(self, tower: nn.Module) -> bool | None:
+        """True where a vision tower has the weights of the picture side; None where that cannot be told."""
+        mine, given = (getattr(first_of(one, _FIRST_WEIGHTS), "weight", None) for one in (self._pictures, tower))
+        if mine is None or given is None or mine.is_meta or given.is_meta:
+            return None
+        # One of them may have been rounded to fewer bits.
+        return mine.shape == given.shape and torch.allclose(
+            mine.float().cpu(), given.float().cpu(), rtol=1e-2, atol=1e-6
+        )
 
     def text(self, words: Sequence[str]) -> Tensor:
         """Return the pooled vectors (B, D) of texts, float32; what is longer than the text tower takes is cut off."""
