@@ -21,11 +21,13 @@ from torch import Tensor
 from tiny.audio_line import AUDIO_LINE
 from tiny.gemma_line import GEMMA_LINE
 from tiny.glm_line import GLM_LINE
+from tiny.grid_line import GRID_LINE
 from tiny.idefics_line import IDEFICS_LINE
 from tiny.llava_line import LLAVA_LINE
 from tiny.misc_line import MISC_LINE
 from tiny.mistral_line import MISTRAL_LINE
 from tiny.moe_line import MOE_LINE
+from tiny.ocr_line import OCR_LINE
 from tiny.parts import Family
 from tiny.plain_line import PLAIN_LINE
 from tiny.prompts import KINDS, Batch, Inputs, Turn, collate, kinds_of, make_batch, make_turn, sample
@@ -63,6 +65,8 @@ FAMILIES: dict[str, Family] = {
     **MISTRAL_LINE,
     **IDEFICS_LINE,
     **GEMMA_LINE,
+    **GRID_LINE,
+    **OCR_LINE,
 }
 
 

@@ -33,7 +33,8 @@ def _types(ids: Tensor, _: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {"mm_token_type_ids": (ids == IMAGE).long() * (1 + inside.long())}
 
 
-def _config(config: Any, text: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:
+def glm_config(config: Any, text: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:
+    """Return the config of a GLM-V model."""
     base = dict(depth=2, hidden_size=32, out_hidden_size=HIDDEN, intermediate_size=64, num_heads=4, image_size=112)
     base |= dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
     return config(
@@ -49,24 +50,32 @@ def _config(config: Any, text: Mapping[str, Any], vision: Mapping[str, Any]) -> 
 
 
 def _glm4v() -> Any:
-    return build(hf.Glm4vForConditionalGeneration, _config(hf.Glm4vConfig, {}, {}))
+    return build(hf.Glm4vForConditionalGeneration, glm_config(hf.Glm4vConfig, {}, {}))
 
 
 def _glm46v() -> Any:
-    config = _config(hf.Glm46VConfig, {"model_type": "glm4v_text"}, {"model_type": "glm4v_vision"})
+    config = glm_config(hf.Glm46VConfig, {"model_type": "glm4v_text"}, {"model_type": "glm4v_vision"})
+    return build(hf.Glm46VForConditionalGeneration, config)
+
+
+def _glmga() -> Any:
+    config = glm_config(hf.GlmgaConfig, {"model_type": "glm4v_text"}, {"model_type": "glm4v_vision"})
     return build(hf.Glm46VForConditionalGeneration, config)
 
 
 def _glm4v_moe() -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
     text = dict(moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, rope_parameters=rope)
-    return build(hf.Glm4vMoeForConditionalGeneration, _config(hf.Glm4vMoeConfig, text, {}))
+    return build(hf.Glm4vMoeForConditionalGeneration, glm_config(hf.Glm4vMoeConfig, text, {}))
 
 
-def _family(model: Any) -> Family:
+def glm_family(model: Any, **more: Any) -> Family:
+    """Return a family of the line."""
     # One forward takes images or videos: each kind of feature must fill all placeholders of the batch.
     lacks = ("image_video",)
-    return Family(model, _image, _video, visual_ids=(IMAGE,), tower="model.visual", derived=_types, lacks=lacks)
+    seen: dict[str, Any] = dict(visual_ids=(IMAGE,), tower="model.visual", derived=_types, lacks=lacks)
+    return Family(model, _image, _video, **seen, **more)
 
 
-GLM_LINE = {"glm4v": _family(_glm4v), "glm4v_moe": _family(_glm4v_moe), "glm46v": _family(_glm46v)}
+GLM_LINE = {"glm4v": glm_family(_glm4v), "glm4v_moe": glm_family(_glm4v_moe), "glm46v": glm_family(_glm46v)}
+GLM_LINE["glmga"] = glm_family(_glmga, wants="GlmgaConfig")

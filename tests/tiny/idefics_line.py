@@ -60,22 +60,28 @@ def _smolvlm() -> Any:
     return _tiled(hf.SmolVLMForConditionalGeneration, hf.SmolVLMConfig)
 
 
-def _arrays(seed: int, tiles: int) -> dict[str, torch.Tensor]:
+def tile_arrays(seed: int, tiles: int) -> dict[str, torch.Tensor]:
+    """Return the pixels of one sample's tiles and the mask over them."""
     return {
         "pixel_values": noise(seed, 1, tiles, 3, TILE, TILE),
         "pixel_attention_mask": torch.ones(1, tiles, TILE, TILE, dtype=torch.bool),
     }
 
 
-def _tiled_image(n: int) -> Piece:
-    """Return an image of rows of tiles with 2x2 tokens each, the small whole picture last."""
+def tiled_ids(n: int) -> tuple[tuple[int, ...], int]:
+    """Return the ids of rows of tiles with 2x2 tokens each, the small whole picture last, and the number of tiles."""
     rows, columns = TILE_GRIDS[n % len(TILE_GRIDS)]
     ids: tuple[int, ...] = ()
     for row in range(rows):
         for column in range(columns):
             ids += (FAKE, 110 + 3 * row + column, *(IMAGE,) * 4)
         ids += (BREAK,)
-    return Piece((*ids, BREAK, FAKE, GLOBAL, *(IMAGE,) * 4, FAKE), _arrays(n, rows * columns + 1))
+    return (*ids, BREAK, FAKE, GLOBAL, *(IMAGE,) * 4, FAKE), rows * columns + 1
+
+
+def _tiled_image(n: int) -> Piece:
+    ids, tiles = tiled_ids(n)
+    return Piece(ids, tile_arrays(n, tiles))
 
 
 def _frames(n: int) -> Piece:
@@ -84,7 +90,7 @@ def _frames(n: int) -> Piece:
     ids: tuple[int, ...] = ()
     for frame in range(frames):
         ids += (20 + frame, FAKE, GLOBAL, *(IMAGE,) * 4, FAKE)
-    return Piece(ids, _arrays(50 + n, frames))
+    return Piece(ids, tile_arrays(50 + n, frames))
 
 
 _ROWS = ("pixel_values", "pixel_attention_mask")

@@ -135,11 +135,12 @@ def _molmo2_derived(ids: Tensor, arrays: Mapping[str, Tensor]) -> Mapping[str, T
     return out
 
 
-def _minicpm(config: Any, model: Any) -> Any:
+def minicpm(config: Any, model: Any) -> Any:
+    """Return a MiniCPM-V model: a tower that joins patches on its way, and recurrent text layers."""
     eyes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=112)
     eyes |= dict(patch_size=14)
     extra = {}
-    if model is not getattr(hf, "MiniCPMV4_6ForConditionalGeneration", None):
+    if model is getattr(hf, "MiniCPMV4_7ForConditionalGeneration", None):
         extra = dict(image_start_id=START, image_end_id=END, newline_id=BREAK)
         extra |= dict(slice_start_id=SLICE_START, slice_end_id=SLICE_END)
     made = config(
@@ -155,18 +156,18 @@ def _minicpm(config: Any, model: Any) -> Any:
 
 
 def _minicpmv4_6() -> Any:
-    return _minicpm(hf.MiniCPMV4_6Config, hf.MiniCPMV4_6ForConditionalGeneration)
+    return minicpm(hf.MiniCPMV4_6Config, hf.MiniCPMV4_6ForConditionalGeneration)
 
 
 def _minicpmv4_7() -> Any:
-    return _minicpm(hf.MiniCPMV4_7Config, hf.MiniCPMV4_7ForConditionalGeneration)
+    return minicpm(hf.MiniCPMV4_7Config, hf.MiniCPMV4_7ForConditionalGeneration)
 
 
 # The first releases can merge patches of one size only.
 MIXED_SIZES = hasattr(hf, "MiniCPMV4_7ForConditionalGeneration")
 
 
-def _minicpm_image(n: int) -> Piece:
+def minicpm_image(n: int) -> Piece:
     """Return a picture of 4x4 tokens, or of another shape, or with two slices of 2x3 tokens behind it."""
     shapes = ([(16, 16)], [(12, 20)], [(8, 12), (8, 12), (8, 12)])[n % 3 if MIXED_SIZES else 0]
     ids: tuple[int, ...] = (START, *(IMAGE,) * (shapes[0][0] * shapes[0][1] // 16), END)
@@ -176,7 +177,8 @@ def _minicpm_image(n: int) -> Piece:
     return Piece(ids, {"pixel_values": noise(n, 1, 3, 14, 14 * patches), "target_sizes": torch.tensor(shapes)})
 
 
-def _minicpm_video(n: int) -> Piece:
+def minicpm_video(n: int) -> Piece:
+    """Return a video of frames of 2x2 tokens."""
     frames = (4, 3, 5)[n % 3]
     ids: tuple[int, ...] = ()
     for _ in range(frames):
@@ -278,11 +280,11 @@ MISC_LINE = {
         lacks=("image_video",),
         wants="Molmo2ForConditionalGeneration",
     ),
-    "minicpmv4_6": Family(_minicpmv4_6, _minicpm_image, _minicpm_video, packed=("pixel_values", "pixel_values_videos")),
+    "minicpmv4_6": Family(_minicpmv4_6, minicpm_image, minicpm_video, packed=("pixel_values", "pixel_values_videos")),
     "minicpmv4_7": Family(
         _minicpmv4_7,
-        _minicpm_image,
-        _minicpm_video,
+        minicpm_image,
+        minicpm_video,
         token_types=True,
         packed=("pixel_values", "pixel_values_videos"),
         wants="MiniCPMV4_7ForConditionalGeneration",

@@ -101,6 +101,12 @@ _ROWS = (
     replace(_GLM, model_type="glm4v"),
     replace(_GLM, model_type="glm4v_moe"),
     replace(_GLM, model_type="glm46v"),
+    replace(_GLM, model_type="glmga"),
+    replace(_WINDOWED, model_type="exaone4_5"),
+    replace(_WINDOWED, model_type="hyperclovax_vision_v2"),
+    replace(_QWEN, model_type="cohere_compass"),
+    replace(_QWEN, model_type="lfm3_vl", note=_HYBRID_NOTE),
+    replace(_QWEN, model_type="ernie4_5_vl_moe"),
     FamilyRow("kimi_k25", _BOTH, grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("internvl", tower_to_llm="pool", cls=True, grouped=("image",)),
     _POOLED,
@@ -119,6 +125,7 @@ _ROWS = (
     FamilyRow("minicpmv4_7", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
     replace(_POOLED, model_type="ovis2"),
     FamilyRow("deepseek_vl", tower_to_llm="identity", per_token=True),
+    FamilyRow("deepseek_vl_hybrid", tower_to_llm="identity", per_token=True),
     FamilyRow(
         "phi4_multimodal",
         ("image", "audio"),
@@ -138,6 +145,14 @@ _ROWS = (
     replace(_AUDIO, model_type="voxtral"),
     replace(_AUDIO, model_type="audioflamingo3"),
     replace(_AUDIO, model_type="granite_speech"),
+    FamilyRow("deepseek_ocr2", grid="unknown", tower_to_llm="queries"),
+    FamilyRow("got_ocr2", tower_to_llm="pool"),
+    replace(_GLM, model_type="glm_ocr"),
+    FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool"),
+    FamilyRow("minicpm_ocr", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
+    FamilyRow("paddleocr_vl", grid="thw", tower_to_llm="cells", tower="packed"),
+    FamilyRow("pp_chart2table", tower_to_llm="pool"),
+    FamilyRow("qianfan_ocr", tower_to_llm="pool", cls=True, grouped=("image",)),
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}
