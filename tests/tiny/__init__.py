@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 from tiny.audio_line import AUDIO_LINE
+from tiny.code_line import CODE_LINE
 from tiny.gemma_line import GEMMA_LINE
 from tiny.glm_line import GLM_LINE
 from tiny.idefics_line import IDEFICS_LINE
@@ -65,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     **IDEFICS_LINE,
     **GEMMA_LINE,
     **OCR_LINE,
+    **CODE_LINE,
 }
 
 

@@ -17,7 +17,7 @@ def check_encoder_need(method: str, need: EncoderNeed, parts: ModelParts) -> Non
         ConfigError: the encoder has no block of that number.
         UnsupportedModelError: the encoder does not give it, or it cannot be carried; the message says why.
     """
-    reason = _no_blocks(parts) or why_not(parts)
+    reason = why_not(parts) or _no_blocks(parts)
     if reason is None:
         _check_block(method, need, parts)
         reason = _unreadable(need, parts)
