@@ -185,7 +185,8 @@ class _Mask:
         if self.text.config._attn_implementation == "eager":
             allowed = torch.where(allowed, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
         kwargs["attention_mask"] = allowed
-        if self.repack:
+        # A layer without positions gets no tables, whatever the others get.
+        if self.repack and kwargs["position_embeddings"] is not None:
             kwargs["position_embeddings"] = rotary(self.text, self.index, hidden, self._places(hidden, rows))
         return (hidden, *args[1:]), kwargs
 
@@ -282,10 +283,12 @@ class _Drop:
         mask = kwargs.get("attention_mask")
         if mask is not None:
             kwargs["attention_mask"] = mask[:, after] if mask.ndim == 2 else mask[:, :, after][..., after]
-        if self.repack:
+        if kwargs.get("position_embeddings") is None:
+            pass
+        elif self.repack:
             places = torch.arange(len(after))[None]
             kwargs["position_embeddings"] = rotary(self.text, self.index, hidden, places)
-        elif kwargs.get("position_embeddings") is not None:
+        else:
             kwargs["position_embeddings"] = tuple(t[..., after, :] for t in kwargs["position_embeddings"])
         kwargs["position_ids"] = None
         return (hidden, *args[1:]), kwargs

@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from mllm_squeeze import demo
+from mllm_squeeze.registry import unregister_method, unregister_part
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HELPERS = {"tiny_qwen"}
@@ -94,6 +95,16 @@ def test_own_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     heads = [line for line in lines if line.startswith("thin_then_rank:")]
     assert ["196 -> 49 visual tokens" in heads[0], "196 -> 20 visual tokens" in heads[1]] == [True, True]
     assert any("196 -> 118 -> 49" in line for line in lines)
+
+
+def test_own_part(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        lines = run("your_own_part", monkeypatch, capsys)
+    finally:
+        unregister_method("centred")
+        unregister_part("score", "centre")
+    assert any(line.startswith("centred: 196 -> 49 visual tokens") for line in lines)
+    assert after(lines, "kept of 8 x 8:").startswith("[") and "27" in after(lines, "kept of 8 x 8:")
 
 
 def test_video(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

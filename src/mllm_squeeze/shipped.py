@@ -6,18 +6,9 @@ from collections.abc import Mapping
 
 BUILTIN_REDUCERS: Mapping[str, str] = {
     "pipeline": "mllm_squeeze.reducers.pipeline:Pipeline",
-    "attention_rank": "mllm_squeeze.reducers.attention_rank:AttentionRank",
     "text_rank_recycle": "mllm_squeeze.reducers.text_rank_recycle:TextRankRecycle",
-    "dominant_contextual": "mllm_squeeze.reducers.dominant_contextual:DominantContextual",
-    "farthest_point": "mllm_squeeze.reducers.farthest_point:FarthestPoint",
-    "pivot_dissimilar": "mllm_squeeze.reducers.pivot_dissimilar:PivotDissimilar",
-    "bipartite_merge": "mllm_squeeze.reducers.bipartite_merge:BipartiteMerge",
-    "frame_uniqueness": "mllm_squeeze.reducers.frame_uniqueness:FrameUniqueness",
     "temporal_windows": "mllm_squeeze.reducers.temporal_windows:TemporalWindows",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
-    "random_subset": "mllm_squeeze.reducers.random_subset:RandomSubset",
-    "uniform_stride": "mllm_squeeze.reducers.uniform_stride:UniformStride",
-    "average_pool": "mllm_squeeze.reducers.average_pool:AveragePool",
 }
 
 # By kind. The entry points of other packages, and `register_part`, name a part "kind.name", like "score.attention".

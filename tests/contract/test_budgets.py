@@ -188,7 +188,7 @@ def test_a_film_alone_has_what_a_rule_for_films_is_given(amount: dict[str, Any])
 def test_a_schedule_of_fractions_beside_a_later_total() -> None:
     t = tiny.load("llava")
     inputs, forced = t.inputs["two_images"], oracle.forced_tokens(1, STEPS)
-    rule = {"reducer": "random_subset"}
+    rule = {"score": "random"}
     steps = [
         {**rule, "at": {"layers": [0, 1]}, "kept": [0.8, 0.5]},
         {**rule, "at": {"layer": 2}, "total": 9},

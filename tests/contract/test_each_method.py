@@ -111,7 +111,7 @@ FOREIGN: dict[str, dict[str, Any]] = {
         "positions": "repack",
         "params": {"early": 0.25, "ratio": 0.5, "layers": [8, 20]},
         "steps": [
-            {"reducer": "farthest_point", "at": "projector", "ratio": "${early}"},
+            {"select": "farthest_point", "at": "projector", "ratio": "${early}"},
             {"reducer": "loudest_keys", "at": {"layers": "${layers}"}, "ratio": "${ratio}"},
         ],
     },

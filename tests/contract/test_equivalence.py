@@ -88,10 +88,10 @@ def test_every_layer(family: str, ratio: float, layer: int) -> None:
     recipe = {
         "method": "uniform_at_a_layer",
         "params": {"ratio": ratio, "layer": layer},
-        "steps": [{"reducer": "uniform_stride", "at": {"layer": "${layer}"}, "ratio": "${ratio}"}],
+        "steps": [{"select": "even_sample", "at": {"layer": "${layer}"}, "ratio": "${ratio}"}],
     }
     if layer == 0:
-        recipe["steps"] = [{"reducer": "uniform_stride", "at": "projector", "ratio": "${ratio}"}]
+        recipe["steps"] = [{"select": "even_sample", "at": "projector", "ratio": "${ratio}"}]
         recipe["params"] = {"ratio": ratio}
     inputs, forced = t.inputs["image"], oracle.forced_tokens(1, STEPS)
     with squeeze.applied(t.model, recipe) as handle:

@@ -21,7 +21,7 @@ from mllm_squeeze import errors, registry
 
 def uniform_at(layer: Any) -> dict[str, Any]:
     """Return a recipe with one cut."""
-    steps = [{"reducer": "uniform_stride", "at": {"layer": layer}, "ratio": 0.5}]
+    steps = [{"select": "even_sample", "at": {"layer": layer}, "ratio": 0.5}]
     return {"method": "mine", "steps": steps}
 
 
@@ -50,7 +50,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type, type, tuple[str, .
     "ratio nan": (("fastv",), {"ratio": float("nan")}, errors.ConfigError, ValueError, ("ratio", "nan")),
     "seed": (("random",), {"seed": 2**80}, errors.ConfigError, ValueError, ("seed", "-2**63", "2**64 - 1", str(2**80))),
     "no budget": (
-        ({"method": "mine", "steps": [{"reducer": "uniform_stride", "at": "projector"}]},),
+        ({"method": "mine", "steps": [{"select": "even_sample", "at": "projector"}]},),
         {},
         errors.ConfigError,
         ValueError,
@@ -69,11 +69,11 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type, type, tuple[str, .
     "recipe without steps": (({"method": "mine"},), {}, errors.ConfigError, ValueError, ("steps",)),
     "recipe layer": ((uniform_at(17),), {}, errors.ConfigError, ValueError, ("17", "3")),
     "recipe reducer": (
-        ({"method": "mine", "steps": [{"reducer": "uniform_strid", "at": "projector"}]},),
+        ({"method": "mine", "steps": [{"reducer": "temporal_window", "at": "projector"}]},),
         {},
         errors.UnknownNameError,
         KeyError,
-        ("uniform_strid", "Did you mean 'uniform_stride'"),
+        ("temporal_window'", "Did you mean 'temporal_windows'"),
     ),
 }
 

@@ -26,7 +26,7 @@ REPACKED = matrix.cells(BEFORE, ONE_AXIS)
 def recipe(positions: str, *layers: int) -> dict[str, Any]:
     """Return uniform cuts at these layers."""
     at: Any = "projector" if layers == (0,) else {"layers": list(layers)}
-    steps = [{"reducer": "uniform_stride", "at": at, "ratio": 0.75}]
+    steps = [{"select": "even_sample", "at": at, "ratio": 0.75}]
     return {"method": "mine", "positions": positions, "steps": steps}
 
 

@@ -181,8 +181,8 @@ def test_a_budget_of_all_is_identity_for_such_a_rule_too() -> None:
         assert not seen and not handle.cuts
 
 
-@pytest.mark.parametrize("second", ["pairs", "random_subset"])
-def test_a_rule_may_leave_nothing_of_a_picture(second: str) -> None:
+@pytest.mark.parametrize("second", [{"reducer": "pairs"}, {"score": "random"}], ids=str)
+def test_a_rule_may_leave_nothing_of_a_picture(second: dict[str, str]) -> None:
     """A later step has nothing to choose from there, and touches nobody else's tokens."""
     t = tiny.load("llava_next")
     inputs, forced = t.inputs["two_images"], oracle.forced_tokens(1, 3)
@@ -191,7 +191,7 @@ def test_a_rule_may_leave_nothing_of_a_picture(second: str) -> None:
         few = min(span.length for span in handle.layout.spans)
     steps = [
         {"reducer": "above_average", "at": "projector", "none_of": few},
-        {"reducer": second, "at": {"layer": 2}, "ratio": 0.5},
+        {**second, "at": {"layer": 2}, "ratio": 0.5},
     ]
     with squeeze.applied(t.model, recipe(*steps)) as handle:
         with oracle.capture(t.model, [2]) as states:
@@ -202,7 +202,7 @@ def test_a_rule_may_leave_nothing_of_a_picture(second: str) -> None:
         assert (kept == 0) == (span.length == few)
     words = (~t.visual(inputs))[0].nonzero().flatten()
     assert bool(torch.isin(words, cuts[-1].kept[0]).all())
-    expected = oracle.masked_logits(t.model, inputs, cuts, forced, states if second == "pairs" else None)
+    expected = oracle.masked_logits(t.model, inputs, cuts, forced, states if "reducer" in second else None)
     oracle.assert_steps(squeezed, expected, inputs, cuts, "nothing left")
 
 
@@ -262,7 +262,7 @@ def test_size_counts_the_tokens_that_each_survivor_stands_for(kind: str) -> None
 def test_size_behind_an_encoder_that_merged() -> None:
     t = tiny.load("llava_next")
     steps = [
-        {"reducer": "bipartite_merge", "at": {"encoder": "all"}, "ratio": 0.4},
+        {"merge": "bipartite", "at": {"encoder": "all"}, "ratio": 0.4},
         {"reducer": "pairs", "at": {"layer": 2}, "ratio": 0.7},
     ]
     with squeeze.applied(t.model, recipe(*steps)) as handle:
@@ -357,7 +357,7 @@ def test_separators_are_no_visual_entries_while_decoding(kinds: tuple[str, ...],
     t = tiny.load("llava_onevision")
     batch, forced = t.batch(kinds, side), oracle.forced_tokens(len(kinds), 2)
     steps = [
-        {"reducer": "random_subset", "at": "projector", "ratio": 0.5, "separators": "keep"},
+        {"score": "random", "at": "projector", "ratio": 0.5, "separators": "keep"},
         {"reducer": "watch", "at": {"cache": "decode"}, "layer": 2},
     ]
     with squeeze.applied(t.model, recipe(*steps)) as handle:
@@ -417,7 +417,7 @@ def test_dycoke_on_two_frames_says_so() -> None:
 @pytest.mark.parametrize("method", ["vidcom2", "avgpool"])
 def test_a_token_of_each_frame_above_the_budget_is_said(method: str) -> None:
     t = tiny.load("llava_onevision")
-    says = "asked to leave 2 of the .* and leaves 8: each frame"
+    says = "asked to leave 2 of the .* and leaves 8: each (frame|group)"
     with matrix.applied(t.model, method, keep=2), torch.no_grad(), pytest.warns(SqueezeWarning, match=says):
         t.model(**t.inputs["video"])
 

@@ -67,8 +67,8 @@ def test_two_steps_at_one_layer_read_the_same_attention(family: str) -> None:
     t = tiny.load(family)
     inputs = t.inputs["image"]
     steps = [
-        {"reducer": "attention_rank", "at": {"layer": 2}, "ratio": 0.25, "rows": "last"},
-        {"reducer": "attention_rank", "at": {"layer": 2}, "ratio": 0.75, "rows": "text"},
+        {"score": {"attention": "last"}, "at": {"layer": 2}, "ratio": 0.25},
+        {"score": {"attention": "text"}, "at": {"layer": 2}, "ratio": 0.75},
     ]
     attention = attention_of(t, inputs, 1)[0]
     with matrix.squeeze.applied(t.model, {"method": "twice", "steps": steps}) as handle:

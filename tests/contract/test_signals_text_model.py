@@ -122,12 +122,12 @@ def probe(
     t = tiny.load(family)
     Probe.wanted = Chooser.wanted = needs
     Probe.seen.clear()
-    early = step.pop("early", [])
+    early, cache = step.pop("early", []), step.pop("cache", None)
     last = {"reducer": "probe", "at": {"layer": CUT}, "ratio": 0.5} | step
     recipe = {"method": "probing", "steps": [*early, last]}
     implementation = implementation or oracle.text_model(t.model).config._attn_implementation
     with attention(t, implementation), squeeze.applied(t.model, recipe) as handle:
-        oracle.run(t.model, inputs, oracle.forced_tokens(inputs["input_ids"].shape[0], 0))
+        oracle.run(t.model, inputs, oracle.forced_tokens(inputs["input_ids"].shape[0], 0), cache)
         return Probe.seen[-1], handle.layout, handle.cuts
 
 
@@ -335,10 +335,14 @@ OTHER_LAYERS = {
 
 
 @pytest.mark.parametrize("family", [name for name in tiny.ALL_FAMILIES if name not in OTHER_LAYERS])
-def test_what_a_layer_adds_makes_the_next_layer(family: str) -> None:
+def test_what_a_layer_adds_makes_the_next_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Input, attention and MLP sum up to the next layer's input; of words, as some models add pictures in between."""
     t = tiny.load(family)
-    number = next(n for n, layer in enumerate(oracle.text_model(t.model).layers) if hasattr(layer, "self_attn"))
+    layers = oracle.text_model(t.model).layers
+    number = next(n for n, layer in enumerate(layers) if hasattr(layer, "self_attn"))
+    # Some multiply what is added; tiny models do so by 1.
+    if hasattr(layers[number], "residual_multiplier"):
+        monkeypatch.setattr(layers[number], "residual_multiplier", 0.5)
     read = (("in", number), ("attention_out", number), ("mlp_out", number), ("in", number + 1))
     needs = tuple(States(where, of="text", block=block) for where, block in read)
     recipe = {"method": "probing", "steps": [{"reducer": "probe", "at": {"layer": number + 2}, "ratio": 0.5}]}
@@ -360,8 +364,8 @@ FOLLOWED = (
     Embedding("text"),
 )
 EARLY = [
-    {"reducer": "uniform_stride", "at": {"layer": 2}, "ratio": 0.25},
-    {"reducer": "random_subset", "at": {"layer": CUT}, "ratio": 0.5},
+    {"select": "even_sample", "at": {"layer": 2}, "ratio": 0.25},
+    {"score": "random", "at": {"layer": CUT}, "ratio": 0.5},
 ]
 
 
@@ -417,3 +421,23 @@ def test_attention_behind_a_cut(family: str, implementation: str) -> None:
             words = torch.tensor([where[int(column)] for column in words_of(layout, span.sample)])
             wanted = expected_attention(need, maps, visual, words)
             torch.testing.assert_close(tokens[need][row][tokens.mask[row]], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_projections_that_come_out_of_one_module() -> None:
+    """Values are not rotated, so that what is taken of the joint output is what attention gets."""
+    if not tiny.available("phi4_multimodal"):
+        pytest.skip("this transformers does not have the family")
+    needs = tuple(Projection("value", rope=rope, heads="each") for rope in (True, False))
+    t = tiny.load("phi4_multimodal")
+    query = Projection("query", rope=False)
+    joint: list[Tensor] = []
+    module = oracle.text_model(t.model).layers[CUT - 1].self_attn.qkv_proj
+    hook = module.register_forward_hook(lambda module, args, output: joint.append(output))
+    try:
+        tokens, layout, _ = probe("phi4_multimodal", t.inputs["image"], (*needs, query))
+    finally:
+        hook.remove()
+    torch.testing.assert_close(tokens[needs[1]], tokens[needs[0]])
+    (span,) = layout.spans
+    wanted = joint[0][0, torch.tensor(span.columns)][:, : tokens[query].shape[-1]]
+    torch.testing.assert_close(tokens[query][0], wanted)

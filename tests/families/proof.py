@@ -37,7 +37,7 @@ SERVED = tuple(name for name in tiny.FAMILIES if name not in (*REFUSED, *KEYED))
 PREFIX = ("molmo2", "paligemma", "paligemma2")
 # Prompts that transformers itself cannot repeat for beams: it raises, or deals several pieces to the wrong rows.
 BEAMS_BROKEN = {
-    *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "video_llama_3")),
+    *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "video_llama_3")),
     *((family, kind) for family in ("llama4", "fuyu") for kind in ("image", "two_images")),
     *((family, "two_audios") for family in ("qwen2_audio", "voxtral", "audioflamingo3", "granite_speech")),
     ("voxtral", "audio"),
@@ -71,7 +71,7 @@ def places() -> dict[str, str]:
 PLACES = places()
 HERE = tuple(name for name in SERVED if tiny.available(name))
 # Two towers side by side, in which the library finds no row of blocks.
-NO_BLOCKS = ("deepseek_vl",)
+NO_BLOCKS = ("deepseek_vl", "deepseek_vl_hybrid")
 # Recurrent or convolutional layers between the attention layers.
 HYBRID = tuple(name for name in HERE if oracle.recurrent(tiny.load(name).model))
 # These classes keep no cache of a conversation, and their forward takes none.
@@ -225,8 +225,9 @@ def repacks(handle: Any) -> bool:
     text = oracle.text_model(handle.model)
     if getattr(text.config, "num_kv_shared_layers", 0):
         return False
-    axes = (getattr(text.config, "rope_parameters", None) or {}).get("mrope_section")
-    return handle.recipe.positions == "repack" and hasattr(text, "rotary_emb") and axes is None
+    rope = getattr(text.config, "rope_parameters", None) or {}
+    axes = any("mrope_section" in (said or {}) for said in (rope, *rope.values()) if isinstance(said, dict))
+    return handle.recipe.positions == "repack" and hasattr(text, "rotary_emb") and not axes
 
 
 def forward(t: tiny.TinyModel, inputs: tiny.Inputs, **extra: Any) -> Tensor:

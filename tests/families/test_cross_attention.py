@@ -111,8 +111,8 @@ def test_without_a_mask(t: tiny.TinyModel, kind: str) -> None:
 
 def test_two_steps_in_turn(t: tiny.TinyModel) -> None:
     steps = [
-        {"reducer": "farthest_point", "at": "keys", "ratio": 0.3},
-        {"reducer": "uniform_stride", "at": {"layer": 0}, "ratio": 0.6},
+        {"select": "farthest_point", "at": "keys", "ratio": 0.3},
+        {"select": "even_sample", "at": {"layer": 0}, "ratio": 0.6},
     ]
     with squeeze.applied(t.model, {"method": "both", "steps": steps}) as handle:
         prefill = proof.forward(t, t.inputs["two_images"])

@@ -121,7 +121,7 @@ def test_text_alone_warns(t: tiny.TinyModel) -> None:
 
 
 DECODE = {"reducer": "decode_refresh", "at": {"cache": "decode"}, "layer": 2}
-UNIFORM = {"reducer": "uniform_stride", "ratio": 0.5}
+UNIFORM = {"select": "even_sample", "ratio": 0.5}
 # Recipes that cannot be served, the column of the page they stand for, and what the message says they do.
 UNFIT: dict[str, tuple[Any, str, str]] = {
     "tome": ("tome", "encoder", "merges tokens inside the vision encoder"),

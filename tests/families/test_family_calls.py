@@ -59,7 +59,7 @@ def test_generate_equals_masked_recomputation(family: str, positions: str) -> No
     """Greedy answers, free of what either run says, after cuts before and inside the LLM, in both numberings."""
     t = tiny.load(family)
     places = (("projector", 0.4), ({"layer": 2}, 0.7))
-    steps = [{"reducer": "uniform_stride", "at": at, "ratio": ratio} for at, ratio in places]
+    steps = [{"select": "even_sample", "at": at, "ratio": ratio} for at, ratio in places]
     inputs = {k: v.clone() for k, v in t.inputs[tiny.kinds(family)[0]].items()}
     settings = SETTINGS | {"max_new_tokens": 6}
     with squeeze.applied(t.model, {"method": "mine", "positions": positions, "steps": steps}) as handle:
@@ -169,7 +169,7 @@ def test_fewer_entries_while_decoding(family: str, covers: Any) -> None:
     text = oracle.text_model(t.model)
     layers = range(2, len(text.layers))
     layer = next(n for n in layers if n - 1 not in oracle.recurrent(t.model))
-    cut = {"reducer": "uniform_stride", "at": "projector", "ratio": 0.25}
+    cut = {"select": "even_sample", "at": "projector", "ratio": 0.25}
     choose = {"reducer": "decode_refresh", "at": {"cache": "decode"}, "layer": layer, "drop": 0.5, "threshold": 0.9}
     forced = oracle.forced_tokens(1, 3)
     with squeeze.applied(t.model, {"method": "decode", "steps": [cut, choose]}) as handle:

@@ -15,7 +15,7 @@ import snapshot
 import tiny
 from families import proof
 
-UNIFORM_STEP = {"reducer": "uniform_stride", "ratio": 0.5}
+UNIFORM_STEP = {"select": "even_sample", "ratio": 0.5}
 
 
 def uniform_at(layer: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import snapshot
 import tiny
 from families import keyed, proof
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
+from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Features, Need
 from mllm_squeeze.registry import unregister_reducer
@@ -23,13 +24,15 @@ pytestmark = pytest.mark.quick
 FAMILIES = ("blip_2", "instructblip")
 KINDS = ("image", "two_images")
 # Reducers that look at the features alone, and whether they merge.
-REDUCERS = {"farthest_point": False, "average_pool": True, "random_subset": False, "uniform_stride": False}
+REDUCERS = {"farthest_point": False, "pool": True, "random": False, "even_sample": False}
+KINDS_OF_PARTS = {"farthest_point": "select", "pool": "merge", "random": "score", "even_sample": "select"}
 # Features of an image: a CLS token and 4x4 patches.
 KEYS = 17
 
 
 def recipe(reducer: str = "farthest_point", at: Any = "keys", **options: Any) -> dict[str, Any]:
-    return {"method": "mine", "steps": [{"reducer": reducer, "at": at, **({"ratio": 0.5} | options)}]}
+    rule = {KINDS_OF_PARTS.get(reducer, "reducer"): reducer}
+    return {"method": "mine", "steps": [{**rule, "at": at, **({"ratio": 0.5} | options)}]}
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
@@ -87,7 +90,7 @@ def test_a_cut_is_what_masking_is(family: str, reducer: str, kind: str, covers: 
     images = len(t.inputs[kind]["pixel_values"])
     assert [(s.sample, s.length) for s in handle.layout.spans] == [(n, KEYS) for n in range(images)]
     assert handle.layout.keys
-    if reducer != "average_pool":
+    if reducer != "pool":
         assert [len(row) for row in handle.cuts[0].kept] == [proof.expected_count(KEYS, 0.5)] * images
 
 
@@ -189,8 +192,9 @@ def test_keys_of_the_q_former_and_its_queries_in_one_recipe() -> None:
 
 
 def test_what_reads_more_than_the_features() -> None:
+    steps = [{**step.options, "at": "keys", "ratio": 0.5} for step in load_recipe("visionzip").steps]
     with pytest.raises(UnsupportedModelError, match="reads the attention of the vision encoder and the keys"):
-        squeeze.apply(tiny.load("blip_2").model, recipe("dominant_contextual"))
+        squeeze.apply(tiny.load("blip_2").model, {"method": "mine", "steps": steps})
 
 
 class ReadsWords(Uneven):
@@ -221,6 +225,6 @@ def test_where_nothing_attends_from_outside(family: str) -> None:
 @pytest.mark.parametrize("amount", [{"total": 9}, {"ratio": [0.5, 0.9]}], ids=str)
 def test_pictures_in_front_of_a_q_former_have_no_prompt(amount: dict[str, Any]) -> None:
     t = tiny.load("blip_2")
-    method = recipe() | {"steps": [{"reducer": "farthest_point", "at": "keys", **amount}]}
+    method = recipe() | {"steps": [{"select": "farthest_point", "at": "keys", **amount}]}
     with pytest.raises(ConfigError, match="step 1: .* speaks of prompts, and what the Q-Former attends to are"):
         squeeze.apply(t.model, method)

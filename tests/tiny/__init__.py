@@ -22,6 +22,7 @@ from tiny.audio_line import AUDIO_LINE
 from tiny.code_line import CODE_LINE
 from tiny.gemma_line import GEMMA_LINE
 from tiny.glm_line import GLM_LINE
+from tiny.grid_line import GRID_LINE
 from tiny.idefics_line import IDEFICS_LINE
 from tiny.llava_line import LLAVA_LINE
 from tiny.misc_line import MISC_LINE
@@ -65,6 +66,7 @@ FAMILIES: dict[str, Family] = {
     **MISTRAL_LINE,
     **IDEFICS_LINE,
     **GEMMA_LINE,
+    **GRID_LINE,
     **OCR_LINE,
     **CODE_LINE,
 }

@@ -58,6 +58,11 @@ def _glm46v() -> Any:
     return build(hf.Glm46VForConditionalGeneration, config)
 
 
+def _glmga() -> Any:
+    config = glm_config(hf.GlmgaConfig, {"model_type": "glm4v_text"}, {"model_type": "glm4v_vision"})
+    return build(hf.Glm46VForConditionalGeneration, config)
+
+
 def _glm4v_moe() -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
     text = dict(moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, rope_parameters=rope)
@@ -73,3 +78,4 @@ def glm_family(model: Any, **more: Any) -> Family:
 
 
 GLM_LINE = {"glm4v": glm_family(_glm4v), "glm4v_moe": glm_family(_glm4v_moe), "glm46v": glm_family(_glm46v)}
+GLM_LINE["glmga"] = glm_family(_glmga, wants="GlmgaConfig")

@@ -72,6 +72,25 @@ def _deepseek_vl() -> Any:
     return build(hf.DeepseekVLForConditionalGeneration, config)
 
 
+def _deepseek_vl_hybrid() -> Any:
+    sharp = dict(model_type="sam_vision_model", hidden_size=32, output_channels=16, num_hidden_layers=2)
+    sharp |= dict(num_attention_heads=4, image_size=64, patch_size=16, window_size=2, global_attn_indexes=[1])
+    config = hf.DeepseekVLHybridConfig(
+        vision_config=siglip(35),
+        high_res_vision_config=sharp | dict(mlp_dim=64, num_pos_feats=16),
+        text_config=llama_text(),
+        image_token_id=IMAGE,
+    )
+    model = build(hf.DeepseekVLHybridForConditionalGeneration, config)
+    return model
+
+
+def _deepseek_vl_hybrid_image(n: int) -> Piece:
+    """Return an image, once small and once large; the encoder of the large one says something about each token."""
+    piece = _plain_image(n)
+    return Piece(piece.ids, {**piece.arrays, "high_res_pixel_values": noise(30 + n, 1, 3, 64, 64)})
+
+
 def cohere2_text(**changes: Any) -> dict[str, Any]:
     """Return the config of a Cohere2 text model: sliding layers with rotary positions, full layers without."""
     types = ["sliding_attention", "full_attention"] * (LAYERS // 2)
@@ -142,6 +161,7 @@ PLAIN_LINE = {
     "vipllava": Family(_vipllava, _plain_image),
     "video_llava": Family(_video_llava, _video_llava_image, _video_llava_video, tower="model.image_tower"),
     "deepseek_vl": Family(_deepseek_vl, _plain_image, tower="model.vision_model"),
+    "deepseek_vl_hybrid": Family(_deepseek_vl_hybrid, _deepseek_vl_hybrid_image, tower="model.vision_model"),
     "aya_vision": Family(_aya_vision, _aya_image),
     "cohere2_vision": Family(_cohere2_vision, _cohere2_image),
     "ovis2": Family(_ovis2, _ovis2_image),

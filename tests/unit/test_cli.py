@@ -92,7 +92,7 @@ def test_describe_prints_yaml_that_loads(name: str, tmp_path: Path) -> None:
 
 
 def test_describe_prints_the_yaml_of_a_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = {"method": "mine", "steps": [{"reducer": "random_subset", "at": "projector", "ratio": 0.25}]}
+    data = {"method": "mine", "steps": [{"score": "random", "at": "projector", "ratio": 0.25}]}
     monkeypatch.setattr(registry, "_own_methods", {"mine": data})
     assert yaml.safe_load(call("describe", "mine", "--yaml").stdout)["steps"] == data["steps"]
 
@@ -103,12 +103,12 @@ def test_describe_prints_one_thing() -> None:
 
 def test_describe_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("method: mine\nsteps: [{reducer: random_subset, at: projector, ratio: 0.25}]\n")
+    path.write_text("method: mine\nsteps: [{score: random, at: projector, ratio: 0.25}]\n")
     assert "ratio: 0.25" in call("describe", path).output
 
 
 def test_describe_shows_a_registered_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [{"reducer": "random_subset", "at": "projector", "ratio": 0.25}]
+    steps = [{"score": "random", "at": "projector", "ratio": 0.25}]
     monkeypatch.setattr(registry, "_own_methods", {"mine": {"method": "mine", "steps": steps}})
     assert "ratio: 0.25" in call("describe", "mine").output
 
@@ -260,6 +260,11 @@ def test_run_answers_and_reports(folder: Path) -> None:
     assert "196" in output and "49" in output
 
 
+def test_run_keeps_a_total(folder: Path) -> None:
+    words = ["--image", folder / "picture.png", "--method", "divprune", "--total", 50, "--device", "cpu"]
+    assert "392 -> 50 visual tokens" in ask(folder, *words).output
+
+
 def test_run_compares_with_the_untouched_model(folder: Path) -> None:
     output = ask(folder, "--method", "divprune", "--keep", 8, "--compare", "--dtype", "float32").output
     assert "against the untouched model" in output
@@ -269,6 +274,7 @@ def test_run_compares_with_the_untouched_model(folder: Path) -> None:
 WRONG: list[tuple[list[object], str]] = [
     (["--method", "fastv", "--ratio", 1.5], "ratio is the fraction removed"),
     (["--method", "fastv", "--ratio", 0.5, "--keep", 3], "exclude each other"),
+    (["--method", "fastv", "--total", 0], "total is the tokens kept of all spans of one prompt"),
     (["--method", "fastv", "--keep", "many"], "keep is the tokens kept"),
     (["--method", "fastv", "--param", "layer"], "--param takes name=value"),
     (["--method", "fastv", "--param", "layr=3"], "Did you mean 'layer'?"),

@@ -115,3 +115,33 @@ def test_cosine_and_relevance():
 def test_gaussian_kernels():
     got = ops.gaussian_kernels(torch.tensor([0.0, 0.125, 0.5, 1.125]))
     assert got.tolist() == pytest.approx([5, 4.1765, 2.7710, 1.7658], abs=1e-4)
+
+
+@pytest.mark.parametrize("over_rows", ["mean", "sum", "max", "each"])
+@pytest.mark.parametrize("heads", ["mean", "sum", "max", "each"])
+def test_joined_against_the_full_map(heads, over_rows):
+    """Heads are joined first, then rows; rows that do not count may hold anything."""
+    torch.manual_seed(3)
+    query, key = torch.randn(2, 6, 7, 8), torch.randn(2, 3, 20, 8)
+    there = torch.ones(2, 7, dtype=torch.bool)
+    there[1, 4:] = False
+    real = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    real[1, ..., :5] = False
+    band = ops.attention_band(7, 20)
+    causal = torch.arange(20)[None] <= torch.arange(13, 20)[:, None]
+    maps = full_map(query, key, causal & real, 0.35, 3.0)
+    maps[1, :, 4:] = 0
+    join = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax, "each": lambda x, axis: x}
+    expected = join[heads](maps, 1)
+    if over_rows == "mean":
+        expected = expected.sum(-2) / torch.tensor([7, 4]).view(2, *(1,) * (expected.ndim - 2))
+    else:
+        expected = join[over_rows](expected, -2)
+    query[1, :, 4:] = torch.nan
+    for block in (None, 3):
+        got = ops.attention_joined(query, key, there, real, 0.35, 3.0, heads, over_rows, block, band)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, atol=2e-6, rtol=1e-5)
+    seen = (causal & real)[:, 0] & there[..., None]
+    for block in (None, 3):
+        assert torch.equal(ops.rows_that_see(there, 20, real, band, block), seen.sum(1).float())

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference.classes.attention_rank import AttentionRank
+from reference.classes.average_pool import AveragePool
+from reference.classes.bipartite_merge import BipartiteMerge
+from reference.classes.dominant_contextual import DominantContextual
+from reference.classes.farthest_point import FarthestPoint
+from reference.classes.frame_uniqueness import FrameUniqueness
+from reference.classes.pivot_dissimilar import PivotDissimilar
+from reference.classes.random_subset import RandomSubset
+from reference.classes.uniform_stride import UniformStride
 from reference.spans import LENGTHS, batch, share, spans_with
 
 from mllm_squeeze.reducers.pipeline import Pipeline
-from mllm_squeeze.registry import reducer_class
 
 TURNS = {"in_turn": [{"select": "top_k"}, {"select": {"stride": "whole"}, "share": 0.15625}]}
 PAIRS = [
-    ("attention_rank", {}, {"score": "attention"}),
-    ("attention_rank", {"rows": "text"}, {"score": {"attention": "text"}}),
-    ("attention_rank", {"source": "next"}, {"score": {"attention": {"block": "next", "rows": "last"}}}),
-    ("random_subset", {"seed": 7}, {"score": {"random": 7}}),
-    ("uniform_stride", {"grid": True}, {"select": {"even_sample": True}}),
-    ("uniform_stride", {"grid": False}, {"select": {"even_sample": False}}),
-    ("farthest_point", {}, {"select": "farthest_point"}),
+    (AttentionRank, {}, {"score": "attention"}),
+    (AttentionRank, {"rows": "text"}, {"score": {"attention": "text"}}),
+    (AttentionRank, {"source": "next"}, {"score": {"attention": {"block": "next", "rows": "last"}}}),
+    (RandomSubset, {"seed": 7}, {"score": {"random": 7}}),
+    (UniformStride, {"grid": True}, {"select": {"even_sample": True}}),
+    (UniformStride, {"grid": False}, {"select": {"even_sample": False}}),
+    (FarthestPoint, {}, {"select": "farthest_point"}),
     (
-        "dominant_contextual",
+        DominantContextual,
         {},
         {
             "score": "encoder_attention",
@@ -28,7 +36,7 @@ PAIRS = [
         },
     ),
     (
-        "dominant_contextual",
+        DominantContextual,
         {"variant": "paper"},
         {
             "score": "encoder_attention",
@@ -37,20 +45,20 @@ PAIRS = [
         },
     ),
     (
-        "pivot_dissimilar",
+        PivotDissimilar,
         {"pivots": 2, "words": 3},
         {"score": {"norm": {"of": "keys", "order": 1}}, "select": {"pivots": {"pivots": 2, "words": 3}}},
     ),
     (
-        "pivot_dissimilar",
+        PivotDissimilar,
         {"variant": "official"},
         {"score": {"norm": {"of": "keys", "order": 1}}, "select": {"pivots": {"variant": "official"}}},
     ),
-    ("bipartite_merge", {}, {"merge": "bipartite"}),
-    ("average_pool", {}, {"merge": "pool"}),
+    (BipartiteMerge, {}, {"merge": "bipartite"}),
+    (AveragePool, {}, {"merge": "pool"}),
     *(
         (
-            "frame_uniqueness",
+            FrameUniqueness,
             {"channels": channels, "temperature": temperature},
             {
                 "segment": "frame",
@@ -69,9 +77,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "parts"), PAIRS, ids=[f"{p[0]}-{n}" for n, p in enumerate(PAIRS)])
-def test_parts_answer_bit_for_bit_like_the_class(name, options, parts):
-    reducer, pipeline = reducer_class(name)(**options), Pipeline(**parts)
+@pytest.mark.parametrize(("cls", "options", "parts"), PAIRS, ids=[f"{p[0].__name__}-{n}" for n, p in enumerate(PAIRS)])
+def test_parts_answer_bit_for_bit_like_the_class(cls, options, parts):
+    reducer, pipeline = cls(**options), Pipeline(**parts)
     for seed in range(3):
         data = spans_with(reducer.needs(), seed)
         for fraction in (0.02, 0.1, 0.34, 0.5, 0.77, 0.98, 1.0):
@@ -83,9 +91,9 @@ def test_parts_answer_bit_for_bit_like_the_class(name, options, parts):
                     assert before is None or torch.equal(before, after)
 
 
-@pytest.mark.parametrize(("name", "options", "parts"), PAIRS, ids=[f"{p[0]}-{n}" for n, p in enumerate(PAIRS)])
-def test_parts_say_the_same_of_themselves(name, options, parts):
-    reducer, pipeline = reducer_class(name)(**options), Pipeline(**parts)
+@pytest.mark.parametrize(("cls", "options", "parts"), PAIRS, ids=[f"{p[0].__name__}-{n}" for n, p in enumerate(PAIRS)])
+def test_parts_say_the_same_of_themselves(cls, options, parts):
+    reducer, pipeline = cls(**options), Pipeline(**parts)
     old, new = reducer.facts, pipeline.facts
     assert old.places <= new.places
     for fact in ("known_count", "decides", "merges", "reads_text", "modalities"):

@@ -81,10 +81,10 @@ MISTAKES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"layr": 3}),
     ({}, {"ratio": 0.5, "keep": 64}),
     ({"params": {"spare": 1}}, {}),
-    ({"step": {"row": "last"}}, {}),
+    ({"step": {"scor": "attention"}}, {}),
     ({}, {"ratio": 1.5}),
-    ({"step": {"reducer": "farthest_point", "at": {"cache": "decode"}}}, {}),
-    ({"step": {"reducer": "atention_rank"}}, {}),
+    ({"step": {"select": "farthest_point", "at": {"cache": "decode"}}}, {}),
+    ({"step": {"score": "atention"}}, {}),
     ({"params": {"ratio": None}}, {}),
     ({}, {"ratio": None}),
 ]
@@ -98,7 +98,7 @@ def test_the_messages_are_those_that_come(number: int, tmp_path: Path, monkeypat
     data["steps"][1].update(change.get("step", {}))
     if "at" in change.get("step", {}):
         del data["params"]["layer"]
-        del data["steps"][1]["rows"]
+        del data["steps"][1]["score"]
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text(yaml.safe_dump(data))
     with pytest.raises(SqueezeError) as caught:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from reference import rules
 from reference.build import chosen, visual_tokens
+from reference.methods import attention_rank, dominant_contextual
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.attention_rank import AttentionRank
-from mllm_squeeze.reducers.dominant_contextual import DominantContextual
 from mllm_squeeze.reducers.needs import Attention, EncoderAttention, EncoderProjection, Features
 from mllm_squeeze.reducers.text_rank_recycle import TextRankRecycle
 
@@ -18,7 +17,8 @@ INF = float("inf")
 
 def with_scores(*rows, budgets):
     scores = [torch.tensor(row) for row in rows]
-    return visual_tokens([s[:, None] for s in scores], budgets, signals={Attention(): scores})
+    needs = (Attention(), Attention("next"), Attention(rows="chosen"))
+    return visual_tokens([s[:, None] for s in scores], budgets, signals=dict.fromkeys(needs, scores))
 
 
 def merged(tokens, reduction):
@@ -34,24 +34,24 @@ def assignment(reduction, row, n):
 
 def test_fastv_worked_example():
     tokens = with_scores([0.05, 0.20, 0.02, 0.10, 0.02, 0.06], [0.2, 0.2, 0.1, 0.2], budgets=[3, 2])
-    reduction = AttentionRank().reduce(tokens)
+    reduction = attention_rank().reduce(tokens)
     assert [chosen(reduction.keep, i) for i in range(2)] == [[1, 3, 5], [0, 1]]
     assert reduction.assign is None
 
 
 def test_pyramiddrop_worked_example():
     first = with_scores([0.1, 0.4, 0.05, 0.2, 0.3, 0.02, 0.25, 0.01], budgets=[4])
-    kept = chosen(AttentionRank(source="next").reduce(first).keep)
+    kept = chosen(attention_rank(block="next").reduce(first).keep)
     assert kept == [1, 3, 4, 6]
     second = with_scores([0.2, 0.5, 0.1, 0.4], budgets=[2])
-    assert [kept[i] for i in chosen(AttentionRank(source="next").reduce(second).keep)] == [3, 6]
+    assert [kept[i] for i in chosen(attention_rank(block="next").reduce(second).keep)] == [3, 6]
 
 
 def test_attention_rank_asks_for_its_rows():
-    (need,) = AttentionRank(rows="text", source="next").needs()
-    assert (need.name, need.rows, need.source) == ("attention", "text", "next")
+    (need,) = attention_rank(rows="text", block="next").needs()
+    assert need == Attention("next", rows="text")
     with pytest.raises(ValueError, match="rows"):
-        AttentionRank(rows="chosen")
+        attention_rank(rows="chosen")
 
 
 def test_raters_worked_example():
@@ -111,7 +111,7 @@ def test_sparsevlm_against_the_literal_rule(seed):
 def test_sparsevlm_without_recycling_is_a_ranking():
     tokens = with_scores(torch.rand(50).tolist(), torch.rand(20).tolist(), budgets=[20, 20])
     plain = TextRankRecycle(recycle=False).reduce(tokens)
-    assert torch.equal(plain.keep, AttentionRank().reduce(tokens).keep)
+    assert torch.equal(plain.keep, attention_rank().reduce(tokens).keep)
     assert plain.assign is None
 
 
@@ -121,8 +121,8 @@ def visionzip_tokens(dtype=torch.float32):
         [torch.tensor([[9.0], [1], [2], [3], [4], [5], [6], [7]]).to(dtype)],
         [4],
         signals={
-            "saliency": [torch.tensor([0.40, 0.10, 0.05, 0.02, 0.03, 0.30, 0.06, 0.04])],
-            "encoder_keys": [keys.to(dtype)],
+            EncoderAttention(): [torch.tensor([0.40, 0.10, 0.05, 0.02, 0.03, 0.30, 0.06, 0.04])],
+            EncoderProjection(): [keys.to(dtype)],
         },
     )
 
@@ -131,7 +131,7 @@ def visionzip_tokens(dtype=torch.float32):
 def test_visionzip_worked_example(variant, values):
     # The spec counts the CLS token: D=3 are two patches and CLS, so two of four tokens here are contextual.
     tokens = visionzip_tokens()
-    reduction = DominantContextual(contextual=0.5, variant=variant).reduce(tokens)
+    reduction = dominant_contextual(contextual=0.5, variant=variant).reduce(tokens)
     assert assignment(reduction, 0, 8) == {0: 0, 5: 5, 1: 1, 2: 1, 6: 1, 4: 4, 3: 4, 7: 4}
     (out,) = merged(tokens, reduction)
     assert out[0] + out[5] == [9.0, 5.0]
@@ -140,7 +140,8 @@ def test_visionzip_worked_example(variant, values):
 
 def test_visionzip_splits_as_the_paper_does():
     for budget, contextual in [(192, 30), (128, 20), (64, 10), (32, 5), (1, 0), (4, 1)]:
-        assert ops.floor_exact(budget * DominantContextual().contextual + 0.5) == contextual
+        assert ops.share_of_count(budget, 0.15625) == contextual
+        assert ops.share_of(torch.tensor([budget]), 0.15625).tolist() == [contextual]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -153,7 +154,7 @@ def test_visionzip_against_the_literal_rule(seed):
     saliency[2][::3] = -INF
     saliency[5][1:] = -INF
     tokens = visual_tokens(features, budgets, signals={EncoderAttention(): saliency, EncoderProjection(): keys})
-    reduction = DominantContextual().reduce(tokens)
+    reduction = dominant_contextual().reduce(tokens)
     for i, n in enumerate(lengths):
         expected = rules.visionzip(saliency[i].tolist(), keys[i].double().tolist(), budgets[i])
         assert assignment(reduction, i, n) == expected
@@ -171,6 +172,6 @@ def test_visionzip_against_the_literal_rule(seed):
 def test_visionzip_drops_separators_and_never_merges_them():
     tokens = visionzip_tokens()
     tokens[EncoderAttention()][0, [2, 7]] = -INF
-    reduction = DominantContextual(contextual=0.5).reduce(tokens)
+    reduction = dominant_contextual(contextual=0.5).reduce(tokens)
     assert not {2, 7} & set(assignment(reduction, 0, 8))
     assert reduction.keep.sum() == 4

@@ -6,12 +6,10 @@ import pytest
 import torch
 from reference import rules
 from reference.build import chosen, visual_tokens
+from reference.methods import average_pool, random_subset, uniform_stride
 
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.average_pool import AveragePool
-from mllm_squeeze.reducers.random_subset import RandomSubset
-from mllm_squeeze.reducers.uniform_stride import UniformStride
 
 
 def ramp(n):
@@ -26,45 +24,45 @@ def pooled(tokens, reduction, row=0):
 def test_random_is_the_same_for_a_seed_and_a_length():
     lengths, budgets = [20, 9, 20, 20], [5, 4, 5, 7]
     tokens = visual_tokens([torch.randn(n, 2) for n in lengths], budgets)
-    keep = RandomSubset(seed=3).reduce(tokens).keep
+    keep = random_subset(seed=3).reduce(tokens).keep
     assert keep.sum(1).tolist() == budgets
     assert torch.equal(keep[0], keep[2])
     assert set(chosen(keep, 0)) < set(chosen(keep, 3))
     torch.rand(5)  # the global generator plays no part
-    assert torch.equal(keep, RandomSubset(seed=3).reduce(tokens).keep)
-    assert not torch.equal(keep, RandomSubset(seed=4).reduce(tokens).keep)
+    assert torch.equal(keep, random_subset(seed=3).reduce(tokens).keep)
+    assert not torch.equal(keep, random_subset(seed=4).reduce(tokens).keep)
 
 
 def test_random_is_uniform():
     tokens = visual_tokens([torch.randn(10, 2)], [3])
-    hits = sum(RandomSubset(seed=s).reduce(tokens).keep[0].float() for s in range(2000)) / 2000
+    hits = sum(random_subset(seed=s).reduce(tokens).keep[0].float() for s in range(2000)) / 2000
     assert (hits - 0.3).abs().max() < 0.05
 
 
 def test_uniform_worked_example():
     tokens = visual_tokens([ramp(10), ramp(3)], [4, 2])
-    assert [chosen(UniformStride().reduce(tokens).keep, i) for i in range(2)] == [[0, 2, 5, 7], [0, 1]]
+    assert [chosen(uniform_stride().reduce(tokens).keep, i) for i in range(2)] == [[0, 2, 5, 7], [0, 1]]
 
 
 def test_uniform_samples_rows_and_columns_of_a_whole_rectangle():
     tokens = visual_tokens([ramp(16), ramp(16), ramp(20)], [4, 4, 4], tiles=[(Tile(1, 4, 4),), (), (Tile(1, 4, 4, 1),)])
-    keep = UniformStride().reduce(tokens).keep
+    keep = uniform_stride().reduce(tokens).keep
     assert chosen(keep) == [5, 7, 13, 15]
     assert chosen(keep, 1) == [0, 4, 8, 12]
     assert chosen(keep, 2) == [0, 5, 10, 15]
-    assert chosen(UniformStride(grid=False).reduce(tokens).keep) == [0, 4, 8, 12]
+    assert chosen(uniform_stride(grid=False).reduce(tokens).keep) == [0, 4, 8, 12]
 
 
 def test_uniform_fills_the_budget_and_spreads_over_frames():
     tokens = visual_tokens([ramp(24), ramp(24)], [10, 23], tiles=[(Tile(2, 3, 4),), (Tile(4, 2, 3),)])
-    keep = UniformStride().reduce(tokens).keep
+    keep = uniform_stride().reduce(tokens).keep
     assert keep.sum(1).tolist() == [10, 23]
     assert keep[0, :12].sum() == keep[0, 12:].sum() == 5
 
 
 def test_avgpool_worked_example():
     tokens = visual_tokens([ramp(16)], [4], tiles=[(Tile(1, 4, 4),)])
-    reduction = AveragePool().reduce(tokens)
+    reduction = average_pool().reduce(tokens)
     assert chosen(reduction.keep) == [0, 2, 8, 10]
     assert pooled(tokens, reduction) == [2.5, 4.5, 10.5, 12.5]
 
@@ -72,7 +70,7 @@ def test_avgpool_worked_example():
 def test_avgpool_is_nested():
     def pool(x, side, to):
         tokens = visual_tokens([x], [to * to], tiles=[(Tile(1, side, side),)])
-        return torch.tensor(pooled(tokens, AveragePool().reduce(tokens)))[:, None]
+        return torch.tensor(pooled(tokens, average_pool().reduce(tokens)))[:, None]
 
     x = torch.randn(24 * 24, 1)
     torch.testing.assert_close(pool(pool(x, 24, 12), 12, 6), pool(x, 24, 6))
@@ -94,7 +92,7 @@ def test_avgpool_against_the_literal_windows(seed):
     budgets = [11, 20, 13, 1, 20, 20]
     features = [torch.randn(sum(t.length for t in row), 3) for row in tiles]
     tokens = visual_tokens(features, budgets, tiles=tiles)
-    reduction = AveragePool().reduce(tokens)
+    reduction = average_pool().reduce(tokens)
     out = ops.merge_tokens(tokens.features, reduction.assign, ops.mean_weights(reduction.assign))
     for i, row in enumerate(tiles):
         cells, begin, expected = sum(t.cells for t in row), 0, {}
@@ -109,7 +107,7 @@ def test_avgpool_against_the_literal_windows(seed):
                     expected[members[0]] = rules.mean(features[i][members].tolist())
             begin += tile.length
         assert chosen(reduction.keep, i) == sorted(expected)
-        assert len(expected) == AveragePool().count(begin, budgets[i], row)
+        assert len(expected) == average_pool().count(begin, budgets[i], row)
         for survivor, value in expected.items():
             assert out[i, survivor].tolist() == pytest.approx(value, abs=1e-6)
 
@@ -117,16 +115,16 @@ def test_avgpool_against_the_literal_windows(seed):
 def test_avgpool_drops_separators_and_meets_the_budget_from_below():
     tile = (Tile(1, 24, 24, 1),)
     for budget in range(1, 601, 7):
-        count = AveragePool().count(600, budget, tile)
+        count = average_pool().count(600, budget, tile)
         assert 1 <= count <= budget
         assert count >= min(0.75 * budget, budget - 3)
-    assert AveragePool().count(600, 600, tile) == 600
-    assert AveragePool().count(48, 2, (Tile(12, 2, 2),)) == 12  # a token for each frame
+    assert average_pool().count(600, 600, tile) == 600
+    assert average_pool().count(48, 2, (Tile(12, 2, 2),)) == 12  # a token for each frame
 
 
 def test_avgpool_pools_runs_where_the_grid_is_not_whole():
     tokens = visual_tokens([ramp(10), ramp(7)], [4, 3], tiles=[(), (Tile(1, 4, 4),)])
-    reduction = AveragePool().reduce(tokens)
+    reduction = average_pool().reduce(tokens)
     assert pooled(tokens, reduction) == [1.0, 3.5, 6.0, 8.5]
     assert reduction.keep.sum(1).tolist() == [4, 3]
-    assert AveragePool().count(7, 3, (Tile(1, 4, 4),)) == 3
+    assert average_pool().count(7, 3, (Tile(1, 4, 4),)) == 3

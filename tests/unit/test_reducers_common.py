@@ -20,10 +20,6 @@ from mllm_squeeze.registry import BUILTIN_REDUCERS, configs_dir, reducer_class
 # Numbers that are worth a try beside the defaults; a reducer needs no line here.
 OTHER_NUMBERS = {
     "text_rank_recycle": {"share": 0.6, "per_cluster": 3},
-    "dominant_contextual": {"variant": "paper", "contextual": 0.4},
-    "pivot_dissimilar": {"variant": "official", "pivots": 2, "words": 3},
-    "frame_uniqueness": {"channels": 1.0, "temperature": 1.0},
-    "random_subset": {"seed": 9},
 }
 # The engine leaves them out before a rule is asked.
 OUTSIDE = {"separators"}

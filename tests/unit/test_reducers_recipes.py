@@ -7,7 +7,7 @@ import pytest
 from mllm_squeeze import registry
 from mllm_squeeze.amount import Amount
 from mllm_squeeze.ops import kept_count
-from mllm_squeeze.recipe.build import build_reducer
+from mllm_squeeze.recipe.build import PIPELINE, build_reducer
 from mllm_squeeze.recipe.recipe import describe, load_recipe
 
 # method: (tokens of 576 kept by default, where, positions, reads the text, known count)
@@ -48,15 +48,25 @@ def test_recipe(name):
 def test_every_parameter_of_a_recipe_is_used(name):
     raw = load_recipe(name).raw
     text = str(raw["steps"])
-    assert all(f"${{{param}}}" in text for param in raw["params"])
+    used = {param for param in raw["params"] if f"${{{param}}}" in text}
+    assert used | ({"variant"} if "variants" in raw else set()) == set(raw["params"])
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_every_reducer_documents_its_paper_and_its_differences(name):
+def test_every_variant_loads_and_is_another(name):
+    for word in load_recipe(name).variants:
+        recipe = load_recipe(name, variant=word)
+        assert recipe.params["variant"] == word
+        others = [load_recipe(name, variant=other) for other in recipe.variants if other != word]
+        assert all([s.options for s in recipe.steps] != [s.options for s in other.steps] for other in others)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_method_documents_its_paper_and_its_differences(name):
     recipe = load_recipe(name)
+    text = (registry.configs_dir() / f"{name}.yaml").read_text()
     for step in recipe.steps:
-        doc = type(build_reducer(step)).__doc__
-        assert "(S" in doc or "(B" in doc or "features" in doc or "attention" in doc
+        doc = (type(build_reducer(step)).__doc__ or "") if step.reducer != PIPELINE else text
         if recipe.paper is not None:
             assert recipe.paper.arxiv in doc
             assert "Differs from the authors' code" in doc

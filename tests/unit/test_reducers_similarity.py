@@ -6,17 +6,15 @@ import pytest
 import torch
 from reference import rules
 from reference.build import chosen, circle, visual_tokens
+from reference.methods import bipartite_merge, farthest_point, pivot_dissimilar
 
 from mllm_squeeze import ops
-from mllm_squeeze.reducers.bipartite_merge import BipartiteMerge
-from mllm_squeeze.reducers.farthest_point import FarthestPoint
 from mllm_squeeze.reducers.needs import Features, Normed, Projection, Size
-from mllm_squeeze.reducers.pivot_dissimilar import PivotDissimilar
 
 
 def test_divprune_worked_example():
     tokens = visual_tokens([circle(0, 10, 90, 95, 200), circle(3, 77)], [3, 1])
-    keep = FarthestPoint().reduce(tokens).keep
+    keep = farthest_point().reduce(tokens).keep
     assert chosen(keep) == [1, 3, 4]
     assert chosen(keep, 1) == [0]
 
@@ -26,7 +24,7 @@ def test_divprune_against_the_literal_rule(seed):
     torch.manual_seed(seed)
     lengths, budgets = [33, 8, 21, 1], [9, 8, 1, 1]
     features = [torch.randn(n, 4) for n in lengths]
-    keep = FarthestPoint().reduce(visual_tokens(features, budgets)).keep
+    keep = farthest_point().reduce(visual_tokens(features, budgets)).keep
     for i, x in enumerate(features):
         assert chosen(keep, i) == sorted(rules.divprune(x.double().tolist(), budgets[i]))
 
@@ -50,10 +48,10 @@ def test_dart_worked_example():
         [torch.ones(1)],
         [4],
     )
-    reducer = PivotDissimilar(pivots=1, words=1, variant="official")
+    reducer = pivot_dissimilar(pivots=1, words=1, variant="official")
     assert chosen(reducer.reduce(tokens).keep) == [0, 3, 5, 6, 7]
     assert reducer.count(8, 4, ()) == 5
-    exact = PivotDissimilar(pivots=1, words=1).reduce(tokens).keep
+    exact = pivot_dissimilar(pivots=1, words=1).reduce(tokens).keep
     assert chosen(exact) == [3, 5, 6, 7] or chosen(exact) == [0, 3, 6, 7]  # 0 and 120 degrees are both 60 away
     assert exact.sum() == 4
 
@@ -67,7 +65,7 @@ def test_dart_against_the_literal_rule(seed, variant):
     norms = [torch.randint(1, 9, (n,)).float() for n in lengths]
     words = [torch.randn(n, 5) for n in spoken]
     word_norms = [torch.randint(1, 4, (n,)).float() for n in spoken]
-    reducer = PivotDissimilar(variant=variant)
+    reducer = pivot_dissimilar(variant=variant)
     keep = reducer.reduce(dart_tokens(features, norms, words, word_norms, budgets)).keep
     for i, n in enumerate(lengths):
         total = budgets[i] if variant == "paper" else 4 + budgets[i] // 8 * 8
@@ -86,7 +84,7 @@ def test_dart_against_the_literal_rule(seed, variant):
 
 
 def test_dart_official_counts():
-    official = PivotDissimilar(variant="official")
+    official = pivot_dissimilar(variant="official")
     kept = [official.count(576, ops.kept_count(576, r), ()) for r in (0.667, 0.778, 0.889)]
     assert official.count(576, 128, ()) == 132
     # The code shares the fraction 127.87 and keeps 124; a budget here is a whole number before it is shared.
@@ -101,9 +99,9 @@ def test_dart_without_any_text():
         [torch.zeros(0), torch.ones(2)],
         [7, 7],
     )
-    assert PivotDissimilar().reduce(tokens).keep.sum(1).tolist() == [7, 7]
+    assert pivot_dissimilar().reduce(tokens).keep.sum(1).tolist() == [7, 7]
     empty = dart_tokens([torch.randn(9, 3)], [torch.rand(9)], [torch.zeros(0, 3)], [torch.zeros(0)], [7])
-    assert PivotDissimilar().reduce(empty).keep.sum().item() == 7
+    assert pivot_dissimilar().reduce(empty).keep.sum().item() == 7
 
 
 def test_tome_worked_example():
@@ -111,7 +109,7 @@ def test_tome_worked_example():
     tokens = visual_tokens(
         [x], [4], signals={Projection(heads="mean"): [circle(0, 8, 60, 50, 120, 100)], Size(): [torch.ones(6)]}
     )
-    reduction = BipartiteMerge().reduce(tokens)
+    reduction = bipartite_merge().reduce(tokens)
     assert chosen(reduction.keep) == [1, 3, 4, 5]
     out = ops.merge_tokens(tokens.features, reduction.assign, reduction.weights)
     assert out[0, [4, 1, 3, 5], 0].tolist() == [5, 1.5, 3.5, 6]
@@ -127,7 +125,7 @@ def test_tome_against_the_literal_rule(seed, lead):
     tokens = visual_tokens(
         features, budgets, signals={Projection(heads="mean"): keys, Size(): sizes}, special_tokens=lead
     )
-    reducer = BipartiteMerge()
+    reducer = bipartite_merge()
     reduction = reducer.reduce(tokens)
     out = ops.merge_tokens(tokens.features, reduction.assign, reduction.weights)
     for i, n in enumerate(lengths):
@@ -142,7 +140,7 @@ def test_tome_against_the_literal_rule(seed, lead):
 
 
 def test_tome_removes_the_llava_ports_numbers():
-    reducer, current = BipartiteMerge(), 576
+    reducer, current = bipartite_merge(), 576
     for r in ops.spread(16 * 23, 23):
         current = reducer.count(current, current - r, ())
     assert current == 208

@@ -6,13 +6,14 @@ import pytest
 import torch
 from reference import rules
 from reference.build import chosen, circle, visual_tokens
+from reference.methods import frame_uniqueness
 
+from mllm_squeeze import ops
 from mllm_squeeze.errors import ConfigError, UnsupportedInputError
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.build import build_reducer
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.decode_refresh import DecodeRefresh
-from mllm_squeeze.reducers.frame_uniqueness import FrameUniqueness, frame_budgets
 from mllm_squeeze.reducers.temporal_windows import TemporalWindows
 
 
@@ -25,14 +26,13 @@ def frames_of(x, frames):
 
 
 def test_vidcom2_scales_worked_example():
-    frame = torch.tensor([[0] * 20 + [1] * 20])
-    v = torch.where(frame == 0, 4.00, 4.02)
-    assert frame_budgets(v, frame, torch.tensor([10]), 2, 0.01).tolist() == [[7, 3]]
+    unique, size = torch.tensor([[-4.00, -4.02]]), torch.tensor([[20.0, 20.0]])
+    assert ops.untypical_share(unique, size, torch.tensor([10]), 0.01).tolist() == [[7, 3]]
 
 
 def test_vidcom2_worked_example():
     tokens = visual_tokens([circle(0, 0, 0, 90)], [2], tiles=[(Tile(2, 1, 2),)])
-    keep = FrameUniqueness(channels=1.0).reduce(tokens).keep
+    keep = frame_uniqueness(channels=1.0).reduce(tokens).keep
     assert chosen(keep) == [0, 2, 3]
 
 
@@ -43,7 +43,7 @@ def test_vidcom2_against_the_literal_rule(seed, channels):
     shapes, kept = [(4, 2, 3), (1, 3, 3), (7, 1, 5), (3, 2, 2)], [6, 4, 9, 12]
     tiles = [(Tile(*shape),) for shape in shapes]
     features = [torch.randn(t * h * w, 7) + 1.5 * torch.randn(7) for t, h, w in shapes]
-    keep = FrameUniqueness(channels=channels, temperature=0.3).reduce(visual_tokens(features, kept, tiles=tiles)).keep
+    keep = frame_uniqueness(channels=channels, temperature=0.3).reduce(visual_tokens(features, kept, tiles=tiles)).keep
     for i, (t, h, w) in enumerate(shapes):
         if kept[i] == t * h * w:
             expected = [list(range(h * w))] * t
@@ -54,8 +54,8 @@ def test_vidcom2_against_the_literal_rule(seed, channels):
 
 def test_vidcom2_counts_an_unknown_grid_as_one_frame():
     x = torch.randn(10, 6)
-    unknown = FrameUniqueness().reduce(visual_tokens([x], [4])).keep
-    single = FrameUniqueness().reduce(visual_tokens([x], [4], tiles=[(Tile(1, 2, 5),)])).keep
+    unknown = frame_uniqueness().reduce(visual_tokens([x], [4])).keep
+    single = frame_uniqueness().reduce(visual_tokens([x], [4], tiles=[(Tile(1, 2, 5),)])).keep
     assert torch.equal(unknown, single)
     assert unknown.sum() == 4
 

@@ -67,8 +67,10 @@ def test_every_reducer_that_ships_resolves(name: str) -> None:
 
 
 def test_an_unknown_reducer_gets_a_suggestion() -> None:
-    with pytest.raises(UnknownNameError, match=r"Unknown reducer 'atention_rank'.*Did you mean 'attention_rank'\?"):
-        registry.reducer_class("atention_rank")
+    with pytest.raises(
+        UnknownNameError, match=r"Unknown reducer 'text_rank_recicle'.*Did you mean 'text_rank_recycle'\?"
+    ):
+        registry.reducer_class("text_rank_recicle")
 
 
 def test_an_unknown_method_gets_a_suggestion() -> None:
@@ -93,8 +95,8 @@ def test_reducers_of_this_process() -> None:
 
 
 def test_names_that_ship_are_taken() -> None:
-    with pytest.raises(ConfigError, match="'attention_rank' is taken"):
-        registry.register_reducer("attention_rank", Mine)
+    with pytest.raises(ConfigError, match="'text_rank_recycle' is taken"):
+        registry.register_reducer("text_rank_recycle", Mine)
 
 
 @pytest.mark.parametrize("cls", [5, dict, Mine()])
@@ -144,9 +146,9 @@ def test_a_name_that_two_packages_use_is_refused_when_it_is_used(installed: list
 
 
 def test_a_package_cannot_shadow_what_ships(installed: list[EntryPoint]) -> None:
-    installed.append(point("attention_rank", "Mine", registry.REDUCERS_GROUP))
-    with pytest.raises(ConfigError, match="'attention_rank' is taken twice, by mllm_squeeze and"):
-        registry.reducer_class("attention_rank")
+    installed.append(point("text_rank_recycle", "Mine", registry.REDUCERS_GROUP))
+    with pytest.raises(ConfigError, match="'text_rank_recycle' is taken twice, by mllm_squeeze and"):
+        registry.reducer_class("text_rank_recycle")
 
 
 def test_one_package_found_twice_is_one(installed: list[EntryPoint]) -> None:

@@ -44,7 +44,9 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
                 _check_shared(recipe, cut, parts)
                 check_needs(recipe.method, cut, parts)
             cuts += planned
-    return Plan(tuple(cuts), recipe.positions == "repack", encoder, blocks, decode)
+    plan = Plan(tuple(cuts), recipe.positions == "repack", encoder, blocks, decode)
+    _check_whole_tower(recipe, plan)
+    return plan
 
 
 def why_not(recipe: Recipe, parts: ModelParts) -> str | None:
@@ -68,6 +70,17 @@ def _encoder_blocks(recipe: Recipe, at: At, parts: ModelParts) -> tuple[int, ...
             f"block 1 to {last}, the feature layer. Give one of those, or 'all'."
         )
     return (at.encoder,)
+
+
+def _check_whole_tower(recipe: Recipe, plan: Plan) -> None:
+    """Check that no step reads signals of a tower that another step shortens: they would be of other patches."""
+    if plan.encoder is not None and plan.encoder_needs:
+        read = ", ".join(sorted(str(need) for need in plan.encoder_needs))
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reduces tokens inside the vision encoder and reads {read} there for a later step, "
+            "which then speaks of other patches. Let one step do both, or read states: score: norm.",
+            avoid=[],
+        )
 
 
 def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -> None:

@@ -23,14 +23,14 @@ PIPELINE = "pipeline"
 
 def build_reducer(step: Step) -> Reducer:
     """Return the reducer of a step, with its options; raises ConfigError or UnknownNameError that names the step."""
-    where = step.where or f"reducer '{step.reducer}'"
+    where = step.where or f"'{step.rule}'"
     try:
         cls = registry.reducer_class(step.reducer)
     except UnknownNameError as error:
         raise UnknownNameError(f"{where}: {error}") from None
     _check_place(step, cls.places, issubclass(cls, DecodeReducer), where)
     for name in step.amount.given if issubclass(cls, DecodeReducer) else ():
-        raise ConfigError(f"{where}: {name} has no effect on '{step.reducer}', whose own parameters say how much.")
+        raise ConfigError(f"{where}: {name} has no effect on '{step.rule}', whose own parameters say how much.")
     try:
         reducer = cls(**step.options)
     except ValidationError as error:
@@ -46,14 +46,14 @@ def _check_amount(step: Step, reducer: Reducer, where: str) -> None:
     if not amount.given and not reducer.facts.decides and not isinstance(reducer, DecodeReducer):
         # Its reducer would never be called.
         raise ConfigError(
-            f"{where}: '{step.reducer}' has no budget. Give ratio (the fraction removed), keep (tokens or fraction "
+            f"{where}: '{step.rule}' has no budget. Give ratio (the fraction removed), keep (tokens or fraction "
             "kept), total (tokens of one prompt) or, at several layers, kept; to let the user choose, add it to params "
             "and write ratio: ${ratio}."
         )
     if amount.fraction is not None and amount.fraction < reducer.least - 1e-9:
         raise ConfigError(
-            f"{where}: {amount} asks '{step.reducer}' for less than it can leave: {reducer.facts.why_more}. ratio must "
-            f"be at most {1 - reducer.least:g} (keep at least {reducer.least:g})."
+            f"{where}: {amount} asks '{step.rule}' for less than it can leave: {reducer.facts.why_more}. ratio "
+            f"must be at most {1 - reducer.least:g} (keep at least {reducer.least:g})."
         )
     if step.at.encoder is not None and (amount.by_row or amount.total is not None):
         raise ConfigError(
@@ -69,9 +69,8 @@ def _check_place(step: Step, places: frozenset[Place], decodes: bool, where: str
         allowed.add("layer")
     if step.at.place not in allowed:
         raise ConfigError(
-            f"{where}: the reducer '{step.reducer}' cannot act at {step.at}. "
-            f"Its places are: {', '.join(sorted(places))}."
+            f"{where}: '{step.rule}' cannot act at {step.at}. Its places are: {', '.join(sorted(places))}."
         )
     if step.at.cache is not None and (step.at.cache == "decode") != decodes:
         when = "while decoding: write {cache: decode}" if decodes else "at the end of the prefill"
-        raise ConfigError(f"{where}: the reducer '{step.reducer}' cannot act at {step.at}; it acts {when}.")
+        raise ConfigError(f"{where}: '{step.rule}' cannot act at {step.at}; it acts {when}.")

@@ -107,6 +107,15 @@ class Step(Strict):
             raise ValueError(f"kept has {len(kept)} fractions for {len(layers)} layers; give one for each")
         return self
 
+    @property
+    def rule(self) -> str:
+        """What chooses, in a few words: the name of the reducer, or those of the parts, like "attention + top_k"."""
+        if self.reducer != PIPELINE:
+            return self.reducer
+        given = (self.options.get(kind) for kind in ("segment", "score", "budget", "select", "merge", "parts"))
+        words = [part if isinstance(part, str) else " | ".join(map(str, part)) for part in given if part]
+        return " + ".join(words) or self.reducer
+
     @cached_property
     def built(self) -> Reducer:
         """The reducer; raises ConfigError or UnknownNameError that names the step."""

@@ -166,11 +166,13 @@ class EncoderNeed(Need):
 class EncoderAttention(EncoderNeed):
     """Attention that patches receive in a block of the vision encoder, float32 (S, N); separators have -inf.
 
-    block: "feature" is the layer whose output the projector gets; a number counts from the first block, a negative one
-        from the last.
+    block: "feature" is the layer whose output the projector gets; without a CLS token it is the last one that sees the
+        whole picture where others see windows, else the second to last. A number counts from the first block, a
+        negative one from the last.
     rows: "cls" the row of the CLS token, "all" the sum over all rows that see the key, "cls_or_all" the first where the
-        encoder has a CLS token, else the second, "probe" the pooling head's query where the tower has such a head.
-    heads: how heads are joined; "each" leaves an axis: (S, H, N).
+        encoder has a CLS token, else the second, "probe" the pooling head's query, on the states that the block gives,
+        where the tower has such a head.
+    heads: how heads are joined, behind the sum over rows; "each" leaves an axis: (S, H, N).
     """
 
     phrase: ClassVar[str] = "the attention of the vision encoder"
@@ -202,7 +204,7 @@ class EncoderProjection(EncoderNeed):
 class EncoderStates(EncoderNeed):
     """Output states of a block of the vision encoder, (S, N, D); separators 0.
 
-    block: as in `EncoderAttention`.
+    block: as in `EncoderAttention`, but "feature" is always the layer whose output the projector gets.
     cls: the state of the CLS token instead, the same for each token of its tile.
     """
 

@@ -100,7 +100,7 @@ def _stages(recipe: Recipe, prefill: FinishedPrefill) -> tuple[StageRecord, ...]
         StageRecord(
             layer=trace.layer,
             place="encoder" if trace.cut is prefill.encoder else place,
-            reducer=recipe.steps[trace.cut.step].reducer,
+            reducer=recipe.steps[trace.cut.step].rule,
             before=trace.before,
             after=trace.after,
             sequence_before=trace.sequence_before,

@@ -83,19 +83,18 @@ def strange_parts(layer: nn.Module) -> list[str]:
 
 def projected_of(attention: nn.Module, what: What) -> Projected | str:
     """Return where an attention module gives queries, keys or values, or the reason why that is not known."""
+    fused, module = (first_of(attention, (name,)) for name in (_FUSED, _PROJECTIONS[what]))
+    if fused is None and module is None:
+        there = ", ".join(name for name, _ in attention.named_children())
+        return f"it has no '{_PROJECTIONS[what]}' (it has {there})"
     config: Any = getattr(attention, "config", None)
     head = getattr(attention, "head_dim", None)
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
     if not isinstance(head, int) or not isinstance(heads, int) or not isinstance(groups, int):
         return "it does not say how many heads of which size it has"
-    fused = first_of(attention, (_FUSED,))
     if fused is not None:
         return _of_fused(fused, what, heads * head, groups * head, head)
-    module = first_of(attention, (_PROJECTIONS[what],))
-    if module is None:
-        there = ", ".join(name for name, _ in attention.named_children())
-        return f"it has no '{_PROJECTIONS[what]}' (it has {there})"
     size = int(getattr(module, "out_features", 0))
     known = (heads if what == "query" else groups) * head
     # Keys may have another number of heads than the config's first word says; queries may come with gates beside them.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.upstream.names import CACHE_NAMES, EMBEDDINGS, HIDDEN, IDS, MASK, POSITIONS, ROPE, USE_CACHE
+from mllm_squeeze.upstream.names import CACHE_NAMES, EMBEDDINGS, HIDDEN, IDS, MASK, POSITIONS, ROPE, ROUTING, USE_CACHE
 from mllm_squeeze.upstream.signatures import forward_parameters, places
 
 _PACKED = "cu_seq_lens_q"
@@ -81,7 +81,8 @@ class LayerCall:
 
     hidden: (B, T, D), or several streams (S, B, T, D). mask: as the layer got it. rope: rotary tables, alone, as (cos,
     sin) or by kind. positions: int64 (B, T) or (A, B, T), None where the layer gets none. cache: None without one.
-    others: further arguments by place. named: all arguments that came by name.
+    routing: int (B, T), to which experts each token goes, None where all go to the same. others: further arguments by
+    place. named: all arguments that came by name.
     """
 
     hidden: Tensor
@@ -89,6 +90,7 @@ class LayerCall:
     rope: Any
     positions: Any
     cache: Any
+    routing: Any
     others: tuple[Any, ...]
     named: Mapping[str, Any]
     by_place: bool
@@ -112,19 +114,20 @@ class LayerCall:
             kwargs.get(ROPE),
             kwargs.get(POSITIONS),
             cache_of(kwargs),
+            kwargs.get(ROUTING),
             args[1:],
             kwargs,
             len(args) > 0,
         )
 
     def replace(self, **changes: Any) -> LayerCall:
-        """Return the call with other values of `hidden`, `mask`, `rope`, `positions` or `others`."""
+        """Return the call with other values of `hidden`, `mask`, `rope`, `positions`, `routing` or `others`."""
         return replace(self, **changes)
 
     def out(self) -> Arguments:
         """Return the call in the form in which it came."""
         new = dict(self.named)
-        for name, value in ((MASK, self.mask), (ROPE, self.rope), (POSITIONS, self.positions)):
+        for name, value in ((MASK, self.mask), (ROPE, self.rope), (POSITIONS, self.positions), (ROUTING, self.routing)):
             if value is not None or name in new:
                 new[name] = value
         if self.by_place:

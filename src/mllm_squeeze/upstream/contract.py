@@ -16,7 +16,7 @@ from torch import nn
 
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
 from mllm_squeeze.upstream.broken import Broken
-from mllm_squeeze.upstream.names import CACHE_NAMES, EMBEDDINGS, HIDDEN, IDS, MASK, POSITIONS, ROPE, USE_CACHE
+from mllm_squeeze.upstream.names import CACHE_NAMES, EMBEDDINGS, HIDDEN, IDS, MASK, POSITIONS, ROPE, ROUTING, USE_CACHE
 from mllm_squeeze.upstream.signatures import forward_parameters
 from mllm_squeeze.upstream.versions import how_to_go_on, only_warns
 
@@ -50,7 +50,14 @@ TEXT_MODEL = Expected(
     "text model",
     ((IDS,), (EMBEDDINGS,), (MASK,), (POSITIONS,), CACHE_NAMES, (USE_CACHE,)),
     frozenset(
-        {"deepstack_visual_embeds", "visual_pos_masks", "deepstack_features", "vision_mask", "per_layer_inputs"}
+        {
+            "deepstack_visual_embeds",
+            "visual_pos_masks",
+            "deepstack_features",
+            "vision_mask",
+            "per_layer_inputs",
+            ROUTING,
+        }
         | _CROSS
         | _ENCODER_INPUTS
         | _WORDS
@@ -59,7 +66,7 @@ TEXT_MODEL = Expected(
 LAYER = Expected(
     "decoder layer",
     ((HIDDEN,), (MASK,), CACHE_NAMES),
-    frozenset({POSITIONS, ROPE, USE_CACHE, "per_layer_input", "shared_kv_states"} | _CROSS | _WORDS),
+    frozenset({POSITIONS, ROPE, ROUTING, USE_CACHE, "per_layer_input", "shared_kv_states"} | _CROSS | _WORDS),
 )
 ATTENTION = Expected(
     "attention",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK, POSITIONS
+from mllm_squeeze.upstream.names import EMBEDDINGS, IDS, MASK, POSITIONS, ROUTING
 from mllm_squeeze.upstream.signatures import forward_parameters
 
 CROSS_STATES = "cross_attention_states"
@@ -89,7 +89,7 @@ def split_inner_features(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Mappin
 
 PER_LAYER = "per_layer_inputs"
 # Arguments with one entry per token, by the axis of the tokens.
-_COLUMNS = {EMBEDDINGS: 1, IDS: 1, POSITIONS: -1, DEEPSTACK_ARGUMENTS[0]: 1, INNER_MASK: 1, PER_LAYER: 1}
+_COLUMNS = {EMBEDDINGS: 1, IDS: 1, POSITIONS: -1, DEEPSTACK_ARGUMENTS[0]: 1, INNER_MASK: 1, PER_LAYER: 1, ROUTING: 1}
 # What belongs to the visual tokens of a prompt, and to no later pass.
 _VISUAL = (*DEEPSTACK_ARGUMENTS, INNER_MASK, INNER_FEATURES)
 

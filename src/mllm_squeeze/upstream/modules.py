@@ -48,7 +48,10 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 # BERT-like blocks wrap the attention that calls the registry in one more module.
 _WRAPPED_ATTENTION = ("attention", "self", "self_attn")
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
-_PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1")
+_PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1", "operator_norm")
+# Layers that have these and none of the above normalise what their parts give, not what they get.
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_AS_IT_IS = nn.Identity()
 _TEXT_MODELS = ("language_model", "text_model", "model", "decoder")
 _CLASS_TOKENS = ("class_embedding", "cls_token")
 _POSITION_TABLES = ("position_embedding", "pos_embed", "positional_embedding")
@@ -165,7 +168,10 @@ def is_causal(attention: nn.Module | None) -> bool:
 
 def pre_norm_of(layer: nn.Module) -> nn.Module | None:
     """Return the norm in front of the attention of a decoder layer, None where it is not found."""
-    return first_of(layer, _PRE_NORMS)
+    found: nn.Module | None = first_of(layer, _PRE_NORMS)
+    if found is None and all(name in layer._modules for name in _POST_NORMS):
+        return _AS_IT_IS
+    return found
 
 
 def final_norm_of(decoder: nn.Module) -> nn.Module | None:

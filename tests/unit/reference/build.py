@@ -52,7 +52,7 @@ def visual_tokens(
         special_tokens=special_tokens,
         sample=tuple(range(len(lengths))),
         signals=Signals({Features(): padded(features, width), **visual, **words}),
-        text_mask=None if text is None else there([len(row) for row in text[Features("text")]]),
+        text_mask=there([len(row) for row in next(iter(text.values()))]) if text else None,
     )
 
 

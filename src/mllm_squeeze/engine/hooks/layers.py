@@ -129,7 +129,8 @@ class LayerHooks(Hooks):
         if new is call and running.left is None and hidden is folded:
             return None
         others = tuple(running.arguments.per_token(other) for other in call.others)
-        return new.replace(hidden=unfold(hidden, call.hidden), others=others)
+        routing = running.arguments.per_token(call.routing)
+        return new.replace(hidden=unfold(hidden, call.hidden), routing=routing, others=others)
 
     def _cut(self, prefill: Prefill, number: int, hidden: Tensor, call: LayerCall) -> Tensor:
         cuts, stage = prefill.plan.at(number), prefill.stage

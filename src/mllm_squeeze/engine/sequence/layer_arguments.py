@@ -105,8 +105,10 @@ class LayerArguments:
             return given
         if isinstance(given, (tuple, list)):
             return gather_rope(given, index, width)
-        if not isinstance(given, Tensor) or given.ndim != 3 or given.shape[1] != width:
+        if not isinstance(given, Tensor) or given.ndim not in (2, 3) or given.shape[1] != width:
             return given
+        if given.ndim == 2:
+            return gather_positions(given, index)
         return gather_rows(given, index)
 
     def _holder(self, layer: int) -> int:
@@ -243,26 +245,22 @@ class LayerArguments:
                 "The text model passes no position_ids to its layers, so survivors cannot be renumbered. Use "
                 "positions='keep' in the recipe."
             )
-        positions, rope = self._made.once(
-            "repack",
-            given,
-            entries,
-            self._parts.rope_kind(layer),
-            make=lambda: self._new_positions(layer, given, hidden, entries),
-        )
+        positions = self._made.once("repack", given, entries, make=lambda: self._new_positions(given, hidden, entries))
+        # A layer that is given no tables has no positions.
+        rope = call.rope
+        if rope is not None:
+            kind = self._parts.rope_kind(layer)
+            rope = self._made.once("tables", positions, kind, make=lambda: self._parts.rotate(layer, hidden, positions))
         return call.replace(positions=positions, rope=rope)
 
-    def _new_positions(
-        self, layer: int, positions: Tensor, hidden: Tensor, entries: KeptEntries | None
-    ) -> tuple[Tensor, Any]:
+    def _new_positions(self, positions: Tensor, hidden: Tensor, entries: KeptEntries | None) -> Tensor:
         left = self._survivors.left
         positions = positions.expand(hidden.shape[0], -1)
         if left is not None:
             positions = positions.gather(1, left.index.to(positions.device)) - left.shift.to(positions.device)
         if entries is not None:
             positions = positions - entries.shift.to(positions.device)[:, None]
-        positions = positions.clamp(min=0)
-        return positions, self._parts.rotate(layer, hidden, positions)
+        return positions.clamp(min=0)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,1 @@
+"""Methods as the classes that they were before they were written as parts; what parts are compared with."""
