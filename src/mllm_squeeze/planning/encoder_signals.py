@@ -17,7 +17,9 @@ def check_encoder_need(method: str, need: EncoderNeed, parts: ModelParts) -> Non
         ConfigError: the encoder has no block of that number.
         UnsupportedModelError: the encoder does not give it, or it cannot be carried; the message says why.
     """
-    reason = _no_blocks(parts) or why_not(parts)
+    # That nobody has looked is the last thing to say.
+    looked = parts.row.tower_to_llm != "none"
+    reason = (why_not(parts) if looked else None) or _no_blocks(parts) or why_not(parts)
     if reason is None:
         _check_block(method, need, parts)
         reason = _unreadable(need, parts)
