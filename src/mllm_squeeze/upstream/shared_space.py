@@ -44,8 +44,8 @@ class PairedSpace:
             )
         if self._norm.weight.is_meta:
             raise UnsupportedModelError(
-                f"The weights of the text encoder ({type(pictures).__name__}) are not there: it is on the meta device, or "
-                "offloaded. Load it on a device."
+                f"The weights of the text encoder ({type(pictures).__name__}) are not there: it is on the meta device, "
+                "or offloaded. Load it on a device."
             )
         self._warned = False
 
