@@ -275,3 +275,10 @@ def test_padding_is_no_query() -> None:
     padded = read(t, inputs, needs)
     for need in needs:
         torch.testing.assert_close(padded[0][need], alone[0][need], rtol=1e-4, atol=1e-5)
+
+
+def test_signals_of_a_tower_that_another_step_shortens_are_refused() -> None:
+    asked[:] = [EncoderAttention()]
+    merging = {"at": {"encoder": "all"}, "ratio": 0.25, "merge": "bipartite"}
+    with pytest.raises(UnsupportedModelError, match=r"reads EncoderAttention\(\) there for a later step"):
+        squeeze.apply(tiny.load("llava").model, {"method": "both", "steps": [merging, *RECIPE["steps"]]})

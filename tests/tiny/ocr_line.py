@@ -137,9 +137,12 @@ def _deepseek_ocr2() -> Any:
 
 
 def _deepseek_image(n: int) -> Piece:
-    """Return a page, and behind it a separator; one of them comes with two crops in front of it."""
-    arrays = {"pixel_values": noise(n, 1, 3, 64, 64)}
-    return Piece((*(IMAGE,) * (DEEPSEEK_QUERIES + 1),), arrays)
+    """Return a page with a separator behind it; some have two crops in front."""
+    crops = 2 if n % 3 == 2 else 0
+    arrays = {"pixel_values": noise(n, 1, 3, 64, 64), "num_local_patches": torch.tensor([crops])}
+    if crops:
+        arrays["pixel_values_local"] = noise(40 + n, crops, 3, 64, 64)
+    return Piece((IMAGE,) * (DEEPSEEK_QUERIES * (crops + 1) + 1), arrays)
 
 
 def _plain(model: Any, image: Any, wants: str, **more: Any) -> Family:

@@ -17,6 +17,8 @@ TowerToLlm = Literal[
     "index",
     "sub_images",
     "queries",
+    "overlap",
+    "no_encoder",
     "none",
 ]
 Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
@@ -26,18 +28,26 @@ Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
 class FamilyRow:
     """What a family does between its pixels and its text model.
 
-    model_type: `config.model_type`. modalities: what it takes. grid: rule that gives the rectangle of each span.
+    model_type: `config.model_type`.
+    modalities: what it takes.
+    grid: rule that gives the rectangle of each span.
     tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way; the module of that
-    name says what each word means ("queries": each LLM token looks at all patches, so a score cannot; "none": nobody
-    has looked). tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may have a CLS token, in front of
-    the patches, or behind them where cls_last. late: what the feature method gives is projected behind it. grouped:
-    modalities whose feature items, where no text stands between them, are tiles of one picture or frames of one video.
-    per_token: the projector maps one tower token to one LLM token. saliency: config name of the list of full-attention
-    tower blocks, "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config
-    path of the placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through
-    the inner model. by_runs: the feature method does not tell what is an item; each run of placeholders is one.
-    stacked: layers pass several streams of hidden states, so that norms and projections cannot be previewed. verified:
-    False for a family nobody has tried, which must prove itself on its first call. note: what a user should know.
+        name says what each word means, and why nothing travels by some ("queries", "overlap", "no_encoder"; "none":
+        nobody has looked).
+    tower: "batched" (tiles, N, D), or "packed" (sum, D).
+    cls: the tower may have a CLS token, in front of the patches, or behind them where cls_last.
+    late: what the feature method gives is projected behind it.
+    grouped: modalities whose feature items, where no text stands between them, are tiles of one picture or frames of
+        one video.
+    per_token: the projector maps one tower token to one LLM token.
+    saliency: config name of the list of full-attention tower blocks, "" for the second to last block.
+    shared_id: videos carry the image's placeholder id.
+    id_paths: config path of the placeholder id per modality, where it is not at the top.
+    own_generate: generate() does not pass through the inner model.
+    by_runs: the feature method does not tell what is an item; each run of placeholders is one.
+    stacked: layers pass several streams of hidden states, so that norms and projections cannot be previewed.
+    verified: False for a family nobody has tried, which must prove itself on its first call.
+    note: what a user should know.
     """
 
     model_type: str
@@ -71,6 +81,7 @@ _POOLED = FamilyRow("gemma3", tower_to_llm="pool")
 _AUDIO = FamilyRow("qwen2_audio", ("audio",), grid="unknown")
 _HYBRID_NOTE = "Layers without attention cannot be read: cut behind a full-attention layer (layer - 1 must be one)."
 _SHARED_NOTE = "Survivors keep their positions, whatever the recipe says: the last layers borrow the keys of others."
+_PAGES_NOTE = "All tiles of all pictures of a prompt are one span."
 _QUERIES_NOTE = "The LLM sees a few query tokens only; the encoder and Q-Former cost stays."
 _QFORMER_NOTE = (
     "The LLM sees a few query tokens only, which steps at the projector and behind it cut. A recipe whose steps act at "
@@ -160,14 +171,28 @@ _ROWS = (
     replace(_AUDIO, model_type="voxtral"),
     replace(_AUDIO, model_type="audioflamingo3"),
     replace(_AUDIO, model_type="granite_speech"),
+    FamilyRow("aria", grid="unknown", tower_to_llm="queries", note=_QUERIES_NOTE),
+    FamilyRow("chameleon", grid="unknown", tower_to_llm="overlap", by_runs=True),
     FamilyRow("deepseek_ocr2", grid="unknown", tower_to_llm="queries"),
-    FamilyRow("got_ocr2", tower_to_llm="pool"),
+    FamilyRow("emu3", grid="unknown", tower_to_llm="overlap"),
+    FamilyRow("fuyu", grid="unknown", tower_to_llm="no_encoder", late=True),
+    FamilyRow("got_ocr2", tower_to_llm="overlap"),
     replace(_GLM, model_type="glm_ocr"),
-    FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool"),
+    FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool", note=_PAGES_NOTE),
+    FamilyRow(
+        "instructblipvideo",
+        ("video",),
+        grid="unknown",
+        tower_to_llm="queries",
+        own_generate=True,
+        note=_QFORMER_NOTE,
+    ),
+    FamilyRow("janus", tower_to_llm="identity", per_token=True),
     FamilyRow("minicpm_ocr", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
     FamilyRow("paddleocr_vl", grid="thw", tower_to_llm="cells", tower="packed"),
-    FamilyRow("pp_chart2table", tower_to_llm="pool"),
+    FamilyRow("pp_chart2table", tower_to_llm="overlap"),
     FamilyRow("qianfan_ocr", tower_to_llm="pool", cls=True, grouped=("image",)),
+    replace(_POOLED, model_type="shieldgemma2"),
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}

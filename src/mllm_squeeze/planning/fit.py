@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.planning.keys import check_modality, key_cuts
@@ -12,8 +13,10 @@ from mllm_squeeze.recipe.steps import At
 from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 
 
-def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
+def make_plan(recipe: Recipe, parts: ModelParts, text_encoder: PromptEncoder | None = None) -> Plan:
     """Return the cuts of a recipe on a model.
+
+    text_encoder: what compares words and pictures in its space, None without one.
 
     Raises:
         ConfigError: a layer is out of range, or a cut at layer 0 asks for the attention of the layer before.
@@ -37,14 +40,16 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
             decode = PlannedCut(number, recipe.method, 0, reducer)
         else:
             planned = [
-                PlannedCut(number, recipe.method, layer, reducer, step.amount, stage, len(layers))
+                PlannedCut(number, recipe.method, layer, reducer, step.amount, stage, len(layers), text_encoder)
                 for stage, layer in enumerate(layers)
             ]
             for cut in planned:
                 _check_shared(recipe, cut, parts)
                 check_needs(recipe.method, cut, parts)
             cuts += planned
-    return Plan(tuple(cuts), recipe.positions == "repack", encoder, blocks, decode)
+    plan = Plan(tuple(cuts), recipe.positions == "repack", encoder, blocks, decode)
+    _check_whole_tower(recipe, plan)
+    return plan
 
 
 def why_not(recipe: Recipe, parts: ModelParts) -> str | None:
@@ -68,6 +73,17 @@ def _encoder_blocks(recipe: Recipe, at: At, parts: ModelParts) -> tuple[int, ...
             f"block 1 to {last}, the feature layer. Give one of those, or 'all'."
         )
     return (at.encoder,)
+
+
+def _check_whole_tower(recipe: Recipe, plan: Plan) -> None:
+    """Check that no step reads signals of a tower that another step shortens: they would be of other patches."""
+    if plan.encoder is not None and plan.encoder_needs:
+        read = ", ".join(sorted(str(need) for need in plan.encoder_needs))
+        raise UnsupportedModelError(
+            f"'{recipe.method}' reduces tokens inside the vision encoder and reads {read} there for a later step, "
+            "which then speaks of other patches. Let one step do both, or read states: score: norm.",
+            avoid=[],
+        )
 
 
 def _check_decode(recipe: Recipe, at: At, parts: ModelParts, reducer: Reducer) -> None:

@@ -30,6 +30,9 @@ _BLOCKS = (
     "transformer.layers",
     "transformer.encoder.layers",
     "model.layers",
+    "vision_model.encoder.layers",
+    "vision_encoder.layers",
+    "vision_encoder.encoder.layers",
 )
 _PROJECTORS = (
     "multi_modal_projector",
@@ -39,6 +42,7 @@ _PROJECTORS = (
     "projector",
     "connector",
     "mlp1",
+    "aligner",
 )
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 # BERT-like blocks wrap the attention that calls the registry in one more module.
