@@ -58,6 +58,20 @@ def _mistral3() -> Any:
     return build(hf.Mistral3ForConditionalGeneration, config)
 
 
+def _mistral4() -> Any:
+    text = llama_text(model_type="mistral4", num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4)
+    text |= dict(num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8)
+    text.pop("head_dim")
+    config = hf.Mistral3Config(
+        vision_config=vision(7, 84),
+        text_config=text | dict(v_head_dim=8),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+    )
+    return build(hf.Mistral3ForConditionalGeneration, config)
+
+
 def _lighton_ocr() -> Any:
     config = hf.LightOnOcrConfig(
         vision_config=vision(7, 84),
@@ -71,6 +85,7 @@ def _lighton_ocr() -> Any:
 MISTRAL_LINE = {
     "pixtral": Family(_pixtral, row_image),
     "mistral3": Family(_mistral3, row_image),
+    "mistral4": Family(_mistral4, row_image, wants="Mistral4ForCausalLM"),
     "lighton_ocr": Family(
         _lighton_ocr,
         row_image,

@@ -93,8 +93,6 @@ _KEYS_NOTE = (
 )
 
 _PICKED_NOTE = "Served where layers attend to all keys or to those near by; layers that pick their keys are refused."
-    "Served where all layers attend to all keys or to those near by; layers that pick their keys are refused."
-)
 # Whatever their config says, some of their layers cannot be cut exactly; `upstream/layer_kinds.py` says why.
 _REFUSED = ("qwen4_exp", "glm5_next", "mistral_large4", "hy_v4_vl", "inkling_mm_model", "inkling2", "inkling2_loop")
 
@@ -138,6 +136,7 @@ _ROWS = (
     _POOLED,
     FamilyRow("gemma3n", ("image", "audio"), stacked=True, note=_SHARED_NOTE),
     FamilyRow("gemma4", _OMNI, grid="unknown", tower_to_llm="positions", note=_SHARED_NOTE),
+    FamilyRow("gemma4_unified", _OMNI, grid="unknown"),
     FamilyRow("paligemma", tower_to_llm="identity", per_token=True),
     FamilyRow("idefics2", grid="unknown", tower_to_llm="queries", note=_QUERIES_NOTE),
     FamilyRow("idefics3", grid="unknown", tower_to_llm="pool"),
