@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mllm_squeeze.api import Handle, applied, apply, check, families, remove
     from mllm_squeeze.choosing import Choice, choose
+    from mllm_squeeze.engine.text_encoder import TextEncoder
     from mllm_squeeze.engine.trace import Cut
     from mllm_squeeze.errors import (
         AlreadyAppliedError,
@@ -47,6 +48,7 @@ _HOMES = {
     "methods": "registry",
     "describe": "recipe.recipe",
     "Cut": "engine.trace",
+    "TextEncoder": "engine.text_encoder",
     "SqueezeError": "errors",
     "ConfigError": "errors",
     "UnknownNameError": "errors",
@@ -76,6 +78,7 @@ __all__ = [
     "NotAppliedError",
     "SqueezeError",
     "SqueezeWarning",
+    "TextEncoder",
     "UnknownNameError",
     "UnsupportedInputError",
     "UnsupportedModelError",

@@ -16,6 +16,7 @@ from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.hooks.compiled import forget_compiled, refuse_wrapped
 from mllm_squeeze.engine.hooks.running import require_idle
 from mllm_squeeze.engine.sequence.prefill import Prefill
+from mllm_squeeze.engine.text_encoder import bind
 from mllm_squeeze.engine.trace import Cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_parts
@@ -23,6 +24,7 @@ from mllm_squeeze.family.table import TABLE
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.planning.closest import naming_others
 from mllm_squeeze.planning.fit import make_plan, why_not
+from mllm_squeeze.planning.shared_space import require_used
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe
 from mllm_squeeze.registry import family_plugins, method_names
 from mllm_squeeze.reporting.record import FinishedPrefill, finished, record
@@ -40,7 +42,7 @@ class Handle:
     method: its name. recipe: its steps and parameters. model: the model as it was given to `apply`.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, parts: ModelParts) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, parts: ModelParts, text_encoder: Any = None) -> None:
         self.recipe = recipe
         self._model = weakref.ref(model)
         self._inner = weakref.ref(parts.model)
@@ -48,7 +50,8 @@ class Handle:
         self._saw_text_only = False
         self._removed = False
         with naming_others(recipe, parts):
-            attachment = Attachment(parts, make_plan(recipe, parts), self._publish)
+            compared = None if text_encoder is None else bind(text_encoder, parts)
+            attachment = Attachment(parts, make_plan(recipe, parts, compared), self._publish)
             self._attachment = weakref.ref(attachment)
             attachment.attach()
 
@@ -145,12 +148,16 @@ class Handle:
         return f"Handle({self.method!r}, {self.recipe.params}, {state})"
 
 
-def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params: Any) -> Handle:
+def apply(
+    model: nn.Module, method: str | Path | Mapping[str, Any], /, *, text_encoder: Any = None, **params: Any
+) -> Handle:
     """Apply a method to a HuggingFace multimodal model, in place and without a copy of its weights.
 
     A model that was compiled and has run is compiled anew at its next call, as is other compiled code in the process.
 
-    method: the name of a method, the path of a YAML recipe, or a dict. params: what the recipe lets one set, such as
+    method: the name of a method, the path of a YAML recipe, or a dict. text_encoder: for methods that compare words and
+    pictures in a space that both share, what was trained together with the model's vision tower: a CLIP or SigLIP
+    model, its folder or hub id, or a `TextEncoder` that says more. params: what the recipe lets one set, such as
     `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept), `total`
     (tokens kept of all spans of one prompt together) and `layer`. Each of the first three may be a list, one number for
     each row of the batch.
@@ -158,11 +165,14 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
     Raises:
         AlreadyAppliedError: a method is applied to the model.
         ConfigError, UnknownNameError: the recipe or a parameter is not valid.
-        UnsupportedModelError: the model, or a part that the method needs, is not there.
+        UnsupportedModelError: the model, or a part that the method needs, is not there; or the text encoder cannot be
+            loaded, or belongs to another vision tower.
         InUseError: another thread is inside a call of the model.
     """
     _check_order(model, method)
     recipe = load_recipe(method, **params)
+    if text_encoder is not None:
+        require_used(recipe)
     parts = _find(model)
     refuse_wrapped(parts)
     present = _handle_of(parts.model)
@@ -173,16 +183,18 @@ def apply(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params:
         )
     require_idle(_called(parts))
     require_release(parts)
-    handle = Handle(model, recipe, parts)
+    handle = Handle(model, recipe, parts, text_encoder)
     forget_compiled(parts)
     _handles[parts.model] = weakref.ref(handle)
     return handle
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, method: str | Path | Mapping[str, Any], /, **params: Any) -> Iterator[Handle]:
+def applied(
+    model: nn.Module, method: str | Path | Mapping[str, Any], /, *, text_encoder: Any = None, **params: Any
+) -> Iterator[Handle]:
     """Apply a method inside a block and remove it at its end, also after an exception; raises like `apply`."""
-    handle = apply(model, method, **params)
+    handle = apply(model, method, text_encoder=text_encoder, **params)
     try:
         yield handle
     finally:

@@ -39,7 +39,7 @@ SERVED = tuple(name for name in tiny.FAMILIES if name not in (*REFUSED, *KEYED))
 PREFIX = ("molmo2", "paligemma", "paligemma2")
 # Prompts that transformers itself cannot repeat for beams: it raises, or deals several pieces to the wrong rows.
 BEAMS_BROKEN = {
-    *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "video_llama_3")),
+    *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "video_llama_3")),
     *((family, kind) for family in ("llama4", "fuyu") for kind in ("image", "two_images")),
     *((family, "two_audios") for family in (*AUDIO_LINE, *SPEECH_LINE)),
     ("voxtral", "audio"),

@@ -28,6 +28,7 @@ from tiny.llava_line import LLAVA_LINE
 from tiny.misc_line import MISC_LINE
 from tiny.mistral_line import MISTRAL_LINE
 from tiny.moe_line import MOE_LINE
+from tiny.muse_line import MUSE_LINE
 from tiny.ocr_line import OCR_LINE
 from tiny.parts import Family
 from tiny.plain_line import PLAIN_LINE
@@ -68,6 +69,7 @@ FAMILIES: dict[str, Family] = {
     **IDEFICS_LINE,
     **GEMMA_LINE,
     **GRID_LINE,
+    **MUSE_LINE,
     **OCR_LINE,
     **CODE_LINE,
     **SPEECH_LINE,

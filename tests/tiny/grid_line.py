@@ -102,6 +102,56 @@ def _lfm3_vl() -> Any:
     return build(hf.Lfm3VlForConditionalGeneration, config, std=0.08)
 
 
+def _cosmos3_omni() -> Any:
+    vision = PACKED | dict(patch_size=16, out_hidden_size=HIDDEN, intermediate_size=64, num_position_embeddings=16)
+    config = hf.Cosmos3OmniConfig(
+        text_config=mrope_text(model_type="qwen3_vl_text", head_dim=16),
+        vision_config=vision | dict(model_type="qwen3_vl_vision", deepstack_visual_indexes=[0, 1]),
+        **IDS,
+    )
+    return build(hf.Cosmos3OmniForConditionalGeneration, config)
+
+
+def _cosmos3_edge() -> Any:
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, patch_size=16)
+    text = mrope_text(head_dim=16)
+    text["rope_parameters"] = ROPE | {"mrope_section": [4, 2, 2]}
+    config = hf.Cosmos3EdgeConfig(
+        text_config=text, vision_config=vision | dict(num_patches=16), projector_hidden_size=48, **IDS
+    )
+    return build(hf.Cosmos3EdgeForConditionalGeneration, config)
+
+
+def _edge_image(n: int) -> Piece:
+    return _of_one_frame(_image16(n))
+
+
+def _edge_video(n: int) -> Piece:
+    return _of_one_frame(_stamped_video(n))
+
+
+def _of_one_frame(piece: Piece) -> Piece:
+    """Return a piece whose patches span one frame in place of two."""
+    half = {name: array.chunk(2, -1)[0] if "pixel" in name else array for name, array in piece.arrays.items()}
+    return Piece(piece.ids, half)
+
+
+def _hunyuan_vl() -> Any:
+    text = llama_text(rope_parameters=ROPE | {"mrope_section": [2, 2, 2, 2]})
+    text.pop("model_type")
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, patch_size=14)
+    vision |= dict(out_hidden_size=HIDDEN, text_hidden_size=HIDDEN, max_image_size=112)
+    config = hf.HunYuanVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE)
+    return build(hf.HunYuanVLForConditionalGeneration, config)
+
+
+def _hunyuan_image(n: int) -> Piece:
+    """Return an image with a token of its own at its start, behind each row and at its end."""
+    piece = _ernie_image(n)
+    _, height, width = piece.arrays["image_grid_thw"][0].tolist()
+    return Piece((START, *(IMAGE,) * (height // 2 * (width // 2 + 1) + 2), END), piece.arrays)
+
+
 def _ernie() -> Any:
     text = mrope_text(moe_intermediate_size=[32, 32], moe_num_experts=4, moe_k=2, moe_num_shared_experts=1)
     vision = dict(depth=3, hidden_size=32, num_heads=4, patch_size=14, spatial_merge_size=2, intermediate_size=64)
@@ -162,6 +212,30 @@ GRID_LINE = {
         wants="CohereCompassForConditionalGeneration",
     ),
     "lfm3_vl": Family(_lfm3_vl, _image16, _video16, wants="Lfm3VlForConditionalGeneration"),
+    "cosmos3_omni": Family(
+        _cosmos3_omni,
+        _image16,
+        _stamped_video,
+        token_types=True,
+        tower="model.visual",
+        wants="Cosmos3OmniForConditionalGeneration",
+    ),
+    "cosmos3_edge": Family(
+        _cosmos3_edge,
+        _edge_image,
+        _edge_video,
+        token_types=True,
+        tower="model.visual",
+        wants="Cosmos3EdgeForConditionalGeneration",
+    ),
+    "hunyuan_vl": Family(
+        _hunyuan_vl,
+        _hunyuan_image,
+        visual_ids=(IMAGE,),
+        token_types=True,
+        tower="model.vision_tower",
+        wants="HunYuanVLForConditionalGeneration",
+    ),
     "ernie4_5_vl_moe": Family(
         _ernie,
         _ernie_image,

@@ -81,8 +81,7 @@ def _deepseek_vl_hybrid() -> Any:
         text_config=llama_text(),
         image_token_id=IMAGE,
     )
-    model = build(hf.DeepseekVLHybridForConditionalGeneration, config)
-    return model
+    return build(hf.DeepseekVLHybridForConditionalGeneration, config)
 
 
 def _deepseek_vl_hybrid_image(n: int) -> Piece:

@@ -205,7 +205,7 @@ def by_hand(tokens, row, rule):
             10,
         ),
     ],
-    ids=str,
+    ids=lambda value: "rule" if callable(value) else str(value),
 )
 def test_groups_follow_the_grid(name, rule, count):
     tokens = video()

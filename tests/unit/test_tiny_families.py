@@ -25,6 +25,8 @@ MIXED = {
     ("mllama", "text"),
     # Sound goes through another projection when anything in the batch is an image.
     ("phi4_multimodal", "audio_image"),
+    # The number of each image, an axis of its positions, is counted over the whole batch.
+    ("hunyuan_vl", "two_images"),
 }
 MANY = 16
 # One token stands for an image where the text model looks at it by cross-attention.

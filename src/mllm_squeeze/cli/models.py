@@ -59,6 +59,10 @@ def run(
     ratio: Annotated[float | None, typer.Option(help="Fraction of the visual tokens removed.")] = None,
     keep: Annotated[str | None, typer.Option(help="Tokens kept per picture (64), or the fraction kept (0.25).")] = None,
     total: Annotated[int | None, typer.Option(help="Tokens kept of all pictures of the prompt together.")] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="CLIP or SigLIP model of the tower, where a method compares in its space."),
+    ] = None,
     param: Annotated[list[str] | None, typer.Option(help="Another parameter of the method: layer=3.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 128,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best by default.")] = None,
@@ -67,16 +71,22 @@ def run(
 ) -> None:
     """Ask a model a question about pictures or videos, with a method applied."""
     params = _params(ratio, keep, total, param or [])
-    load_recipe(method, **params)  # a slip shows before the weights load
+    recipe = load_recipe(method, **params)  # a slip shows before the weights load
     from mllm_squeeze import api
     from mllm_squeeze.cli import load
+    from mllm_squeeze.engine.text_encoder import TextEncoder
+    from mllm_squeeze.planning.shared_space import require_used
+
+    if text_encoder is not None:
+        require_used(recipe)
 
     with output.waiting(f"loading {model}"):
         reader = load.processor(model)
         inputs = load.prompt(reader, prompt, image or [], video or [], frames)
         loaded = load.model(model, device, dtype)
         inputs = inputs.to(loaded.device, dtype=loaded.dtype)
-    with api.applied(loaded, method, **params) as handle:
+    encoder = None if text_encoder is None else TextEncoder(text_encoder, tokenizer=reader)
+    with api.applied(loaded, method, text_encoder=encoder, **params) as handle:
         dense = None
         with output.waiting("answering"):
             if compare:

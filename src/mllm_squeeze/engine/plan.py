@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from mllm_squeeze.amount import RULE_DECIDES, Amount
+from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.reducers.base import Reducer
-from mllm_squeeze.reducers.needs import Need
+from mllm_squeeze.reducers.needs import Embedding, Need
 
 
 # Two cuts are the same only if they are one: what a pass reads is kept by its cut, and reducers need not be hashable.
@@ -18,7 +19,8 @@ class PlannedCut:
     """One cut at the input of a decoder layer.
 
     step: number of the recipe's step. layer: first layer that runs short. amount: how much is left of the original
-    tokens when all stages have run. stage, stages: place in a schedule of several cuts.
+    tokens when all stages have run. stage, stages: place in a schedule of several cuts. text_encoder: what the user
+    gave to compare words and pictures with, None without one.
     """
 
     step: int
@@ -28,11 +30,16 @@ class PlannedCut:
     amount: Amount = RULE_DECIDES
     stage: int = 0
     stages: int = 1
+    text_encoder: PromptEncoder | None = None
 
     @property
     def decides(self) -> bool:
         """True where nothing says how much is left but the rule itself."""
         return self.reducer.facts.decides and not self.amount.given
+
+    def carries(self, need: Need) -> bool:
+        """True for a signal that is read inside the vision encoder and carried to the tokens that the LLM gets."""
+        return need.reads_encoder or (self.text_encoder is not None and is_shared(need) and not need.reads_text)
 
 
 @dataclass(frozen=True)
@@ -80,4 +87,19 @@ class Plan:
     @property
     def encoder_needs(self) -> frozenset[Need]:
         """The signals that are read inside the vision encoder for cuts behind it."""
-        return frozenset(need for need in self.needs if need.reads_encoder)
+        return frozenset(need for cut in self.cuts for need in cut.reducer.needs() if cut.carries(need))
+
+    @property
+    def text_encoder(self) -> PromptEncoder | None:
+        """What the user gave to compare words and pictures with, None without one."""
+        return next((cut.text_encoder for cut in self.cuts), None)
+
+    @property
+    def falls_back(self) -> bool:
+        """True where the language model's own space stands in for that of a text encoder."""
+        return self.text_encoder is None and any(is_shared(need) for need in self.needs)
+
+
+def is_shared(need: Need) -> bool:
+    """True for words or pictures that are wanted in the space of a text encoder."""
+    return isinstance(need, Embedding) and need.space == "clip"

@@ -28,18 +28,26 @@ Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
 class FamilyRow:
     """What a family does between its pixels and its text model.
 
-    model_type: `config.model_type`. modalities: what it takes. grid: rule that gives the rectangle of each span.
+    model_type: `config.model_type`.
+    modalities: what it takes.
+    grid: rule that gives the rectangle of each span.
     tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way; the module of that
-    name says what each word means, and why nothing travels by some ("queries", "overlap", "no_encoder"; "none": nobody
-    has looked). tower: "batched" (tiles, N, D), or "packed" (sum, D). cls: the tower may have a CLS token, in front of
-    the patches, or behind them where cls_last. late: what the feature method gives is projected behind it. grouped:
-    modalities whose feature items, where no text stands between them, are tiles of one picture or frames of one video.
-    per_token: the projector maps one tower token to one LLM token. saliency: config name of the list of full-attention
-    tower blocks, "" for the second to last block. shared_id: videos carry the image's placeholder id. id_paths: config
-    path of the placeholder id per modality, where it is not at the top. own_generate: generate() does not pass through
-    the inner model. by_runs: the feature method does not tell what is an item; each run of placeholders is one.
-    stacked: layers pass several streams of hidden states, so that norms and projections cannot be previewed. verified:
-    False for a family nobody has tried, which must prove itself on its first call. note: what a user should know.
+        name says what each word means, and why nothing travels by some ("queries", "overlap", "no_encoder"; "none":
+        nobody has looked).
+    tower: "batched" (tiles, N, D), or "packed" (sum, D).
+    cls: the tower may have a CLS token, in front of the patches, or behind them where cls_last.
+    late: what the feature method gives is projected behind it.
+    grouped: modalities whose feature items, where no text stands between them, are tiles of one picture or frames of
+        one video.
+    per_token: the projector maps one tower token to one LLM token.
+    saliency: config name of the list of full-attention tower blocks, "" for the second to last block.
+    shared_id: videos carry the image's placeholder id.
+    id_paths: config path of the placeholder id per modality, where it is not at the top.
+    own_generate: generate() does not pass through the inner model.
+    by_runs: the feature method does not tell what is an item; each run of placeholders is one.
+    stacked: layers pass several streams of hidden states, so that norms and projections cannot be previewed.
+    verified: False for a family nobody has tried, which must prove itself on its first call.
+    note: what a user should know.
     """
 
     model_type: str
@@ -110,6 +118,12 @@ _ROWS = (
     replace(_QWEN, model_type="cohere_compass"),
     replace(_QWEN, model_type="lfm3_vl", note=_HYBRID_NOTE),
     replace(_QWEN, model_type="ernie4_5_vl_moe"),
+    replace(_QWEN, model_type="cosmos3_omni"),
+    replace(_QWEN, model_type="cosmos3_edge"),
+    FamilyRow("hunyuan_vl", grid="unknown", tower="packed"),
+    FamilyRow("muse_glimmer", _BOTH, grid="unknown", tower="packed"),
+    FamilyRow("muse_spark", _OMNI, grid="unknown", tower="packed"),
+    FamilyRow("step3p7", grid="unknown"),
     FamilyRow("kimi_k25", _BOTH, grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("internvl", tower_to_llm="pool", cls=True, grouped=("image",)),
     _POOLED,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.planning.keys import check_modality, key_cuts
@@ -12,8 +13,10 @@ from mllm_squeeze.recipe.steps import At
 from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 
 
-def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
+def make_plan(recipe: Recipe, parts: ModelParts, text_encoder: PromptEncoder | None = None) -> Plan:
     """Return the cuts of a recipe on a model.
+
+    text_encoder: what compares words and pictures in its space, None without one.
 
     Raises:
         ConfigError: a layer is out of range, or a cut at layer 0 asks for the attention of the layer before.
@@ -37,7 +40,7 @@ def make_plan(recipe: Recipe, parts: ModelParts) -> Plan:
             decode = PlannedCut(number, recipe.method, 0, reducer)
         else:
             planned = [
-                PlannedCut(number, recipe.method, layer, reducer, step.amount, stage, len(layers))
+                PlannedCut(number, recipe.method, layer, reducer, step.amount, stage, len(layers), text_encoder)
                 for stage, layer in enumerate(layers)
             ]
             for cut in planned:

@@ -7,6 +7,7 @@ from mllm_squeeze.engine.signals.source import layer_of
 from mllm_squeeze.engine.signals.states import module_of
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
+from mllm_squeeze.planning.shared_space import check_embedding
 from mllm_squeeze.reducers.needs import Attention, Embedding, Need, Projection, States
 from mllm_squeeze.upstream.block_parts import projected_of, strange_parts
 
@@ -19,7 +20,7 @@ def check_text_model(method: str, cut: PlannedCut, need: Need, parts: ModelParts
         UnsupportedModelError: the model lacks a part that gives the signal; the message names it.
     """
     if isinstance(need, Embedding):
-        _check_embedding(method, need)
+        check_embedding(method, cut, need, parts)
     if not isinstance(need, (Attention, Projection, States)):
         return
     if isinstance(need, Attention) and need.rows == "all" and need.over_rows == "each":
@@ -102,13 +103,4 @@ def _check_projection(method: str, need: Projection, layer: int, parts: ModelPar
         raise UnsupportedModelError(
             f"'{method}' reads the {need.what} of layer {layer} in front of the rotary embedding, and "
             f"{type(attention).__name__} does not give it by itself: {found}. Read it behind: rope: true."
-        )
-
-
-def _check_embedding(method: str, need: Embedding) -> None:
-    if need.space == "clip" and not need.fallback:
-        raise UnsupportedModelError(
-            f"'{method}' reads {need.phrase} (CLIP's), and no text model of that space is given. Use a method that "
-            "reads the language model's own (space: llm), or let that stand in (fallback: true).",
-            avoid=[],
         )

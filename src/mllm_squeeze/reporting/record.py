@@ -13,6 +13,8 @@ from mllm_squeeze.recipe.recipe import Recipe
 from mllm_squeeze.reporting.report import KeyRecord, PrefillRecord, SpanRecord, StageRecord
 from mllm_squeeze.upstream.configs import TextSizes, text_sizes
 
+FELL_BACK = "words and pictures compared in the language model's own space: no text_encoder was given"
+
 
 @dataclass(frozen=True)
 class FinishedPrefill:
@@ -32,6 +34,7 @@ class FinishedPrefill:
     layers: int
     dims: TextSizes | None
     element_bytes: int
+    falls_back: bool = False
 
 
 def finished(prefill: Prefill) -> FinishedPrefill:
@@ -49,6 +52,7 @@ def finished(prefill: Prefill) -> FinishedPrefill:
         layers=len(parts.layers),
         dims=text_sizes(parts.text_config, len(parts.layers)),
         element_bytes=next(parts.decoder.parameters()).element_size(),
+        falls_back=prefill.plan.falls_back,
     )
 
 
@@ -69,6 +73,7 @@ def record(recipe: Recipe, prefill: FinishedPrefill) -> PrefillRecord:
         element_bytes=prefill.element_bytes,
         past=prefill.past,
         cache_lengths=tuple(n + prefill.held.get(layer, prefill.past) for layer, n in enumerate(lengths)),
+        signals=(FELL_BACK,) if prefill.falls_back else (),
     )
 
 

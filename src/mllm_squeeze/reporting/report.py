@@ -66,6 +66,7 @@ class PrefillRecord:
     layout_length: columns of the padded prompt. layer_lengths: columns on which each decoder layer ran. cache_lengths:
     entries that each layer holds after the prefill, the same as layer_lengths if None. element_bytes: bytes of one
     number in the cache. past: tokens of earlier turns that the dense model would hold. decode: remarks about decoding.
+    signals: remarks about what a rule read, such as what stood in for something else.
     keys: where visual tokens are no part of the prompt, what was attended to instead; spans are then spans of keys.
     """
 
@@ -77,6 +78,7 @@ class PrefillRecord:
     layer_lengths: tuple[int, ...]
     dims: TextSizes | None = None
     decode: tuple[str, ...] = ()
+    signals: tuple[str, ...] = ()
     element_bytes: int = 2
     cache_lengths: tuple[int, ...] | None = None
     past: int = 0

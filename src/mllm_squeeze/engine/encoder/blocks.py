@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.reducers.needs import EncoderAttention, EncoderBlock, EncoderNeed, EncoderStates
+from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderBlock, EncoderStates, Need
 
 
-def wanted_block(need: EncoderNeed) -> EncoderBlock:
+def wanted_block(need: Need) -> EncoderBlock:
     """Return the block as a need names it."""
     block: EncoderBlock = getattr(need, "block", "feature")
     return block
 
 
-def is_of_states(need: EncoderNeed) -> bool:
+def is_of_states(need: Need) -> bool:
     """True for what is read of the states that a block gives, not of its attention."""
-    return isinstance(need, EncoderStates) or (isinstance(need, EncoderAttention) and need.rows == "probe")
+    return isinstance(need, (EncoderStates, Embedding)) or (isinstance(need, EncoderAttention) and need.rows == "probe")
 
 
-def block_of(need: EncoderNeed, parts: ModelParts) -> int | None:
+def block_of(need: Need, parts: ModelParts) -> int | None:
     """Return the number of the block that a need means, None where the encoder has no such block.
 
     Of states, the feature block is the one whose output the LLM gets. Of attention it is that one where the encoder has

@@ -12,13 +12,14 @@ from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
 from mllm_squeeze.engine.encoder.read import read_attention, read_probe, read_projection, read_states, real_keys
 from mllm_squeeze.engine.signals.rows import AttentionCall
+from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.engine.tokens.features import Features
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
-from mllm_squeeze.reducers.needs import EncoderAttention, EncoderNeed, EncoderProjection, EncoderStates, Need
+from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderProjection, EncoderStates, Need
 from mllm_squeeze.upstream.outputs import projected
 
 # Carries values (tiles, N, C) or (sum, C) of tower tokens to the LLM's tokens of each item; the number is that of
@@ -30,15 +31,20 @@ class EncodeCall:
     """Collects encoder signals while a feature method runs.
 
     wanted: the signals that the plan's reducers read. merge: the reduction that runs inside the encoder, None without
-    one.
+    one. text_encoder: into whose space patches are projected, None without one.
     """
 
     def __init__(
-        self, parts: ModelParts, modality: str, wanted: Collection[Need], merge: EncoderMerge | None = None
+        self,
+        parts: ModelParts,
+        modality: str,
+        wanted: Collection[Need],
+        merge: EncoderMerge | None = None,
+        text_encoder: PromptEncoder | None = None,
     ) -> None:
         self.parts, self.modality, self.merge = parts, modality, merge
-        self.wanted = [need for need in wanted if isinstance(need, EncoderNeed)]
-        self._values: dict[EncoderNeed, list[Tensor]] = {need: [] for need in self.wanted}
+        self.wanted, self._text_encoder = list(wanted), text_encoder
+        self._values: dict[Need, list[Tensor]] = {need: [] for need in self.wanted}
         self._real: dict[int, Tensor | None] = {}
 
     @marked("signal")
@@ -63,11 +69,13 @@ class EncodeCall:
                 self._add(need, read_states(need, states, self.parts))
             elif isinstance(need, EncoderAttention) and is_of_states(need):
                 self._add(need, read_probe(need, states, self._real.pop(block, None), self.parts))
+            elif isinstance(need, Embedding) and self._text_encoder is not None:
+                self._values[need].append(self._text_encoder.project(self.parts.patches(states)))
 
-    def _of(self, block: int) -> list[EncoderNeed]:
+    def _of(self, block: int) -> list[Need]:
         return [need for need in self.wanted if block_of(need, self.parts) == block]
 
-    def _add(self, need: EncoderNeed, values: Tensor) -> None:
+    def _add(self, need: Need, values: Tensor) -> None:
         self._values[need].append(self.parts.patches(values))
 
     @marked("signal")
@@ -97,7 +105,7 @@ class EncodeCall:
         """
         return {need: self._carried(need, carry) for need in self.wanted}
 
-    def _carried(self, need: EncoderNeed, carry: Carry) -> tuple[Tensor, ...]:
+    def _carried(self, need: Need, carry: Carry) -> tuple[Tensor, ...]:
         read = self._values[need]
         if not read:
             raise UnsupportedModelError(

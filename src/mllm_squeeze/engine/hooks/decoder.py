@@ -19,7 +19,7 @@ from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.features import Features
-from mllm_squeeze.engine.tokens.prompt import features_of, layout_of, warn_no_image
+from mllm_squeeze.engine.tokens.prompt import features_of, layout_of, prompt_ids, warn_no_image
 from mllm_squeeze.errors import SqueezeError, UnsupportedInputError
 from mllm_squeeze.family.handlers.deepstack import follow_cuts, has_deepstack
 from mllm_squeeze.family.handlers.inner_features import take_inner_features
@@ -128,6 +128,8 @@ class DecoderHooks(Hooks):
             rows=self._local.rows,
             wanted=self._local.wanted,
         )
+        if self.plan.text_encoder is not None:
+            prefill.ids = prompt_ids(run.call, layout)
         self._check(layout, features, call)
         return prefill
 

@@ -20,11 +20,11 @@ from mllm_squeeze.engine.hooks.owner import Hooks, Publish
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.rows import Listener
-from mllm_squeeze.engine.tokens.recorded import mark, merger, recorded
+from mllm_squeeze.engine.tokens.recorded import comparer, mark, merger, recorded
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
 from mllm_squeeze.family.handlers.sub_images import by_runs, lay_out
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.reducers.needs import EncoderNeed, EncoderStates
+from mllm_squeeze.reducers.needs import Embedding, EncoderStates
 from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
 from mllm_squeeze.upstream.outputs import block_states
 from mllm_squeeze.upstream.prompts import EmbedderCall, flat, vision_inputs
@@ -67,7 +67,8 @@ class EncoderHooks(Hooks):
             if not self._enabled() or self._local.encode is not None:
                 return original(*args, **kwargs)
             inputs = vision_inputs(modality, flat(original, args, kwargs))
-            call = EncodeCall(self.parts, modality, self._signals, self._merge_for(modality))
+            merge = self._merge_for(modality)
+            call = EncodeCall(self.parts, modality, self._signals, merge, self.plan.text_encoder)
             entry = self._local.encodings.enter(call, sys._getframe())
             try:
                 output = original(*args, **kwargs)
@@ -78,7 +79,8 @@ class EncoderHooks(Hooks):
             # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.
             found = recorded(self.plan, output)
             if found is None:
-                found = replace(call.features(inputs, output), merged_by=merger(self.plan))
+                found = call.features(inputs, output)
+                found = replace(found, merged_by=merger(self.plan), compared_by=comparer(self.plan))
                 mark(output, found)
             if self._local.prompt_run is not None and not self.parts.row.by_runs:
                 self._local.prompt_run.features[modality] = found
@@ -136,13 +138,13 @@ class EncoderHooks(Hooks):
         return None if merge is None else merge.restore(output)
 
     def _tap_signals(self, installer: Installer) -> None:
-        needs = [need for need in self._signals if isinstance(need, EncoderNeed)]
+        needs = self._signals
         for block in sorted({block for need in needs if (block := block_of(need, self.parts)) is not None}):
             assert self.parts.blocks is not None
             module = self.parts.blocks[block]
             mine = [need for need in needs if block_of(need, self.parts) == block]
             attention = find_attention(module)
-            if any(not isinstance(need, EncoderStates) for need in mine):
+            if any(not isinstance(need, (EncoderStates, Embedding)) for need in mine):
                 if attention is None:
                     raise UnsupportedModelError(
                         f"Block {block} of the vision encoder of '{self.parts.row.model_type}' has no attention that "
@@ -166,7 +168,7 @@ class EncoderHooks(Hooks):
 
     def _before_embedder(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._enabled() and self._local.encode is None:
-            self._local.encodings.enter(EncodeCall(self.parts, "image", self._signals))
+            self._local.encodings.enter(EncodeCall(self.parts, "image", self._signals, None, self.plan.text_encoder))
 
     def _after_embedder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         encode, running = self._local.encodings.leave(), self._local.running

@@ -35,6 +35,8 @@ class Prefill(Pass):
     inner: InnerFeatures | None = None
     # What was attended to from outside, None where pictures stand in the sequence.
     attended: Attended | None = None
+    # Ids (B, T) of the prompt, where a text encoder is to read its words.
+    ids: Tensor | None = None
     # The hidden states at full length, for the places that were cut; None where nobody wants them.
     _full: Tensor | None = None
 
@@ -169,7 +171,7 @@ class Prefill(Pass):
 
     def forget(self) -> None:
         """Let go of what only the pass needed, so that one kept for its report holds no activations."""
-        self._full = self.inner = self.text = None
+        self._full = self.inner = self.text = self.ids = None
         self.features = {}
         self.signals.forget()
         self.arguments.forget()

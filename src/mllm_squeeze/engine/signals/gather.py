@@ -14,7 +14,7 @@ from mllm_squeeze.engine.signals.normed import normed
 from mllm_squeeze.engine.signals.source import Found, Reading
 from mllm_squeeze.engine.signals.sources import source_of
 from mllm_squeeze.reducers.base import Signals
-from mllm_squeeze.reducers.needs import EncoderNeed, Features, Need, Normed, Size
+from mllm_squeeze.reducers.needs import Features, Need, Normed, Size
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -48,7 +48,7 @@ def gather(
 def _signal(
     prefill: Prefill, planned: PlannedCut, need: Need, hidden: Tensor, found: Found, now: dict[Need, Reading]
 ) -> Tensor:
-    if isinstance(need, EncoderNeed):
+    if planned.carries(need):
         return carried(prefill, need, found.origin, found.rows)
     if isinstance(need, Size):
         return found.size

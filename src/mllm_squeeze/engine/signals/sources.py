@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mllm_squeeze.engine.plan import Plan, PlannedCut
+from mllm_squeeze.engine.plan import Plan, PlannedCut, is_shared
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.attention import AttentionSource
 from mllm_squeeze.engine.signals.embedding import EmbeddingSource
 from mllm_squeeze.engine.signals.projection import ProjectionSource
+from mllm_squeeze.engine.signals.prompt_vector import PromptVectorSource
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.signals.source import Source, Spot, layer_of
 from mllm_squeeze.engine.signals.states import StatesSource
@@ -32,7 +33,14 @@ def source_of(planned: PlannedCut, need: Need) -> Source | None:
         return ProjectionSource(alike_states, layer_of(planned, need), need.block == "next")
     if isinstance(need, States):
         return StatesSource(replace(need, of="visual", block=-1), layer_of(planned, need))
-    return EmbeddingSource(Embedding(), 0) if isinstance(need, Embedding) else None
+    return _embedding(planned, need) if isinstance(need, Embedding) else None
+
+
+def _embedding(planned: PlannedCut, need: Embedding) -> Source | None:
+    """Return where words, or pictures, come from; pictures in the space of a text encoder are carried to the LLM."""
+    if planned.text_encoder is None or not is_shared(need):
+        return EmbeddingSource(Embedding(), 0)
+    return PromptVectorSource(Embedding(space="clip"), 0, encoder=planned.text_encoder) if need.of == "text" else None
 
 
 def chooses_rows(cut: PlannedCut) -> bool:
@@ -78,7 +86,7 @@ class Sources:
     def start(self, prefill: Prefill, hidden: Tensor) -> None:
         """Keep what layer 0 gets ahead of any cut; hidden: (B, T, D)."""
         for source in self._read_in(prefill, 0):
-            if isinstance(source, EmbeddingSource):
+            if isinstance(source, (EmbeddingSource, PromptVectorSource)):
                 self._keep(prefill, source, hidden)
 
     def enter(self, prefill: Prefill, number: int, hidden: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.amount import Amount
+from mllm_squeeze.engine.text_encoder import SharedSpace
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.reducers.base import Reducer
 from mllm_squeeze.reducers.needs import Need
@@ -33,6 +34,8 @@ class Features:
     groups: tuple[Tensor, ...] | None = None
     # The reducer that worked inside the encoder, and how much it left; None where none did.
     merged_by: tuple[Reducer, Amount] | None = None
+    # The space of the user's text encoder, into which signals were projected.
+    compared_by: SharedSpace | None = None
 
     def without(self, left: Tensor | None) -> Features:
         """Return the features that a family leaves itself of those it encoded; left: bool (sum of lengths,) or None.

@@ -55,6 +55,14 @@ def layout_of(
     return find_layout(ids, real, features, parts.ids, parts.row.grouped, prompted.token_types, drafts)
 
 
+def prompt_ids(prompted: PromptCall, layout: TokenLayout) -> Tensor | None:
+    """Return the ids (B, T) of a pass, None where only embeddings were given; see `layout_of`."""
+    if prompted.ids is None:
+        return None
+    ids = prompted.ids[:, -layout.length :]
+    return ids.repeat_interleave(layout.batch // ids.shape[0], dim=0)
+
+
 def words_behind_pictures(
     parts: ModelParts, call: TextCall, prompted: PromptCall, prompt: int | None
 ) -> tuple[Tensor, Tensor]:
