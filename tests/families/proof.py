@@ -23,6 +23,8 @@ import tiny
 import ways
 from mllm_squeeze.reducers.base import DecodeReducer
 from mllm_squeeze.reducers.needs import Attention, Normed, Projection
+from tiny.audio_line import AUDIO_LINE
+from tiny.speech_line import SPEECH_LINE
 
 STEPS = 3
 # What the library breaks is told of this release on; older ones break more.
@@ -45,7 +47,7 @@ PREFIX = ("molmo2", "paligemma", "paligemma2")
 BEAMS_BROKEN = {
     *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "video_llama_3")),
     *((family, kind) for family in ("llama4", "fuyu") for kind in ("image", "two_images")),
-    *((family, "two_audios") for family in ("qwen2_audio", "voxtral", "audioflamingo3", "granite_speech")),
+    *((family, "two_audios") for family in (*AUDIO_LINE, *SPEECH_LINE)),
     ("voxtral", "audio"),
     ("granite4_vision", "two_images"),
     ("perception_lm", "two_videos"),

@@ -36,6 +36,7 @@ from tiny.prompts import KINDS, Batch, Inputs, Turn, collate, kinds_of, make_bat
 from tiny.query_line import QUERY_LINE
 from tiny.qwen_line import QWEN_LINE
 from tiny.sparse_line import SPARSE_LINE
+from tiny.speech_line import SPEECH_LINE
 from tiny.tile_line import TILE_LINE
 
 __all__ = [
@@ -73,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     **SPARSE_LINE,
     **OCR_LINE,
     **CODE_LINE,
+    **SPEECH_LINE,
 }
 
 

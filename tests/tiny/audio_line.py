@@ -69,24 +69,29 @@ def _audioflamingo3_sound(n: int) -> Piece:
     return Piece((AUDIO,) * tokens, {"input_features": sound, "input_features_mask": mask})
 
 
-def _granite_speech() -> Any:
-    encoder = dict(input_dim=MELS, num_layers=2, hidden_dim=32, feedforward_mult=2, num_heads=4, output_dim=10)
-    encoder |= dict(context_size=15, max_pos_emb=16, dropout=0.0, conv_kernel_size=3)
-    projector = dict(model_type="blip_2_qformer", hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    projector |= dict(intermediate_size=64, encoder_hidden_size=32, cross_attention_frequency=1)
-    config = hf.GraniteSpeechConfig(
+def granite_config(config: Any, encoder: dict[str, Any], projector: dict[str, Any]) -> Any:
+    """Return the config of a Granite speech model, with changes of its encoder and its projector."""
+    ears = dict(input_dim=MELS, num_layers=2, hidden_dim=32, feedforward_mult=2, num_heads=4, output_dim=10)
+    ears |= dict(context_size=15, max_pos_emb=16, dropout=0.0, conv_kernel_size=3)
+    queries = dict(model_type="blip_2_qformer", hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    queries |= dict(intermediate_size=64, encoder_hidden_size=32, cross_attention_frequency=1)
+    return config(
         text_config=llama_text(model_type="granite", attention_multiplier=0.25),
-        encoder_config=encoder,
-        projector_config=projector,
+        encoder_config=ears | encoder,
+        projector_config=queries | projector,
         audio_token_index=AUDIO,
         has_lora_adapter=False,
         downsample_rate=5,
         window_size=15,
     )
+
+
+def _granite_speech() -> Any:
+    config = granite_config(hf.GraniteSpeechConfig, {}, {})
     return build(hf.GraniteSpeechForConditionalGeneration, config)
 
 
-def _granite_sound(n: int) -> Piece:
+def granite_sound(n: int) -> Piece:
     """Return a sound of windows of 15 frames with 3 tokens each."""
     windows = 6
     mask = torch.ones(1, 3 * windows, dtype=torch.bool)
@@ -94,13 +99,14 @@ def _granite_sound(n: int) -> Piece:
     return Piece((AUDIO,) * (3 * windows), arrays)
 
 
-def _family(model: Any, sound: Any, tower: str = "model.audio_tower") -> Family:
-    return Family(model, visual_ids=(AUDIO,), tower=tower, audio=sound)
+def audio_family(model: Any, sound: Any, tower: str = "model.audio_tower", wants: str = "") -> Family:
+    """Return a family that hears only."""
+    return Family(model, visual_ids=(AUDIO,), tower=tower, audio=sound, wants=wants)
 
 
 AUDIO_LINE = {
-    "qwen2_audio": _family(_qwen2_audio, _qwen2_audio_sound),
-    "voxtral": _family(_voxtral, _voxtral_sound),
-    "audioflamingo3": _family(_audioflamingo3, _audioflamingo3_sound),
-    "granite_speech": _family(_granite_speech, _granite_sound, "model.encoder"),
+    "qwen2_audio": audio_family(_qwen2_audio, _qwen2_audio_sound),
+    "voxtral": audio_family(_voxtral, _voxtral_sound),
+    "audioflamingo3": audio_family(_audioflamingo3, _audioflamingo3_sound),
+    "granite_speech": audio_family(_granite_speech, granite_sound, "model.encoder"),
 }

@@ -174,10 +174,13 @@ _ROWS = (
     FamilyRow("chameleon", grid="unknown", tower_to_llm="overlap", by_runs=True),
     FamilyRow("deepseek_ocr2", grid="unknown", tower_to_llm="queries"),
     FamilyRow("emu3", grid="unknown", tower_to_llm="overlap"),
+    replace(_AUDIO, model_type="fun_asr_nano"),
     FamilyRow("fuyu", grid="unknown", tower_to_llm="no_encoder", late=True),
     FamilyRow("got_ocr2", tower_to_llm="overlap"),
     replace(_GLM, model_type="glm_ocr"),
+    replace(_AUDIO, model_type="glmasr"),
     FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool", note=_PAGES_NOTE),
+    replace(_AUDIO, model_type="granite_speech_plus"),
     FamilyRow(
         "instructblipvideo",
         ("video",),
@@ -188,10 +191,14 @@ _ROWS = (
     ),
     FamilyRow("janus", tower_to_llm="identity", per_token=True),
     FamilyRow("minicpm_ocr", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
+    replace(_AUDIO, model_type="moss_transcribe_diarize"),
+    replace(_AUDIO, model_type="omniasr"),
     FamilyRow("paddleocr_vl", grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("pp_chart2table", tower_to_llm="overlap"),
     FamilyRow("qianfan_ocr", tower_to_llm="pool", cls=True, grouped=("image",)),
+    replace(_AUDIO, model_type="qwen3_asr"),
     replace(_POOLED, model_type="shieldgemma2"),
+    replace(_AUDIO, model_type="vibevoice_asr"),
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}
