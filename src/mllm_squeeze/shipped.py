@@ -23,6 +23,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "score.isolation": "mllm_squeeze.parts.score.isolation:Isolation",
     "score.fused": "mllm_squeeze.parts.score.fused:Fused",
     "segment.whole": "mllm_squeeze.parts.segment.whole:Whole",
+    "segment.crop": "mllm_squeeze.parts.segment.crop:Crop",
     "segment.tile": "mllm_squeeze.parts.segment.tile:Tile",
     "segment.frame": "mllm_squeeze.parts.segment.frame:Frame",
     "segment.window": "mllm_squeeze.parts.segment.window:Window",
