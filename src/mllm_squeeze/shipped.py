@@ -40,6 +40,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "select.farthest_point": "mllm_squeeze.parts.select.farthest_point:FarthestPoint",
     "select.dpp": "mllm_squeeze.parts.select.dpp:Dpp",
     "select.facility_location": "mllm_squeeze.parts.select.facility_location:FacilityLocation",
+    "select.drop_alike": "mllm_squeeze.parts.select.drop_alike:DropAlike",
     "select.density_peaks": "mllm_squeeze.parts.select.density_peaks:DensityPeaks",
     "select.pivots": "mllm_squeeze.parts.select.pivots:Pivots",
     "select.threshold": "mllm_squeeze.parts.select.threshold:Threshold",
