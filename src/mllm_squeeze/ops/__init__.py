@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
+    from .rounds import *  # noqa: F403
     from .rows import *  # noqa: F403
     from .score import *  # noqa: F403
     from .segment import *  # noqa: F403
@@ -71,6 +72,7 @@ _MODULES = {
         "on_device",
         "selection",
     ),
+    "rounds": ("drop_alike_in_rounds",),
     "rows": ("group_rows",),
     "score": (
         "cosine",
