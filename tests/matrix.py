@@ -73,7 +73,7 @@ def misfit(name: str, family: str) -> str | None:
         return "reduces"
     if "encoder" in way.places and (row.tower != "batched" or not row.per_token):
         return "inside the vision encoder"
-    if "encoder" in way.roads and row.tower_to_llm in ("none", "queries", "overlap"):
+    if "encoder" in way.roads and row.tower_to_llm in ("none", "queries", "overlap", "no_encoder"):
         return "vision encoder"
     return None
 

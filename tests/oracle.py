@@ -20,6 +20,8 @@ import cache_role
 
 Inputs = Mapping[str, Tensor]
 TOLERANCE = 1e-5
+# Families whose generate() hands no logits processor on.
+DROPS_PROCESSORS = ("janus",)
 _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
@@ -120,12 +122,28 @@ def force(forced: Tensor, width: int) -> LogitsProcessorList:
     return LogitsProcessorList([_Force(forced, width)])
 
 
+def forcing(model: Any, forced: Tensor, width: int) -> dict[str, Any]:
+    """Return the argument that makes generate() choose the forced tokens (B, n) behind a prompt of this width."""
+    if model.config.model_type not in DROPS_PROCESSORS:
+        return {"logits_processor": force(forced, width)}
+
+    def allowed(row: int, ids: Tensor) -> list[int]:
+        step = ids.shape[-1] - width
+        return (
+            [int(forced[row, step])]
+            if step < forced.shape[1]
+            else list(range(model.config.get_text_config().vocab_size))
+        )
+
+    return {"prefix_allowed_tokens_fn": allowed}
+
+
 @torch.no_grad()
 def generate(model: Any, inputs: Inputs, forced: Tensor, **extra: Any) -> Tensor:
     """Return the raw logits (B, n + 1, V) of `model.generate` while it is made to choose the forced tokens (B, n)."""
-    processor = force(forced, inputs["input_ids"].shape[1])
+    choose = forcing(model, forced, inputs["input_ids"].shape[1])
     settings = {"max_new_tokens": forced.shape[1] + 1, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(**inputs, logits_processor=processor, **settings, **extra)
+    out = model.generate(**inputs, **choose, **settings, **extra)
     return torch.stack(out.logits, 1)
 
 

@@ -38,7 +38,7 @@ PREFIX = ("molmo2", "paligemma", "paligemma2")
 # Prompts that transformers itself cannot repeat for beams: it raises, or deals several pieces to the wrong rows.
 BEAMS_BROKEN = {
     *((family, "two_videos") for family in ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "video_llama_3")),
-    *(("llama4", kind) for kind in ("image", "two_images")),
+    *((family, kind) for family in ("llama4", "fuyu") for kind in ("image", "two_images")),
     *((family, "two_audios") for family in ("qwen2_audio", "voxtral", "audioflamingo3", "granite_speech")),
     ("voxtral", "audio"),
     ("granite4_vision", "two_images"),

@@ -137,15 +137,15 @@ def test_a_second_turn_on_the_same_cache(family: str, method: str, covers: Any) 
     if not proof.RECENT and family == "gemma3_window":
         pytest.skip(f"transformers {transformers.__version__} itself cannot go on behind a full sliding window")
     with proof.whole(t, proof.first_kind(family, method), method) as (handle, inputs):
-        processor = oracle.force(answer, inputs["input_ids"].shape[1])
+        choose = oracle.forcing(t.model, answer, inputs["input_ids"].shape[1])
         turn = t.turn(inputs, answer, 50, 51, 52, 53).whole
         text = {k: v for k, v in turn.items() if k in TEXT}
-        first = t.model.generate(**inputs, **settings, logits_processor=processor)
+        first = t.model.generate(**inputs, **settings, **choose)
         cuts, repack = handle.cuts, proof.repacks(handle)
         second = proof.generate(t, text, forced, **cache_role.behind(first))
     if family in proof.PREFIX:
         with oracle.masked(t.model, inputs["input_ids"].shape[1], cuts, repack=repack):
-            first = t.model.generate(**inputs, **settings, logits_processor=processor)
+            first = t.model.generate(**inputs, **settings, **choose)
             expected = proof.generate(t, text, forced, **cache_role.behind(first))
     else:
         expected = one_shot(t, proof.followed(t, turn, forced), cuts, repack)[:, -forced.shape[1] - 1 :]

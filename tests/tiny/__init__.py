@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 from tiny.audio_line import AUDIO_LINE
+from tiny.code_line import CODE_LINE
 from tiny.gemma_line import GEMMA_LINE
 from tiny.glm_line import GLM_LINE
 from tiny.grid_line import GRID_LINE
@@ -69,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     **GRID_LINE,
     **MUSE_LINE,
     **OCR_LINE,
+    **CODE_LINE,
 }
 
 

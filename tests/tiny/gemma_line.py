@@ -34,10 +34,10 @@ def _siglip(image: int, **changes: Any) -> dict[str, Any]:
     return tower_config("siglip_vision_model", image, vision_use_head=False, **changes)
 
 
-def _gemma3(window: int = 512) -> Any:
+def _gemma3(window: int = 512, config: Any = hf.Gemma3Config) -> Any:
     text = llama_text(query_pre_attn_scalar=16, sliding_window=window, layer_types=list(TYPES))
     text.pop("model_type")
-    config = hf.Gemma3Config(
+    made = config(
         text_config=text,
         vision_config=_siglip(56),
         mm_tokens_per_image=16,
@@ -45,7 +45,11 @@ def _gemma3(window: int = 512) -> Any:
         boi_token_index=START,
         eoi_token_index=END,
     )
-    return build(hf.Gemma3ForConditionalGeneration, config)
+    return build(hf.Gemma3ForConditionalGeneration, made)
+
+
+def _shieldgemma2() -> Any:
+    return _gemma3(config=hf.ShieldGemma2Config)
 
 
 def _gemma3_window() -> Any:
@@ -201,6 +205,9 @@ GEMMA_LINE = {
     "gemma3": Family(_gemma3, _gemma3_image, visual_ids=(IMAGE,), derived=_image_types, types_from_start=True),
     "gemma3_window": Family(
         _gemma3_window, _gemma3_image, visual_ids=(IMAGE,), derived=_image_types, types_from_start=True
+    ),
+    "shieldgemma2": Family(
+        _shieldgemma2, _gemma3_image, visual_ids=(IMAGE,), derived=_image_types, types_from_start=True
     ),
     "paligemma": Family(_paligemma1, _paligemma_image, visual_ids=(IMAGE,), derived=_prefix, before=()),
     "paligemma2": Family(_paligemma2, _paligemma_image, visual_ids=(IMAGE,), derived=_prefix, before=()),

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from tiny.parts import BOS, HIDDEN, IMAGE, LAYERS, PAD, SPECIAL, VOCAB, Family, Piece, build, llama_text, noise
+from tiny.parts import BOS, HIDDEN, IMAGE, LAYERS, PAD, SPECIAL, VIDEO, VOCAB, Family, Piece, build, llama_text, noise
 
 QUERIES = 16
 
@@ -51,6 +51,33 @@ def _instructblip() -> Any:
     return _build(hf.InstructBlipForConditionalGeneration, config)
 
 
+def _instructblipvideo() -> Any:
+    parts = _parts() | {"video_token_index": VIDEO}
+    parts.pop("image_token_index")
+    config = hf.InstructBlipVideoConfig(text_config=llama_text(), **parts)
+    return _build(hf.InstructBlipVideoForConditionalGeneration, config)
+
+
+def _aria() -> Any:
+    eyes = dict(model_type="idefics3_vision", hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    text = llama_text(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, intermediate_size=32)
+    text.pop("model_type")
+    config = hf.AriaConfig(
+        vision_config=eyes | dict(num_attention_heads=4, image_size=56, patch_size=7),
+        text_config=text,
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={64: QUERIES},
+    )
+    return build(hf.AriaForConditionalGeneration, config)
+
+
+def _aria_image(n: int) -> Piece:
+    """Return a picture, or one in two crops."""
+    crops = 2 if n % 3 == 2 else 1
+    arrays = {"pixel_values": noise(n, crops, 3, 56, 56), "pixel_mask": torch.ones(crops, 56, 56, dtype=torch.bool)}
+    return Piece((IMAGE,) * (QUERIES * crops), arrays)
+
+
 def _image(n: int) -> Piece:
     return Piece((IMAGE,) * QUERIES, {"pixel_values": noise(n, 1, 3, 28, 28)})
 
@@ -65,6 +92,12 @@ def _asked_image(n: int) -> Piece:
     return Piece((IMAGE,) * QUERIES, {"pixel_values": noise(n, 1, 3, 28, 28), **asked})
 
 
+def _asked_video(n: int) -> Piece:
+    """Return a video of three frames, each of which becomes as many queries as an image."""
+    arrays = {**_asked_image(n).arrays, "pixel_values": noise(50 + n, 1, 3, 3, 28, 28)}
+    return Piece((VIDEO,) * (3 * QUERIES), arrays)
+
+
 def _decoder_start(ids: Tensor, _: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {"decoder_input_ids": torch.full((ids.shape[0], 1), PAD)}
 
@@ -74,4 +107,6 @@ QUERY_LINE = {
     "blip_2": Family(_blip_2, _image, **_ONLY),
     "blip_2_t5": Family(_blip_2_t5, _image, derived=_decoder_start, **_ONLY),
     "instructblip": Family(_instructblip, _asked_image, **_ONLY),
+    "instructblipvideo": Family(_instructblipvideo, video=_asked_video, **(_ONLY | {"visual_ids": (VIDEO,)})),
+    "aria": Family(_aria, _aria_image, visual_ids=(IMAGE,)),
 }

@@ -265,6 +265,23 @@ def test_run_keeps_a_total(folder: Path) -> None:
     assert "392 -> 50 visual tokens" in ask(folder, *words).output
 
 
+def test_run_takes_a_text_encoder(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = shape | {"max_position_embeddings": 64}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=shape, projection_dim=8)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    step = {"at": "projector", "keep": 7, "score": {"text_similarity": "clip"}, "select": "top_k"}
+    recipe = tmp_path / "asked.yaml"
+    recipe.write_text(yaml.safe_dump({"method": "asked", "steps": [step]}))
+    with pytest.warns(UserWarning, match="has other weights"):
+        output = ask(folder, "--method", recipe, "--text-encoder", tmp_path).output
+    assert "196 -> 7" in output
+    assert "text_encoder=" in ask(folder, "--method", recipe, code=2).stderr
+    assert "cannot be loaded" in ask(folder, "--method", recipe, "--text-encoder", folder / "no", code=2).stderr
+
+
 def test_run_compares_with_the_untouched_model(folder: Path) -> None:
     output = ask(folder, "--method", "divprune", "--keep", 8, "--compare", "--dtype", "float32").output
     assert "against the untouched model" in output
@@ -283,6 +300,7 @@ WRONG: list[tuple[list[object], str]] = [
     (["--method", "fastv", "--device", "toaster"], "'toaster' cannot be used"),
     (["--method", "fastv", "--image", "nowhere.png"], "There is no file nowhere.png"),
     (["--method", "vidcom2"], "video"),
+    (["--method", "fastv", "--text-encoder", "nowhere"], "compares nothing in the space of one"),
 ]
 
 

@@ -104,7 +104,7 @@ def test_a_row_of_a_batch_is_the_prompt_alone(family: str, kinds: tuple[str, ...
 
 # Visual tokens of molmo2 and the whole prompt of PaliGemma look at what comes in later turns; encoder-decoders and the
 # BLIP classes keep no cache of a conversation.
-ONE_TURN = ("molmo2", "paligemma", "paligemma2", "blip_2", "blip_2_t5", "instructblip")
+ONE_TURN = ("molmo2", "paligemma", "paligemma2", "blip_2", "blip_2_t5", "instructblip", "instructblipvideo")
 
 
 # Wrong in transformers until it had Molmo 2: the masks of a later turn (sliding layers; images of other turns).

@@ -177,9 +177,9 @@ def _warn_other(space: SharedSpace, parts: ModelParts) -> None:
         return
     if space.is_of(parts.tower) is False:
         warnings.warn(
-            f"The vision tower of '{parts.row.model_type}' has other weights than the text encoder's own: "
-            "it was tuned since, or comes from another checkpoint. Words and pictures are then comparable only as far "
-            "as the two agree.",
+            f"The vision tower of '{parts.row.model_type}' has other weights than the picture side of the text "
+            "encoder: it was tuned since, or comes from another checkpoint. Words and pictures are comparable only as "
+            "far as the two agree.",
             SqueezeWarning,
             stacklevel=2,
         )

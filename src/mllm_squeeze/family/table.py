@@ -18,6 +18,7 @@ TowerToLlm = Literal[
     "sub_images",
     "queries",
     "overlap",
+    "no_encoder",
     "none",
 ]
 Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
@@ -31,8 +32,8 @@ class FamilyRow:
     modalities: what it takes.
     grid: rule that gives the rectangle of each span.
     tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way; the module of that
-        name says what each word means ("queries": each LLM token looks at all patches, so a score cannot; "overlap":
-        patches go into several LLM tokens; "none": nobody has looked).
+        name says what each word means, and why nothing travels by some ("queries", "overlap", "no_encoder"; "none":
+        nobody has looked).
     tower: "batched" (tiles, N, D), or "packed" (sum, D).
     cls: the tower may have a CLS token, in front of the patches, or behind them where cls_last.
     late: what the feature method gives is projected behind it.
@@ -161,14 +162,28 @@ _ROWS = (
     replace(_AUDIO, model_type="voxtral"),
     replace(_AUDIO, model_type="audioflamingo3"),
     replace(_AUDIO, model_type="granite_speech"),
+    FamilyRow("aria", grid="unknown", tower_to_llm="queries", note=_QUERIES_NOTE),
+    FamilyRow("chameleon", grid="unknown", tower_to_llm="overlap", by_runs=True),
     FamilyRow("deepseek_ocr2", grid="unknown", tower_to_llm="queries"),
+    FamilyRow("emu3", grid="unknown", tower_to_llm="overlap"),
+    FamilyRow("fuyu", grid="unknown", tower_to_llm="no_encoder", late=True),
     FamilyRow("got_ocr2", tower_to_llm="overlap"),
     replace(_GLM, model_type="glm_ocr"),
     FamilyRow("granite_docling", grid="unknown", tower_to_llm="pool", note=_PAGES_NOTE),
+    FamilyRow(
+        "instructblipvideo",
+        ("video",),
+        grid="unknown",
+        tower_to_llm="queries",
+        own_generate=True,
+        note=_QFORMER_NOTE,
+    ),
+    FamilyRow("janus", tower_to_llm="identity", per_token=True),
     FamilyRow("minicpm_ocr", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
     FamilyRow("paddleocr_vl", grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("pp_chart2table", tower_to_llm="overlap"),
     FamilyRow("qianfan_ocr", tower_to_llm="pool", cls=True, grouped=("image",)),
+    replace(_POOLED, model_type="shieldgemma2"),
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}

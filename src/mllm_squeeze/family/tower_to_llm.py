@@ -16,6 +16,13 @@ from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.upstream import configs, functions
 from mllm_squeeze.upstream.prompts import VIDEO_PIXELS
 
+_WHY_NOT = {
+    "queries": "each token that the LLM gets is a query that looks at all patches, so none stands for some of them",
+    "overlap": "convolutions whose windows overlap make the tokens that the LLM gets, so each patch goes into several",
+    "no_encoder": "patches are projected straight into the LLM, and no encoder looks at them",
+    "none": "which patches each token of the LLM stands for is not known of this family",
+}
+
 
 def to_llm_tokens(
     parts: ModelParts,
@@ -82,12 +89,8 @@ def why_not(parts: ModelParts) -> str | None:
     Raises:
         UnsupportedModelError: the order in which the encoder walks its tokens cannot be told.
     """
-    if parts.row.tower_to_llm == "queries":
-        return "each token that the LLM gets is a query that looks at all patches, so none stands for some of them"
-    if parts.row.tower_to_llm == "overlap":
-        return "convolutions whose windows overlap make the tokens that the LLM gets, so each patch goes into several"
-    if parts.row.tower_to_llm == "none":
-        return "which patches each token of the LLM stands for is not known of this family"
+    if parts.row.tower_to_llm in _WHY_NOT:
+        return _WHY_NOT[parts.row.tower_to_llm]
     if parts.row.tower_to_llm == "block_merge" and parts.tower is not None:
         functions.window_function(parts.tower, parts.config.vision_config)
     return None

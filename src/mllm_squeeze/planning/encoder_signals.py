@@ -6,18 +6,20 @@ from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states, wanted_bl
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.family.tower_to_llm import why_not
-from mllm_squeeze.reducers.needs import EncoderAttention, EncoderNeed, EncoderStates
+from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderNeed, EncoderStates
 from mllm_squeeze.upstream.attention import computes_by_itself
 
 
-def check_encoder_need(method: str, need: EncoderNeed, parts: ModelParts) -> None:
+def check_encoder_need(method: str, need: EncoderNeed | Embedding, parts: ModelParts) -> None:
     """Check that a model gives an encoder signal.
 
     Raises:
         ConfigError: the encoder has no block of that number.
         UnsupportedModelError: the encoder does not give it, or it cannot be carried; the message says why.
     """
-    reason = _no_blocks(parts) or why_not(parts)
+    # That nobody has looked is the last thing to say.
+    looked = parts.row.tower_to_llm != "none"
+    reason = (why_not(parts) if looked else None) or _no_blocks(parts) or why_not(parts)
     if reason is None:
         _check_block(method, need, parts)
         reason = _unreadable(need, parts)
@@ -37,7 +39,7 @@ def _no_blocks(parts: ModelParts) -> str | None:
     return None
 
 
-def _check_block(method: str, need: EncoderNeed, parts: ModelParts) -> None:
+def _check_block(method: str, need: EncoderNeed | Embedding, parts: ModelParts) -> None:
     if block_of(need, parts) is None and parts.blocks is not None:
         count = len(parts.blocks)
         raise ConfigError(
@@ -46,14 +48,14 @@ def _check_block(method: str, need: EncoderNeed, parts: ModelParts) -> None:
         )
 
 
-def _unreadable(need: EncoderNeed, parts: ModelParts) -> str | None:
+def _unreadable(need: EncoderNeed | Embedding, parts: ModelParts) -> str | None:
     """Return why a block does not give a signal, None where it does."""
     of_cls = getattr(need, "cls", False) or (isinstance(need, EncoderAttention) and need.rows == "cls")
     if of_cls and not parts.has_cls:
         return "its vision encoder has no CLS token"
     if isinstance(need, EncoderAttention) and is_of_states(need) and parts.probe_head is None:
         return "its vision encoder has no head that pools patches by the attention of a learned query"
-    if isinstance(need, EncoderStates) or parts.blocks is None:
+    if isinstance(need, (EncoderStates, Embedding)) or parts.blocks is None:
         return None
     number = block_of(need, parts)
     attention = None if number is None else find_attention(parts.blocks[number])

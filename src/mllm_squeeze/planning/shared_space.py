@@ -7,7 +7,7 @@ from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.planning.encoder_signals import check_encoder_need
 from mllm_squeeze.recipe.recipe import Recipe
-from mllm_squeeze.reducers.needs import Embedding, EncoderStates
+from mllm_squeeze.reducers.needs import Embedding
 from mllm_squeeze.upstream.shared_space import state_width
 
 
@@ -45,7 +45,7 @@ def check_embedding(method: str, cut: PlannedCut, need: Embedding, parts: ModelP
         )
     if need.of == "text":
         return
-    check_encoder_need(method, EncoderStates(), parts)
+    check_encoder_need(method, need, parts)
     assert parts.blocks is not None
     assert parts.feature_block is not None
     given, wanted = state_width(parts.blocks[parts.feature_block]), cut.text_encoder.image_width

@@ -229,9 +229,11 @@ class Embedding(Need):
     """Words or pictures in a space that both share: (S, T, D) of the words, (S, N, D) of the visual tokens.
 
     of: which of them.
-    space: "llm" is the language model's input space, as at layer 0; "clip" is that of the text model which the user
-        gives (`text_encoder=`), (S, 1, D) for its pooled prompt; where none is given the LLM's own space stands in if
-        `fallback` says so, and the report tells.
+    space: "llm" is the language model's input space, as at layer 0; "clip" is that of the text encoder which the user
+        gives (`text_encoder=`), float32: (S, 1, D) for the pooled words behind the first visual token, zeros where
+        there are none, and for each visual token what its patches become by the encoder's projection of the states that
+        the vision tower gives, separators 0. Where none is given the LLM's own space stands in if `fallback` says so,
+        and the report tells.
     fallback: whether the LLM's own space may stand in.
     """
 

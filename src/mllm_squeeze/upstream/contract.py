@@ -42,6 +42,8 @@ _ENCODER_INPUTS = {
     "audio_input_features",
     "audio_embed_sizes",
     "audio_attention_mask",
+    "pixel_values",
+    "mm_encoder_outputs",
 }
 
 TEXT_MODEL = Expected(

@@ -42,6 +42,7 @@ _PROJECTORS = (
     "projector",
     "connector",
     "mlp1",
+    "aligner",
 )
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 # BERT-like blocks wrap the attention that calls the registry in one more module.

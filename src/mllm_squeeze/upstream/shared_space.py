@@ -26,7 +26,7 @@ class PairedSpace:
     words: the model of the text. pictures: the model that has the picture side, often the same. tokenizer: of the text.
 
     Raises:
-        UnsupportedModelError: one side has no projection that is known.
+        UnsupportedModelError: one side has no projection that is known, or no weights.
     """
 
     def __init__(self, words: nn.Module, pictures: nn.Module, tokenizer: Any) -> None:
@@ -41,6 +41,11 @@ class PairedSpace:
                 "into one space in a way that is known. Give a CLIPModel, a SiglipModel, a pair of "
                 "CLIPTextModelWithProjection and CLIPVisionModelWithProjection, or an object with text(words) and "
                 "image(states) of its own."
+            )
+        if self._norm.weight.is_meta:
+            raise UnsupportedModelError(
+                f"The weights of the text encoder ({type(pictures).__name__}) are not there: it is on the meta device, "
+                "or offloaded. Load it on a device."
             )
         self._warned = False
 
@@ -127,7 +132,10 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except _LOADING as error:
-        raise UnsupportedModelError(f"'{name}' has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise UnsupportedModelError(
+            f"text_encoder='{name}' cannot be loaded, it has no tokenizer: {_first_line(error)} Give the folder or the "
+            "hub id of a CLIP or SigLIP model, or its tokenizer as well (TextEncoder(own_tokenizer=...))."
+        ) from error
 
 
 def tokenizer_beside(model: nn.Module) -> Any:

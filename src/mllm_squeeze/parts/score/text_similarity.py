@@ -17,10 +17,10 @@ class TextSimilarity(Score):
     """Score a token by its cosine to the words behind the first visual token, in float32.
 
     space: "features" compares the states at the place of the cut, "llm" the language model's input space, "clip" the
-        space of the text model that the user gives.
+        space of the text encoder that the user gives (`text_encoder=`), where the words are one vector.
     over: the words are joined by their largest or their mean cosine.
     sign: -1 keeps what is least alike.
-    fallback: whether the language model's own space may stand in where no text model is given.
+    fallback: whether the language model's own space may stand in where no text encoder is given.
     """
 
     main: ClassVar[str | None] = "space"
