@@ -22,6 +22,9 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "score.size": "mllm_squeeze.parts.score.size:Size",
     "score.isolation": "mllm_squeeze.parts.score.isolation:Isolation",
     "score.fused": "mllm_squeeze.parts.score.fused:Fused",
+    "score.change": "mllm_squeeze.parts.score.change:Change",
+    "score.prior_contrast": "mllm_squeeze.parts.score.prior_contrast:PriorContrast",
+    "score.spectrum": "mllm_squeeze.parts.score.spectrum:Spectrum",
     "segment.whole": "mllm_squeeze.parts.segment.whole:Whole",
     "segment.crop": "mllm_squeeze.parts.segment.crop:Crop",
     "segment.tile": "mllm_squeeze.parts.segment.tile:Tile",
@@ -49,4 +52,5 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "merge.fused_token": "mllm_squeeze.parts.merge.fused_token:FusedToken",
     "merge.bipartite": "mllm_squeeze.parts.merge.bipartite:Bipartite",
     "merge.pool": "mllm_squeeze.parts.merge.pool:Pool",
+    "merge.into_best": "mllm_squeeze.parts.merge.into_best:IntoBest",
 }

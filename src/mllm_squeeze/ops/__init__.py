@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .attention import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .greedy import *  # noqa: F403
+    from .information import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .normalise import *  # noqa: F403
     from .pivots import *  # noqa: F403
@@ -50,6 +51,7 @@ _MODULES = {
         "farthest_point",
         "least_alike_in_turns",
     ),
+    "information": ("beyond_prior", "spectral_weight"),
     "merge": (
         "added_mean_weights",
         "bipartite_match",
@@ -58,6 +60,7 @@ _MODULES = {
         "is_target",
         "mean_weights",
         "merge_tokens",
+        "merged_into_best",
         "merged_size",
         "mix_tokens",
         "mixed_size",
