@@ -37,7 +37,9 @@ def crops_of(tokens: VisualTokens) -> tuple[Tensor, int]:
     """
     spans = [crop_tables(tiles) for tiles in tokens.tiles] or [([], 1)]
     most = max(len(rows) for rows, _ in spans) or 1
-    table = ops.on_device([rows + [[0, 1, 0, 0, 1 << 30, 1 << 30]] * (most - len(rows)) for rows, _ in spans], tokens.mask)
+    table = ops.on_device(
+        [rows + [[0, 1, 0, 0, 1 << 30, 1 << 30]] * (most - len(rows)) for rows, _ in spans], tokens.mask
+    )
     tile, _, h, w = tokens.grid.unbind(-1)
     numbers = ops.take(table.expand(len(tile), -1, -1), tile.clamp(min=0, max=most - 1))
     before, wide, top, left, height, width = numbers.unbind(-1)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class DropAlike(Select):
     """Pick what is left when the tokens most like another are dropped in rounds: every second one against the others.
 
-    arXiv 2412.01818. Tokens stand in a list by descending score; a round compares those at even places with those at odd
-    ones and drops the most alike of the former. Tokens of score -inf (separators) come last, where there is too little
-    else.
+    arXiv 2412.01818. Tokens stand in a list by descending score; a round compares those at even places with those at
+    odd ones and drops the most alike of the former. Tokens of score -inf (separators) come last, where there is too
+    little else.
 
     by: the vectors that are compared, see `mllm_squeeze.parts.vectors`.
     at_once: how many tokens a round drops at most.
