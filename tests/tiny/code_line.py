@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from tiny.parts import END, HIDDEN, IMAGE, LAYERS, PAD, START, VOCAB, Family, Piece, build, llama_text, noise
+from tiny.parts import AUDIO, END, HIDDEN, IMAGE, LAYERS, PAD, START, VOCAB, Family, Piece, build, llama_text, noise
 
 # Words of the codebook in the vocabulary; and the one behind each row of an Emu 3 picture.
 CODES = range(120, 152)
@@ -108,11 +108,54 @@ def _janus_image(n: int) -> Piece:
     return Piece((START, *(IMAGE,) * 25, END), {"pixel_values": noise(n, 1, 3, 35, 35)})
 
 
+def _apertus1p5() -> Any:
+    text = llama_text(hidden_act="xielu", rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    text.pop("model_type")
+    text.pop("head_dim")
+    ears = dict(model_type="wavtokenizer_encoder", num_filters=4, upsampling_ratios=[4, 2], num_lstm_layers=1)
+    ears |= dict(hidden_size=16, codebook_dim=16, codebook_size=8, decoder_hidden_size=32)
+    config = hf.Apertus1p5Config(
+        text_config=text,
+        vision_config=_codebook(codebook_size=len(CODES), attn_resolutions=[], resolution=SIDE),
+        audio_config=ears,
+        image_token_id=IMAGE,
+        audio_token_id=AUDIO,
+        image_token_offset=CODES.start,
+        audio_token_offset=CODES.stop,
+    )
+    model = build(hf.Apertus1p5ForConditionalGeneration, config)
+    return _spread_codes(model, model.model.vision_tokenizer)
+
+
+def _apertus1p5_image(n: int) -> Piece:
+    height, width = ((4, 4), (3, 6), (6, 4))[n % 3]
+    arrays = {
+        "pixel_values": noise(n, 1, 3, 4 * height, 4 * width),
+        "image_sizes": torch.tensor([[4 * height, 4 * width]]),
+    }
+    return Piece((START, *(IMAGE,) * (height * width), END), arrays)
+
+
+def _apertus1p5_audio(n: int) -> Piece:
+    """Return a sound of 8 samples for each token."""
+    tokens = (20, 12, 16)[n % 3]
+    arrays = {"input_values": noise(80 + n, 1, 8 * tokens), "padding_mask": torch.ones(1, 8 * tokens, dtype=torch.long)}
+    return Piece((START, *(AUDIO,) * tokens, END), arrays)
+
+
 def _family(model: Any, image: Any, tower: str) -> Family:
     return Family(model, image, visual_ids=(IMAGE,), tower=tower)
 
 
 CODE_LINE = {
+    "apertus1p5": Family(
+        _apertus1p5,
+        _apertus1p5_image,
+        visual_ids=(IMAGE, AUDIO),
+        tower="model.vision_tokenizer",
+        audio=_apertus1p5_audio,
+        wants="Apertus1p5ForConditionalGeneration",
+    ),
     "chameleon": _family(_chameleon, _chameleon_image, "model.vqmodel"),
     "emu3": _family(_emu3, _emu3_image, "model.vqmodel"),
     "fuyu": _family(_fuyu, _fuyu_image, "model.vision_embed_tokens"),

@@ -95,6 +95,7 @@ _KEYS_NOTE = (
 _PICKED_NOTE = "Served where layers attend to all keys or to those near by; layers that pick their keys are refused."
 # Whatever their config says, some of their layers cannot be cut exactly; `upstream/layer_kinds.py` says why.
 _REFUSED = ("qwen4_exp", "glm5_next", "mistral_large4", "hy_v4_vl", "inkling_mm_model", "inkling2", "inkling2_loop")
+_REFUSED += ("diffusion_gemma",)
 
 _ROWS = (
     _LLAVA,
@@ -127,7 +128,8 @@ _ROWS = (
     FamilyRow("hunyuan_vl", grid="unknown", tower="packed"),
     FamilyRow("muse_glimmer", _BOTH, grid="unknown", tower="packed"),
     FamilyRow("muse_spark", _OMNI, grid="unknown", tower="packed"),
-    FamilyRow("step3p7", grid="unknown"),
+    FamilyRow("step3p7", grid="unknown", tower_to_llm="overlap"),
+    FamilyRow("apertus1p5", ("image", "audio"), grid="unknown", tower_to_llm="overlap"),
     replace(_QWEN, model_type="minimax_m3_vl", note=_PICKED_NOTE),
     replace(_QWEN, model_type="dots3_note", modalities=_OMNI, note=_PICKED_NOTE),
     *(FamilyRow(name, verified=False) for name in _REFUSED),
@@ -136,7 +138,7 @@ _ROWS = (
     _POOLED,
     FamilyRow("gemma3n", ("image", "audio"), stacked=True, note=_SHARED_NOTE),
     FamilyRow("gemma4", _OMNI, grid="unknown", tower_to_llm="positions", note=_SHARED_NOTE),
-    FamilyRow("gemma4_unified", _OMNI, grid="unknown"),
+    FamilyRow("gemma4_unified", _OMNI, grid="unknown", tower_to_llm="no_encoder"),
     FamilyRow("paligemma", tower_to_llm="identity", per_token=True),
     FamilyRow("idefics2", grid="unknown", tower_to_llm="queries", note=_QUERIES_NOTE),
     FamilyRow("idefics3", grid="unknown", tower_to_llm="pool"),

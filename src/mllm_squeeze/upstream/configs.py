@@ -186,6 +186,11 @@ def tower_merge(config: Any) -> int:
     return int(getattr(config.vision_config, "spatial_merge_size", 1))
 
 
+def frame_merge(config: Any) -> int:
+    """Return how many frames of a video the projector joins to one, 1 where it joins none."""
+    return int(getattr(config.vision_config, "temporal_merge_size", 1))
+
+
 def projector_merge(config: Any) -> int:
     """Return how many patches along one side the projector joins to one token, 1 where it joins none."""
     return int(getattr(config, "spatial_merge_size", 1))
