@@ -33,6 +33,7 @@ recent = pytest.mark.skipif(not RECENT, reason=f"what 5.23 breaks; here is trans
 # Models that cannot be squeezed at all, and a word of the reason.
 REFUSED = {
     "blip_2_t5": "Encoder-decoder",
+    "diffusion_gemma": "second stack",
     "minimax_m3_vl_sparse": "picks by their places in the cache",
     **dict.fromkeys(("dots3_note_indexed", "mistral_large4", "hy_v4_vl"), "an indexer picks the keys"),
     **dict.fromkeys(("qwen4_exp", "glm5_next"), "an indexer picks the keys"),

@@ -68,3 +68,10 @@ def test_with_eager_masks(family: str, method: str) -> None:
     t = tiny.load(family)
     with proof.eager(t.model):
         proof.squeeze_and_prove(t, proof.first_kind(family, method), method)
+
+
+@pytest.mark.parametrize("family", proof.families(("ernie4_5_vl_moe",)))
+def test_scores_of_videos_whose_frames_are_merged(family: str) -> None:
+    """Two frames become one, so the scores of both go to each of its tokens."""
+    handle = proof.squeeze_and_prove(tiny.load(family), "two_videos", "visionzip")
+    assert [span.tiles[0].frames for span in handle.layout.spans] == [1, 2]

@@ -190,6 +190,17 @@ def _gemma4_unified() -> Any:
     return model
 
 
+def _diffusion_gemma() -> Any:
+    text = llama_text(num_hidden_layers=len(SHARED), layer_types=list(SHARED), sliding_window=512, global_head_dim=16)
+    text.pop("model_type")
+    text |= dict(num_experts=4, top_k_experts=2, moe_intermediate_size=32)
+    eyes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    config = hf.DiffusionGemmaConfig(
+        text_config=text, vision_config=eyes | dict(model_type="gemma4_vision"), image_token_id=IMAGE, canvas_length=8
+    )
+    return hf.DiffusionGemmaForBlockDiffusion(config).eval()
+
+
 def _unified_image(n: int) -> Piece:
     """Return an image of which each patch is a token."""
     height, width = ((4, 4), (3, 6), (6, 4))[n % 3]
@@ -275,5 +286,7 @@ GEMMA_LINE = {
         types_from_start=True,
         wants="Gemma4UnifiedForConditionalGeneration",
     ),
+    # It answers in blocks, so that there are no logits of a prompt; it is refused before it is shown one.
+    "diffusion_gemma": Family(_diffusion_gemma, lacks=("text",), wants="DiffusionGemmaForBlockDiffusion"),
     "gemma3n": Family(_gemma3n, _gemma3n_image, visual_ids=(IMAGE, AUDIO), audio=_gemma3n_audio, modules=("timm",)),
 }

@@ -68,9 +68,11 @@ def _square(length: int) -> tuple[Tile, ...]:
 def _thw(parts: ModelParts, grids: torch.Tensor | None, merges: torch.Tensor | None) -> list[tuple[Tile, ...]]:
     if grids is None:
         return []
-    same = configs.tower_merge(parts.config)
+    same, frames = configs.tower_merge(parts.config), configs.frame_merge(parts.config)
     each = [same] * len(grids) if merges is None else merges.tolist()
-    return [(Tile(int(t), int(h) // m, int(w) // m),) for (t, h, w), m in zip(grids.tolist(), each, strict=True)]
+    return [
+        (Tile(t if t == 1 else t // frames, h // m, w // m),) for (t, h, w), m in zip(grids.tolist(), each, strict=True)
+    ]
 
 
 def _rows(parts: ModelParts, sizes: torch.Tensor | None) -> list[tuple[Tile, ...]]:

@@ -94,8 +94,16 @@ _KEYS_NOTE = (
 
 _PICKED_NOTE = "Served where layers attend to all keys or to those near by; layers that pick their keys are refused."
 # Whatever their config says, some of their layers cannot be cut exactly; `upstream/layer_kinds.py` says why.
-_REFUSED = ("qwen4_exp", "glm5_next", "mistral_large4", "hy_v4_vl", "inkling_mm_model", "inkling2", "inkling2_loop")
-_REFUSED += ("diffusion_gemma",)
+_REFUSED = (
+    "diffusion_gemma",
+    "glm5_next",
+    "hy_v4_vl",
+    "inkling2",
+    "inkling2_loop",
+    "inkling_mm_model",
+    "mistral_large4",
+    "qwen4_exp",
+)
 
 _ROWS = (
     _LLAVA,

@@ -151,7 +151,20 @@ def _block_merge(
         order = functions.window_order(parts.tower, parts.config.vision_config, inputs[f"{modality}_grid_thw"])
         if order is not None:
             merged = merged[torch.argsort(order.to(merged.device))]
+    frames = configs.frame_merge(parts.config)
+    if modality == "video" and frames > 1:
+        merged = _merge_frames(merged, inputs[f"{modality}_grid_thw"], frames)
     return list(torch.split(merged, list(lengths)))
+
+
+def _merge_frames(values: Tensor, grids: Tensor, frames: int) -> Tensor:
+    """Take the mean over so many frames, one behind the other, of values (sum, C) of videos of grids (n, 3)."""
+    unit = int(grids.prod(-1).sum()) // len(values)
+    sizes = (grids.prod(-1) // unit).tolist()
+    merged = []
+    for video, (count, _, _) in zip(torch.split(values, sizes), grids.tolist(), strict=True):
+        merged.append(video.view(count // frames, frames, -1, values.shape[-1]).mean(1).flatten(0, 1))
+    return torch.cat(merged)
 
 
 def _pool(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.upstream.signatures import forward_parameters
 
 _TOWERS = (
     "visual",
@@ -48,11 +49,13 @@ _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 # BERT-like blocks wrap the attention that calls the registry in one more module.
 _WRAPPED_ATTENTION = ("attention", "self", "self_attn")
 _FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "embedding_norm")
-_PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1", "operator_norm")
+_PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1", "operator_norm", "attention_layernorm")
 # Layers that have these and none of the above normalise what their parts give, not what they get.
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _AS_IT_IS = nn.Identity()
 _TEXT_MODELS = ("language_model", "text_model", "model", "decoder")
+# What a stack takes that refines a block of the answer, beside a cache which another stack filled.
+_CANVAS = "decoder_input_ids"
 _CLASS_TOKENS = ("class_embedding", "cls_token")
 _POSITION_TABLES = ("position_embedding", "pos_embed", "positional_embedding")
 
@@ -118,12 +121,22 @@ def decoder_of(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
         seen.add(id(decoder))
         layers = getattr(decoder, "layers", None)
         if isinstance(layers, nn.ModuleList) and hasattr(decoder, "embed_tokens"):
+            _refuse_canvas(model, decoder)
             return decoder, layers
         decoder = first_of(decoder, _TEXT_MODELS)
     raise UnsupportedModelError(
         f"No decoder layers found in {type(model).__name__}: expected a text model with `layers` and `embed_tokens` "
         "behind get_decoder(). Encoder-decoder models cannot be cut at a layer."
     )
+
+
+def _refuse_canvas(model: nn.Module, decoder: nn.Module) -> None:
+    if _CANVAS in forward_parameters(decoder):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} writes its answers with a second stack, {type(decoder).__name__}, all tokens of a "
+            "block at once, which reads the keys that the first stack made of the prompt and counts its places by "
+            "them. A cut of the first would move the places of the second. The model was left as it was."
+        )
 
 
 def tower_of(base: nn.Module) -> nn.Module | None:
