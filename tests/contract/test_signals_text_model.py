@@ -16,6 +16,7 @@ import matrix
 import mllm_squeeze as squeeze
 import oracle
 import tiny
+from families import proof
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Attention, Embedding, Need, Normed, Projection, States
@@ -330,7 +331,7 @@ OTHER_LAYERS = {
     "gemma3n": "several streams",
     "gemma4": "a scale and an input of its own",
     "mllama": "pictures are keys",
-    "blip_2_t5": "no decoder",
+    **proof.REFUSED,
 }
 
 

@@ -13,6 +13,7 @@ import cache_role
 import matrix
 import oracle
 import tiny
+from families import proof
 from mllm_squeeze import errors
 
 STEPS = 4
@@ -25,7 +26,7 @@ CELLS = matrix.cells(
 CELLS += [pytest.param(f, m, "batch", i) for f, m, kind, i in (cell.values for cell in CELLS) if kind == "image"]
 WINDOWED = ("aya_vision", "cohere2_vision", "llama4", "gemma3", "gemma3_window", "gemma4", "gemma3n")
 # No family of ours, cross-attention of its own (test_cross_cache), and one whose dense model fails (a dict of masks).
-NOT_STATIC = ("blip_2_t5", "mllama", "paligemma2")
+NOT_STATIC = (*proof.REFUSED, "mllama", "paligemma2")
 # Before 5.24 the library cannot crop a cache of fixed size.
 CROPS_STATIC = hasattr(transformers.cache_utils.StaticLayer, "crop")
 # Dense models that fail in older releases.

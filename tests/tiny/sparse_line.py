@@ -163,7 +163,7 @@ def _inkling() -> Any:
     text = _inkling_text(mlp_layer_types=["dense"] * LAYERS)
     config = hf.InklingConfig(
         text_config=text,
-        vision_config=dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patch_size=40),
+        vision_config=dict(hidden_size=32, num_hidden_layers=6, num_attention_heads=4, patch_size=4),
         audio_config=dict(n_mel_bins=16, mel_vocab_size=16),
         image_token_id=IMAGE,
         audio_token_id=AUDIO,
@@ -191,7 +191,7 @@ def _inkling2_loop() -> Any:
 def _inkling_image(n: int) -> Piece:
     """Return an image of patches of two frames that are a token each."""
     tokens = (16, 20, 18)[n % 3]
-    return Piece((START, *(IMAGE,) * tokens, END), {"pixel_values": noise(n, tokens, 2, 40, 40, 3)})
+    return Piece((START, *(IMAGE,) * tokens, END), {"pixel_values": noise(n, tokens, 2, 4, 4, 3)})
 
 
 def _inkling2_image(n: int) -> Piece:
@@ -256,7 +256,6 @@ SPARSE_LINE = {
         _inkling_image,
         visual_ids=(IMAGE,),
         wants="InklingForConditionalGeneration",
-        modules=("scipy",),
     ),
     "inkling2": Family(_inkling2_plain, _inkling2_image, visual_ids=(IMAGE,), wants="Inkling2ForConditionalGeneration"),
     "inkling2_loop": Family(
