@@ -331,6 +331,7 @@ OTHER_LAYERS = {
     "gemma3n": "several streams",
     "gemma4": "a scale and an input of its own",
     "mllama": "pictures are keys",
+    "muse_spark": "a gate of its own on both branches",
     **proof.REFUSED,
 }
 

@@ -25,6 +25,8 @@ CELLS = matrix.cells(
 )
 CELLS += [pytest.param(f, m, "batch", i) for f, m, kind, i in (cell.values for cell in CELLS) if kind == "image"]
 WINDOWED = ("aya_vision", "cohere2_vision", "llama4", "gemma3", "gemma3_window", "gemma4", "gemma3n")
+WINDOWED += ("gemma4_unified", "exaone4_5", "cohere_compass", "lfm3_vl", "muse_glimmer", "muse_spark", "step3p7")
+WINDOWED += ("dots3_note",)
 # No family of ours, cross-attention of its own (test_cross_cache), and one whose dense model fails (a dict of masks).
 NOT_STATIC = (*proof.REFUSED, "mllama", "paligemma2")
 # Before 5.24 the library cannot crop a cache of fixed size.

@@ -22,6 +22,8 @@ _FUSED = "qkv_proj"
 _OUT_NORMS = (
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
     ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_operator_norm", "post_ffn_norm"),
+    ("post_norm1", "post_norm2"),
 )
 # Parts of a layer beside attention and MLP that leave alone what these add.
 _BESIDE = ("norm", "dropout", "act", "per_layer_", "attn", "attention", *_MLPS, *_BARE_MLP)
