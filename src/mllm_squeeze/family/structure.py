@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
 from mllm_squeeze.family.handlers.cross_attention import has_cross_attention
+from mllm_squeeze.family.refused import REASONS
 from mllm_squeeze.family.table import TABLE, FamilyRow
 from mllm_squeeze.upstream import configs, contract, functions, layer_kinds, modules, pooling_head, rope
 from mllm_squeeze.upstream.layer_kinds import LayerKind
@@ -232,6 +233,11 @@ def _row_of(model: nn.Module, model_type: str, table: Mapping[str, FamilyRow]) -
     row = table.get(f"{model_type}+{configs.tower_type_of(config)}") or table.get(model_type)
     if row is not None:
         return row
+    if model_type in REASONS:
+        raise UnsupportedModelError(
+            f"'{model_type}' ({type(model).__name__}) cannot be squeezed: {REASONS[model_type]}. The model was left as "
+            "it was."
+        )
     modalities = tuple(m for m in ("image", "video", "audio") if configs.placeholder_id(config, m) is not None)
     if modalities:
         return FamilyRow(model_type, modalities, grid="unknown", verified=False)
