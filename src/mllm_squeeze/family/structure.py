@@ -29,7 +29,8 @@ class ModelParts:
 
     model: the HuggingFace model (a PEFT wrapper is looked through). base: the inner model that scatters the features.
     decoder: the text model; layers: its decoder layers. tower, blocks, projector: of the first encoder, None without
-    one. ids: placeholder token id of each modality. row: the family's row.
+    one. ids: placeholder token id of each modality. row: the family's row. read_on: a second model reads the states of
+    all layers, at full length.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class ModelParts:
     tower: nn.Module | None
     blocks: nn.ModuleList | None
     projector: nn.Module | None
+    read_on: bool = False
 
     @property
     def config(self) -> Any:
@@ -209,6 +211,7 @@ def find_parts(model: nn.Module, table: Mapping[str, FamilyRow] | None = None) -
         tower=tower,
         blocks=modules.blocks_of(tower),
         projector=modules.projector_of(base),
+        read_on=modules.is_read_on(model),
     )
     _require_known(parts)
     return parts
