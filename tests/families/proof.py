@@ -31,7 +31,13 @@ STEPS = 3
 RECENT = matrix.RECENT
 recent = pytest.mark.skipif(not RECENT, reason=f"what 5.23 breaks; here is transformers {transformers.__version__}")
 # Models that cannot be squeezed at all, and a word of the reason.
-REFUSED = {"blip_2_t5": "Encoder-decoder"}
+REFUSED = {
+    "blip_2_t5": "Encoder-decoder",
+    "minimax_m3_vl_sparse": "picks by their places in the cache",
+    **dict.fromkeys(("dots3_note_indexed", "mistral_large4", "hy_v4_vl"), "an indexer picks the keys"),
+    **dict.fromkeys(("qwen4_exp", "glm5_next"), "an indexer picks the keys"),
+    **dict.fromkeys(("inkling_mm_model", "inkling2", "inkling2_loop"), "a recurrent state beside its attention"),
+}
 # Models whose pictures are keys beside the LLM's sequence; test_cross_*.py prove them.
 KEYED = ("mllama",)
 SERVED = tuple(name for name in tiny.FAMILIES if name not in (*REFUSED, *KEYED))

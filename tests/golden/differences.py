@@ -14,6 +14,7 @@ from torch import Tensor
 from golden.case import Case
 from golden.read_attention import pyramiddrop_row
 from mllm_squeeze.ops import kept_count
+from mllm_squeeze.recipe.recipe import load_recipe
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,25 @@ def _pyramiddrop(case: Case) -> Case:
     return case.with_expected(**kept)
 
 
+def _priortr(case: Case) -> Case:
+    if case.get("keep_tokens", 0) > 0 or "keep_ratio" not in case:
+        return case
+    count = kept_count(len(case["scores"]), keep=case["keep_ratio"])
+    return case.with_expected(keep=recounted(case["keep"], case["scores"], count))
+
+
+def _v2drop(case: Case) -> Case:
+    kept = {}
+    layers = sorted(int(name[1:].split("_")[0]) for name in case if name.endswith("_keep"))
+    for layer, fraction in zip(layers, load_recipe("v2drop").params["kept"], strict=True):
+        name, change = f"l{layer}_keep", case[f"l{layer}_change"]
+        kept[name] = recounted(case[name], change, min(kept_count(case["n_visual"], keep=fraction), len(change)))
+    return case.with_expected(**kept)
+
+
 DIFFERENCES = {
     "fastv": Difference("kept counts round half up instead of half to even", _fastv),
+    "priortr": Difference("a ratio is turned into a count by rounding half up instead of down", _priortr),
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
+    "v2drop": Difference("the count of a cut is rounded half up, from the original number of tokens", _v2drop),
 }

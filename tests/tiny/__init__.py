@@ -35,6 +35,7 @@ from tiny.plain_line import PLAIN_LINE
 from tiny.prompts import KINDS, Batch, Inputs, Turn, collate, kinds_of, make_batch, make_turn, sample
 from tiny.query_line import QUERY_LINE
 from tiny.qwen_line import QWEN_LINE
+from tiny.sparse_line import SPARSE_LINE
 from tiny.speech_line import SPEECH_LINE
 from tiny.tile_line import TILE_LINE
 
@@ -70,6 +71,7 @@ FAMILIES: dict[str, Family] = {
     **GEMMA_LINE,
     **GRID_LINE,
     **MUSE_LINE,
+    **SPARSE_LINE,
     **OCR_LINE,
     **CODE_LINE,
     **SPEECH_LINE,

@@ -169,6 +169,51 @@ def _gemma4_audio(n: int) -> Piece:
     return Piece((AUDIO,) * tokens, arrays)
 
 
+def _gemma4_unified() -> Any:
+    text = llama_text(num_hidden_layers=len(SHARED), layer_types=list(SHARED), sliding_window=512, global_head_dim=16)
+    text.pop("model_type")
+    eyes = dict(patch_size=2, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32)
+    config = hf.Gemma4UnifiedConfig(
+        text_config=text,
+        vision_config=eyes,
+        audio_config=dict(audio_embed_dim=EARS),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=AUDIO,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+    model = build(hf.Gemma4UnifiedForConditionalGeneration, config)
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_norm.weight.fill_(0.25)
+    return model
+
+
+def _unified_image(n: int) -> Piece:
+    """Return an image of which each patch is a token."""
+    height, width = ((4, 4), (3, 6), (6, 4))[n % 3]
+    pixels, where = _patches(n, 1, height, width)
+    return Piece((START, *(IMAGE,) * (height * width), END), {"pixel_values": pixels, "image_position_ids": where})
+
+
+def _unified_video(n: int) -> Piece:
+    frames = (3, 2, 4)[n % 3]
+    pixels, where = _patches(50 + n, frames, 2, 4)
+    ids: tuple[int, ...] = ()
+    for frame in range(frames):
+        ids += (20 + frame, START, *(VIDEO,) * 8, END)
+    counts = torch.tensor([frames])
+    return Piece(ids, {"pixel_values_videos": pixels, "video_position_ids": where, "num_frames_per_video": counts})
+
+
+def _unified_audio(n: int) -> Piece:
+    """Return a sound of which each frame is a token."""
+    tokens = (16, 9, 12)[n % 3]
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    return Piece((AUDIO,) * tokens, {"input_features": noise(80 + n, 1, tokens, EARS), "input_features_mask": mask})
+
+
 def _gemma3n() -> Any:
     text = llama_text(num_hidden_layers=len(SHARED), layer_types=list(SHARED), num_kv_shared_layers=2)
     text |= dict(vocab_size_per_layer_input=140, sliding_window=512, hidden_size_per_layer_input=8, laurel_rank=8)
@@ -219,6 +264,16 @@ GEMMA_LINE = {
         token_types=True,
         audio=_gemma4_audio,
         types_from_start=True,
+    ),
+    "gemma4_unified": Family(
+        _gemma4_unified,
+        _unified_image,
+        _unified_video,
+        visual_ids=(IMAGE, VIDEO, AUDIO),
+        token_types=True,
+        audio=_unified_audio,
+        types_from_start=True,
+        wants="Gemma4UnifiedForConditionalGeneration",
     ),
     "gemma3n": Family(_gemma3n, _gemma3n_image, visual_ids=(IMAGE, AUDIO), audio=_gemma3n_audio, modules=("timm",)),
 }

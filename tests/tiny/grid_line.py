@@ -123,14 +123,14 @@ def _cosmos3_edge() -> Any:
 
 
 def _edge_image(n: int) -> Piece:
-    return _of_one_frame(_image16(n))
+    return one_frame(_image16(n))
 
 
 def _edge_video(n: int) -> Piece:
-    return _of_one_frame(_stamped_video(n))
+    return one_frame(_stamped_video(n))
 
 
-def _of_one_frame(piece: Piece) -> Piece:
+def one_frame(piece: Piece) -> Piece:
     """Return a piece whose patches span one frame in place of two."""
     half = {name: array.chunk(2, -1)[0] if "pixel" in name else array for name, array in piece.arrays.items()}
     return Piece(piece.ids, half)

@@ -92,6 +92,10 @@ _KEYS_NOTE = (
     "reduce them; the text keeps its length."
 )
 
+_PICKED_NOTE = "Served where layers attend to all keys or to those near by; layers that pick their keys are refused."
+# Whatever their config says, some of their layers cannot be cut exactly; `upstream/layer_kinds.py` says why.
+_REFUSED = ("qwen4_exp", "glm5_next", "mistral_large4", "hy_v4_vl", "inkling_mm_model", "inkling2", "inkling2_loop")
+
 _ROWS = (
     _LLAVA,
     FamilyRow("llava+pixtral", grid="rows", tower_to_llm="packed_rows", tower="packed", per_token=True),
@@ -124,11 +128,15 @@ _ROWS = (
     FamilyRow("muse_glimmer", _BOTH, grid="unknown", tower="packed"),
     FamilyRow("muse_spark", _OMNI, grid="unknown", tower="packed"),
     FamilyRow("step3p7", grid="unknown"),
+    replace(_QWEN, model_type="minimax_m3_vl", note=_PICKED_NOTE),
+    replace(_QWEN, model_type="dots3_note", modalities=_OMNI, note=_PICKED_NOTE),
+    *(FamilyRow(name, verified=False) for name in _REFUSED),
     FamilyRow("kimi_k25", _BOTH, grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("internvl", tower_to_llm="pool", cls=True, grouped=("image",)),
     _POOLED,
     FamilyRow("gemma3n", ("image", "audio"), stacked=True, note=_SHARED_NOTE),
     FamilyRow("gemma4", _OMNI, grid="unknown", tower_to_llm="positions", note=_SHARED_NOTE),
+    FamilyRow("gemma4_unified", _OMNI, grid="unknown"),
     FamilyRow("paligemma", tower_to_llm="identity", per_token=True),
     FamilyRow("idefics2", grid="unknown", tower_to_llm="queries", note=_QUERIES_NOTE),
     FamilyRow("idefics3", grid="unknown", tower_to_llm="pool"),

@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from .attention import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .greedy import *  # noqa: F403
+    from .information import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .normalise import *  # noqa: F403
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
+    from .rounds import *  # noqa: F403
     from .rows import *  # noqa: F403
     from .score import *  # noqa: F403
     from .segment import *  # noqa: F403
@@ -49,6 +51,7 @@ _MODULES = {
         "farthest_point",
         "least_alike_in_turns",
     ),
+    "information": ("beyond_prior", "spectral_weight"),
     "merge": (
         "added_mean_weights",
         "bipartite_match",
@@ -57,6 +60,7 @@ _MODULES = {
         "is_target",
         "mean_weights",
         "merge_tokens",
+        "merged_into_best",
         "merged_size",
         "mix_tokens",
         "mixed_size",
@@ -71,6 +75,7 @@ _MODULES = {
         "on_device",
         "selection",
     ),
+    "rounds": ("drop_alike_in_rounds",),
     "rows": ("group_rows",),
     "score": (
         "cosine",

@@ -160,6 +160,26 @@ def nearest_target(x: Tensor, targets: Tensor, members: Tensor, slots: int) -> T
     return torch.where(members & ~targets & filled[:, :1], choice, assign)
 
 
+@selection
+def merged_into_best(x: Tensor, score: Tensor, mask: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (keep, assign): the best candidates by score, and those of their worse half that go into the better one.
+
+    x: (S, N, d). score: (S, N). k: int64 (S,), tokens to keep. Of k + floor(k / 2) candidates (at most all) the worse
+    half, one more where they are odd, is compared by cosine with the better one; those most like a token of it go there
+    until k are left. Ties take the lowest index. Memory (S, N, N).
+    """
+    k = k.minimum(mask.sum(1))
+    total = (k + k // 2).minimum(mask.sum(1))
+    better = top_k_mask(score, mask, total // 2)
+    worse = top_k_mask(score, mask, total) & ~better
+    unit_x = unit(x.masked_fill(~(better | worse)[..., None], 0))
+    alike, column = cosine(unit_x, unit_x, normed=True).masked_fill(~better[:, None], -torch.inf).max(2)
+    merged = top_k_mask(alike, worse, total - k)
+    keep = (better | worse) & ~merged
+    assign = torch.where(keep, positions(mask), torch.where(merged, column, -1))
+    return keep, assign
+
+
 def _squared_distances(x: Tensor, mask: Tensor) -> Tensor:
     """Return (S, M, M), the squared Euclidean distances of x (S, M, D) over D, 0 on the diagonal."""
     x = at_least_float32(x)

@@ -24,18 +24,23 @@ def share_out(total: Tensor, weights: Tensor) -> Tensor:
     return floor.long() + (ranks(exact - floor, weights > 0) < left[:, None])
 
 
-def share_of(total: Tensor, share: float) -> Tensor:
+def share_of(total: Tensor, share: float, down: bool = False) -> Tensor:
     """Return int64, the share of each whole number, half rounded up, blind to float noise below a billionth.
 
-    total: int64, any shape. share: in [0, 1].
+    total: int64, any shape. share: in [0, 1]. down: whether it is rounded down instead.
     """
     # In whole billionths, because a device may know no float64.
-    return (total * round(share * 10**9) + 5 * 10**8).div(10**9, rounding_mode="floor")
+    return (total * round(share * 10**9) + _before_floor(down)).div(10**9, rounding_mode="floor")
 
 
-def share_of_count(total: int, share: float) -> int:
+def share_of_count(total: int, share: float, down: bool = False) -> int:
     """Return `share_of` one number, on the host."""
-    return (total * round(share * 10**9) + 5 * 10**8) // 10**9
+    return (total * round(share * 10**9) + _before_floor(down)) // 10**9
+
+
+def _before_floor(down: bool) -> int:
+    # A share like 1 / 3 falls short of a whole number by less than half a billionth per token.
+    return 10**5 if down else 5 * 10**8
 
 
 @selection

@@ -127,7 +127,11 @@ def temperature_start(config: Any) -> int | None:
 
 
 def text_sizes(config: Any, layers: int) -> TextSizes | None:
-    """Return the sizes of a text model of so many layers, None where its config does not name them."""
+    """Return the sizes of a text model of so many layers, None where its config does not name them.
+
+    Of layers that differ, it is the first that counts.
+    """
+    config = _first_layer(config)
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     inner = _intermediate(config)
@@ -142,6 +146,11 @@ def text_sizes(config: Any, layers: int) -> TextSizes | None:
         intermediate=inner,
         vocab=config.vocab_size,
     )
+
+
+def _first_layer(config: Any) -> Any:
+    # A config whose layers differ refuses to say what only one of them has.
+    return config.per_layer_config[0] if getattr(config, "is_heterogeneous", False) else config
 
 
 def _intermediate(config: Any) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,12 +18,14 @@ class Turn(Written):
     """One of the selections.
 
     select: how it picks, of what is left.
-    share: its part of each group's budget, half rounded up; None takes what the others leave.
+    share: its part of each group's budget; None takes what the others leave.
+    rounded: what becomes of a share that is no whole number, "half_up" or "down".
     score: what it picks by; the score of the step by default.
     """
 
     select: ASelect
     share: float | None = Field(default=None, ge=0, le=1)
+    rounded: Literal["half_up", "down"] = "half_up"
     score: AScore | None = None
 
 
@@ -60,7 +62,9 @@ class InTurn(Select):
     def select(self, tokens: VisualTokens, groups: Groups, score: Tensor | None, limit: Tensor) -> Picks:
         """Return the picks of all turns, each with its number."""
         limit = limit.minimum(ops.segment_count(groups.label, groups.count).long())
-        shares = [None if turn.share is None else ops.share_of(limit, turn.share) for turn in self.of]
+        shares = [
+            None if turn.share is None else ops.share_of(limit, turn.share, turn.rounded == "down") for turn in self.of
+        ]
         rest = limit - sum(share for share in shares if share is not None)
         turn = groups.label.clamp(max=0).masked_fill(groups.label >= 0, -1)
         for number, (step, share) in enumerate(zip(self.of, shares, strict=True)):
@@ -76,7 +80,10 @@ class InTurn(Select):
         for n, k in zip(tokens.current, tokens.counts, strict=True):
             budget = min(n, k)
             # Each group may round by less than one token.
-            shares = [None if turn.share is None else ops.share_of_count(budget, turn.share) for turn in self.of]
+            shares = [
+                None if turn.share is None else ops.share_of_count(budget, turn.share, turn.rounded == "down")
+                for turn in self.of
+            ]
             rest = budget - sum(share or 0 for share in shares)
             given = [min(budget, (rest if share is None else share) + count - 1) for share in shares]
             most = [max(pair) for pair in zip(most, given, strict=True)]

@@ -1,0 +1,81 @@
+"""Golden cases of methods that cut inside the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mllm_squeeze as squeeze
+from golden.case import Case
+from golden.readings import reads
+from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.needs import Attention, Need, States
+
+
+def attention_of(method: str | Mapping[str, Any], rows: Tensor, at: str | None = None) -> dict[Need | str, Tensor]:
+    """Return the attention that a step reads, from all rows (H, T, N) of the words onto the visual tokens."""
+    steps = [step for step in load_recipe(method).steps if at in (None, str(step.at))]
+    needs = [need for need in steps[0].built.needs() if isinstance(need, Attention)]
+    return {need: joined(need, rows) for need in needs}
+
+
+def joined(need: Attention, rows: Tensor) -> Tensor:
+    """Return rows (H, T, N) joined over heads, then over rows, as a need asks."""
+    chosen = rows[:, -1:] if need.rows == "last" else rows
+    how = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+    by_head = chosen if need.heads == "each" else how[need.heads](chosen, 0)
+    if need.rows == "last" or need.over_rows != "each":
+        over = "mean" if need.rows == "last" else need.over_rows
+        return how[over](by_head, -2)
+    return by_head
+
+
+@reads("v2drop")
+def v2drop(case: Case) -> dict[str, Any]:
+    layers = sorted(int(name[1:].split("_")[0]) for name in case if name.endswith("_keep"))
+    return {
+        f"l{layer}_keep": squeeze.choose(
+            "v2drop",
+            features=case[f"l{layer}_current"],
+            signals={States("in"): case[f"l{layer}_previous"]},
+            stage=stage,
+            before=case["n_visual"],
+        ).kept
+        for stage, layer in enumerate(layers)
+    }
+
+
+@reads("priortr")
+def priortr(case: Case) -> dict[str, Any]:
+    (family,), (asking,), (heads,) = case["variant"], case["query_aggregation"], case["head_aggregation"]
+    rows = asking if asking == "last" or family != "llava" else "text"
+    recipe = load_recipe("priortr", rows=rows, heads=heads).to_dict()
+    budget: dict[str, Any] = {}
+    if case.get("keep_tokens", 0) > 0:
+        budget = {"keep": case["keep_tokens"]}
+    elif "keep_ratio" in case:
+        budget = {"ratio": 1 - case["keep_ratio"]}
+    else:
+        (step,) = recipe["steps"]
+        del recipe["params"]["ratio"], step["ratio"]
+        above = next((float(case[name]) for name in case if "threshold" in name), 0.0)
+        recipe["steps"] = [{**step, "select": {"threshold": above}}]
+    choice = squeeze.choose(recipe, signals=attention_of(recipe, case["text_rows"]), **budget)
+    return {"keep": choice.kept}
+
+
+@reads("tokencarve")
+def tokencarve(case: Case) -> dict[str, Any]:
+    weight = case["weight"]
+    choice = squeeze.choose(
+        "tokencarve",
+        features=case["features"],
+        signals={"attention": case["attention_last_row"].mean(0)},
+        keep=case["kept_count"],
+        attention=weight,
+        spectrum=1 - weight,
+    )
+    return {"keep": choice.kept, "merged": choice.features}
