@@ -1,4 +1,4 @@
-"""Omni models as a whole, a thinker and what speaks for it: the thinker is found and cut, and the whole still speaks."""
+"""Omni models as a whole: the thinker is found and cut, and what speaks for it goes on speaking."""
 
 from __future__ import annotations
 

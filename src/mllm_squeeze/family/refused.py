@@ -13,9 +13,12 @@ _ENCODER_READS = (
 _BOTH_AT_ONCE = (
     "each position of its prompt is the sum of a word and a piece of sound, so there is no token that is sound alone"
 )
+_PLACED_BY_MASK = (
+    "its config names no placeholder: a mask beside the prompt (image_embeds_position_mask) says where pictures stand"
+)
 
 REASONS: dict[str, str] = {
-    "blip": "its pictures are no tokens of a prompt: every layer of the text decoder attends to them by cross-attention",
+    "blip": "its pictures are no tokens of a prompt: all layers of the text decoder attend to them by cross-attention",
     "evolla": "it takes proteins, and no pictures, videos or sounds; its text attends to them by cross-attention",
     "florence2": _ENCODER_READS,
     "git": "its text model itself puts the pictures in front of the words, so the prompt holds no token for them",
@@ -23,15 +26,21 @@ REASONS: dict[str, str] = {
         "its pictures are no tokens of a prompt: gated layers between those of the text model attend to them, and make "
         "their keys anew in each pass"
     ),
+    "kosmos-2": _PLACED_BY_MASK,
+    "kosmos-2.5": _PLACED_BY_MASK,
     "kyutai_speech_to_text": _BOTH_AT_ONCE,
     "pi0": (
-        "its prompt is read for its cache alone: a second model, which makes the actions, attends to that by masks over "
-        "the whole prompt"
+        "its prompt is read for its cache alone: a second model, which makes the actions, attends to that by masks "
+        "over the whole prompt"
     ),
     "pix2struct": _DECODER_LOOKS,
     "pp_formulanet": _DECODER_LOOKS,
     "t5gemma2": _ENCODER_READS,
     "udop": _ENCODER_READS,
+    "unlimited_ocr": (
+        "all layers of its text model keep the whole prompt beside a window over what is generated, in a cache layer of "
+        "their own that is told the length of the prompt"
+    ),
     "vision-encoder-decoder": _DECODER_LOOKS,
     "voxtral_realtime": _BOTH_AT_ONCE,
 }

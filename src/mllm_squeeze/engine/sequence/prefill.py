@@ -166,7 +166,7 @@ class Prefill(Pass):
         return _written(full.to(hidden.device), left.index, left.valid, hidden)
 
     def restore_earlier(self, hidden: Tensor) -> Tensor:
-        """Return states (B, M, D) of any layer at full length, behind the last cut; those that were cut as they were then.
+        """Return states (B, M, D) of any layer at full length, after the last cut; cut tokens as they were when cut.
 
         The latest of several cuts that leave as many tokens in the longest row is taken for that of the layer.
         """
