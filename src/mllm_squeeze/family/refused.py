@@ -38,8 +38,8 @@ REASONS: dict[str, str] = {
     "t5gemma2": _ENCODER_READS,
     "udop": _ENCODER_READS,
     "unlimited_ocr": (
-        "all layers of its text model keep the whole prompt beside a window over what is generated, in a cache layer of "
-        "their own that is told the length of the prompt"
+        "all layers of its text model keep the whole prompt beside a window over what is generated, in a cache layer "
+        "of their own that is told the length of the prompt"
     ),
     "vision-encoder-decoder": _DECODER_LOOKS,
     "voxtral_realtime": _BOTH_AT_ONCE,
