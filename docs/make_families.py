@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mllm_squeeze.family.refused import REASONS
 from mllm_squeeze.family.table import TABLE
 
 HERE = Path(__file__).parent
@@ -42,6 +43,15 @@ test that passed; this page is made from the results (`docs/make_families.py`), 
 bit-equal, removal leaves nothing behind, and beams equal masked beams wherever the library itself deals them rightly.
 """
 
+REFUSED = """
+## Refused
+
+Model types of transformers that have no row, as what they are leaves nothing to cut; `apply` and `check` say so.
+
+| `model_type` | why |
+| --- | --- |
+"""
+
 UNKNOWN = """
 ## A model that is not here
 
@@ -56,7 +66,11 @@ def render(results: Results) -> str:
     names = sorted(TABLE)
     rows = [_row(name, results.get(name, {})) for name in names]
     lines = [HEAD, "| family (`model_type`) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    return "\n".join([*lines, *rows, "", *_notes(names, results)]) + "\n" + UNKNOWN
+    return "\n".join([*lines, *rows, "", *_notes(names, results)]) + "\n" + _refused() + UNKNOWN
+
+
+def _refused() -> str:
+    return REFUSED + "".join(f"| {name} | {REASONS[name]} |\n" for name in sorted(REASONS))
 
 
 def _row(name: str, cells: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError, did_you_mean
 from mllm_squeeze.family.handlers.cross_attention import has_cross_attention
+from mllm_squeeze.family.refused import REASONS
 from mllm_squeeze.family.table import TABLE, FamilyRow
 from mllm_squeeze.upstream import configs, contract, functions, layer_kinds, modules, pooling_head, rope
 from mllm_squeeze.upstream.layer_kinds import LayerKind
@@ -28,7 +29,8 @@ class ModelParts:
 
     model: the HuggingFace model (a PEFT wrapper is looked through). base: the inner model that scatters the features.
     decoder: the text model; layers: its decoder layers. tower, blocks, projector: of the first encoder, None without
-    one. ids: placeholder token id of each modality. row: the family's row.
+    one. ids: placeholder token id of each modality. row: the family's row. read_on: a second model reads the states of
+    all layers, at full length.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class ModelParts:
     tower: nn.Module | None
     blocks: nn.ModuleList | None
     projector: nn.Module | None
+    read_on: bool = False
 
     @property
     def config(self) -> Any:
@@ -208,6 +211,7 @@ def find_parts(model: nn.Module, table: Mapping[str, FamilyRow] | None = None) -
         tower=tower,
         blocks=modules.blocks_of(tower),
         projector=modules.projector_of(base),
+        read_on=modules.is_read_on(model),
     )
     _require_known(parts)
     return parts
@@ -232,6 +236,11 @@ def _row_of(model: nn.Module, model_type: str, table: Mapping[str, FamilyRow]) -
     row = table.get(f"{model_type}+{configs.tower_type_of(config)}") or table.get(model_type)
     if row is not None:
         return row
+    if model_type in REASONS:
+        raise UnsupportedModelError(
+            f"'{model_type}' ({type(model).__name__}) cannot be squeezed: {REASONS[model_type]}. The model was left as "
+            "it was."
+        )
     modalities = tuple(m for m in ("image", "video", "audio") if configs.placeholder_id(config, m) is not None)
     if modalities:
         return FamilyRow(model_type, modalities, grid="unknown", verified=False)

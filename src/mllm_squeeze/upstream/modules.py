@@ -71,6 +71,18 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_read_on(model: nn.Module) -> bool:
+    """Say whether a second model, which speaks, goes on from what every layer of this one gave for the whole prompt."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        if first_of(inner, ("talker",)) is not None:
+            return True
+        model, inner = inner, _inside(inner)
+        if inner is model:
+            return False
+    return False
+
+
 def _inside(model: nn.Module) -> nn.Module | None:
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         return model.module

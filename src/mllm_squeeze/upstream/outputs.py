@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.upstream.names import CACHE_NAMES
+
+_LAYER_STATES = "hidden_states"
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -20,6 +23,14 @@ def hidden_of(output: Any) -> Tensor:
             "'last_hidden_state'."
         )
     return found
+
+
+def with_layer_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the output of a text model with the states that it collected of its layers changed, where it did."""
+    states = getattr(output, _LAYER_STATES, None)
+    if not isinstance(states, tuple):
+        return output
+    return replace(output, **{_LAYER_STATES: tuple(map(change, states))})
 
 
 def cache_of_output(output: Any) -> Any:

@@ -29,6 +29,7 @@ from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.upstream.attention import implementation
 from mllm_squeeze.upstream.calls import TextCall
 from mllm_squeeze.upstream.names import POSITIONS
+from mllm_squeeze.upstream.outputs import with_layer_states
 from mllm_squeeze.upstream.versions import installed
 
 
@@ -68,13 +69,16 @@ class DecoderHooks(Hooks):
             live.update(given)
         return (), live
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if is_traced_step(kwargs):
-            return
+            return None
         ended = self._local.passes.leave()
         # A self-check is not what the user ran.
-        if isinstance(ended, Prefill) and output is not None and self._local.probe is None:
-            self._publish(ended)
+        if not isinstance(ended, Prefill) or output is None or self._local.probe is not None:
+            return None
+        whole = with_layer_states(output, ended.restore_earlier) if self.parts.read_on else None
+        self._publish(ended)
+        return whole
 
     @untraced
     def _start(self, call: TextCall, live: dict[str, Any]) -> Pass | None:

@@ -163,11 +163,18 @@ class Prefill(Pass):
         full, left = self._full, self.left
         if full is None or left is None or hidden.shape[1] != left.index.shape[1]:
             return hidden
-        full = full.to(hidden.device)
-        index = left.index.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        if left.valid is not None:
-            hidden = torch.where(left.valid.to(hidden.device).unsqueeze(-1), hidden, full.gather(1, index))
-        return full.scatter(1, index, hidden)
+        return _written(full.to(hidden.device), left.index, left.valid, hidden)
+
+    def restore_earlier(self, hidden: Tensor) -> Tensor:
+        """Return states (B, M, D) of any layer at full length, after the last cut; cut tokens as they were when cut.
+
+        The latest of several cuts that leave as many tokens in the longest row is taken for that of the layer.
+        """
+        full = self._full
+        made = next((cut for cut in reversed(self.cuts) if cut.index.shape[1] == hidden.shape[1]), None)
+        if full is None or made is None or hidden.shape[1] == full.shape[1]:
+            return hidden
+        return _written(full.to(hidden.device), made.index, made.valid, hidden)
 
     def forget(self) -> None:
         """Let go of what only the pass needed, so that one kept for its report holds no activations."""
@@ -194,6 +201,14 @@ class Prefill(Pass):
         target = torch.where(mask, place, place[:, :1])
         states = torch.where(mask.unsqueeze(-1), states, states[:, :1].detach())
         return hidden.index_put((sample, target), states)
+
+
+def _written(full: Tensor, index: Tensor, valid: Tensor | None, hidden: Tensor) -> Tensor:
+    """Return states (B, T, D) with others (B, M, D) in the columns (B, M), but those of padding."""
+    columns = index.to(full.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+    if valid is not None:
+        hidden = torch.where(valid.to(full.device).unsqueeze(-1), hidden, full.gather(1, columns))
+    return full.scatter(1, columns, hidden)
 
 
 def _words(layout: TokenLayout) -> tuple[Tensor, Tensor]:
