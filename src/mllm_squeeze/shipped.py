@@ -15,6 +15,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
 BUILTIN_PARTS: Mapping[str, str] = {
     "score.attention": "mllm_squeeze.parts.score.attention:Attention",
     "score.encoder_attention": "mllm_squeeze.parts.score.encoder_attention:EncoderAttention",
+    "score.priority_attention": "mllm_squeeze.parts.score.priority_attention:PriorityAttention",
     "score.norm": "mllm_squeeze.parts.score.norm:Norm",
     "score.random": "mllm_squeeze.parts.score.random:Random",
     "score.text_similarity": "mllm_squeeze.parts.score.text_similarity:TextSimilarity",

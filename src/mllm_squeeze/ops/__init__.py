@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import *  # noqa: F403
     from .budget import *  # noqa: F403
+    from .gravity import *  # noqa: F403
     from .greedy import *  # noqa: F403
     from .information import *  # noqa: F403
     from .merge import *  # noqa: F403
@@ -45,6 +46,7 @@ _MODULES = {
         "stage_counts",
         "stage_fractions",
     ),
+    "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
     "greedy": (
         "dpp_map",
         "facility_location",

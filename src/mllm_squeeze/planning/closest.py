@@ -17,6 +17,7 @@ from mllm_squeeze.reducers.needs import (
     EncoderStates,
     Features,
     Projection,
+    Rotary,
     Size,
     States,
 )
@@ -25,13 +26,14 @@ from mllm_squeeze.registry import method_names
 _MOST = 3
 # Names of signals, as facts say them. States at the place of the cut, and sizes, are there wherever a method acts.
 _OF_THE_ENCODER = frozenset(kind.__name__ for kind in (EncoderAttention, EncoderProjection, EncoderStates))
-_OF_THE_LLM = frozenset(kind.__name__ for kind in (Attention, Projection, States))
+_OF_THE_LLM = frozenset(kind.__name__ for kind in (Attention, Projection, Rotary, States))
 _EVERYWHERE = frozenset(kind.__name__ for kind in (Features, Size))
 # Facts that an error asks to do without, as the signals that they stand for.
 _AVOIDED = {
     "attention": _OF_THE_LLM | _OF_THE_ENCODER,
     "attention of the LLM": _OF_THE_LLM,
     "encoder attention": _OF_THE_ENCODER,
+    "rotary angles": frozenset({Rotary.__name__}),
     "text": frozenset({"text"}),
 }
 

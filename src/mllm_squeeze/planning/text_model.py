@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.signals.source import layer_of
 from mllm_squeeze.engine.signals.states import module_of
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention, find_pre_norm
 from mllm_squeeze.planning.shared_space import check_embedding
-from mllm_squeeze.reducers.needs import Attention, Embedding, Need, Projection, States
+from mllm_squeeze.reducers.needs import Attention, Embedding, Need, Projection, Rotary, States
 from mllm_squeeze.upstream.block_parts import projected_of, strange_parts
+from mllm_squeeze.upstream.rope import head_width, leaves_unturned
 
 
 def check_text_model(method: str, cut: PlannedCut, need: Need, parts: ModelParts) -> None:
@@ -21,7 +24,7 @@ def check_text_model(method: str, cut: PlannedCut, need: Need, parts: ModelParts
     """
     if isinstance(need, Embedding):
         check_embedding(method, cut, need, parts)
-    if not isinstance(need, (Attention, Projection, States)):
+    if not isinstance(need, (Attention, Projection, Rotary, States)):
         return
     if isinstance(need, Attention) and need.rows == "all" and need.over_rows == "each":
         raise ConfigError(
@@ -45,6 +48,8 @@ def check_text_model(method: str, cut: PlannedCut, need: Need, parts: ModelParts
         )
     if isinstance(need, Projection) and not need.rope:
         _check_projection(method, need, layer, parts)
+    if isinstance(need, Rotary):
+        _check_rotary(method, layer, attention, parts)
 
 
 def _check_next(method: str, cut: PlannedCut, parts: ModelParts) -> None:
@@ -56,7 +61,7 @@ def _check_next(method: str, cut: PlannedCut, parts: ModelParts) -> None:
         )
 
 
-def _check_block(method: str, cut: PlannedCut, need: Attention | Projection | States, parts: ModelParts) -> None:
+def _check_block(method: str, cut: PlannedCut, need: Attention | Projection | Rotary | States, parts: ModelParts) -> None:
     """Check that a block lies in front of the cut: it must have run when the rule chooses."""
     layer = layer_of(cut, need)
     if cut.layer == 0:
@@ -104,3 +109,19 @@ def _check_projection(method: str, need: Projection, layer: int, parts: ModelPar
             f"'{method}' reads the {need.what} of layer {layer} in front of the rotary embedding, and "
             f"{type(attention).__name__} does not give it by itself: {found}. Read it behind: rope: true."
         )
+
+
+def _check_rotary(method: str, layer: int, attention: nn.Module, parts: ModelParts) -> None:
+    """Check that a layer turns queries and keys by tables, on one axis of positions or on three."""
+    reasons = [
+        (parts.rotary is None, "its text model has no rotary embedding: positions are learned, or turned elsewhere"),
+        (leaves_unturned(attention), f"layer {layer} does not turn queries and keys"),
+        (head_width(attention) is None, f"{type(attention).__name__} does not say how wide its heads are"),
+    ]
+    for bad, reason in reasons:
+        if bad:
+            raise UnsupportedModelError(
+                f"'{method}' reads the rotary angles of layer {layer}, which '{parts.row.model_type}' does not have: "
+                f"{reason}. Choose another layer, or read attention alone: score: attention.",
+                avoid=["rotary angles"],
+            )

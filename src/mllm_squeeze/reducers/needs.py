@@ -138,6 +138,29 @@ class States(Need):
 
 
 @dataclass(frozen=True)
+class Rotary(Need):
+    """Cosines and then sines of the angles by which a block turns the channels of a head, float32 (S, N, 2 * d).
+
+    The product of two such vectors is that of a query and a key that are all ones, at the places of the two tokens.
+    Channels that are not turned have the angle 0.
+
+    of: whose, (S, T, 2 * d) of the words.
+    block: a number of its own, or counted back from the cut, as in `Attention`; not "next".
+    """
+
+    phrase: ClassVar[str] = "the rotary angles of a block"
+    places: ClassVar[frozenset[Place]] = frozenset({"layer"})
+
+    of: Side = "visual"
+    block: int = -1
+
+    @property
+    def reads_text(self) -> bool:
+        """False: where words stand does not depend on what they say."""
+        return False
+
+
+@dataclass(frozen=True)
 class Normed(Need):
     """States at the place of the cut behind the final norm of the language model, (S, N, D) or (S, T, D).
 

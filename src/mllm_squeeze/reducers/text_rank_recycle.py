@@ -49,7 +49,7 @@ class TextRankRecycle(Reducer):
     noise; the token counts of a stage follow the recipe, not a table of four budgets; a word is a rater where it is
     above average by more than a hundred-thousandth of it (the code lets rounding decide between words that are alike),
     and where no word is, all are (the code yields NaN); raters and ranks are worked out in float32 (in bfloat16 the
-    code's own rounding moves 3 to 9 of 25 raters). Version 2.0 is not offered.
+    code's own rounding moves 3 to 9 of 25 raters). Version 2.0 is a recipe of parts.
     """
 
     places: ClassVar[frozenset[Place]] = frozenset({"layer"})

@@ -120,10 +120,11 @@ class LayerHooks(Hooks):
         folded = hidden = fold(call.hidden)
         if isinstance(running, Prefill):
             hidden = self._cut(running, number, running.with_inner(number, hidden), call)
-            self._sources.enter(running, number, hidden)
         elif self._decode is not None and number == self._decode.layer - 1 and running.width == 1:
             decoding.listen(running, find_attention(self.parts.layers[number]), self._decode, call.cache)
         new = running.arguments.shorten(number, hidden, call)
+        if isinstance(running, Prefill):
+            self._sources.enter(running, number, hidden, new.rope)
         running.lengths[number] = hidden.shape[1]
         running.held[number] = kv.held_entries(call.cache, number, running.past)
         if new is call and running.left is None and hidden is folded:

@@ -13,7 +13,7 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.reducers.needs import Attention, Need, Projection, States
+from mllm_squeeze.reducers.needs import Attention, Need, Projection, Rotary, States
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Source(ABC):
         return reading.at(prefill, found, found.of(side, prefill))
 
 
-def layer_of(planned: PlannedCut, need: Attention | Projection | States) -> int:
+def layer_of(planned: PlannedCut, need: Attention | Projection | Rotary | States) -> int:
     """Return the number of the layer that a need with a block speaks of."""
     if need.block == "next":
         return planned.layer

@@ -14,12 +14,13 @@ from mllm_squeeze.engine.signals.attention import AttentionSource
 from mllm_squeeze.engine.signals.embedding import EmbeddingSource
 from mllm_squeeze.engine.signals.projection import ProjectionSource
 from mllm_squeeze.engine.signals.prompt_vector import PromptVectorSource
+from mllm_squeeze.engine.signals.rotary import RotarySource
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.signals.source import Source, Spot, layer_of
 from mllm_squeeze.engine.signals.states import StatesSource
 from mllm_squeeze.engine.timing import marked
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.reducers.needs import Attention, Embedding, Need, Projection, States
+from mllm_squeeze.reducers.needs import Attention, Embedding, Need, Projection, Rotary, States
 
 
 def source_of(planned: PlannedCut, need: Need) -> Source | None:
@@ -31,6 +32,8 @@ def source_of(planned: PlannedCut, need: Need) -> Source | None:
     if isinstance(need, Projection):
         alike_states = replace(need, of="visual", block=-1, heads="each")
         return ProjectionSource(alike_states, layer_of(planned, need), need.block == "next")
+    if isinstance(need, Rotary):
+        return RotarySource(replace(need, of="visual", block=-1), layer_of(planned, need))
     if isinstance(need, States):
         return StatesSource(replace(need, of="visual", block=-1), layer_of(planned, need))
     return _embedding(planned, need) if isinstance(need, Embedding) else None
@@ -89,9 +92,14 @@ class Sources:
             if isinstance(source, (EmbeddingSource, PromptVectorSource)):
                 self._keep(prefill, source, hidden)
 
-    def enter(self, prefill: Prefill, number: int, hidden: Tensor) -> None:
-        """Keep what a layer gets behind the cuts in front of it; hidden: (B, M, D)."""
+    def enter(self, prefill: Prefill, number: int, hidden: Tensor, rope: Any) -> None:
+        """Keep what a layer gets behind the cuts in front of it.
+
+        hidden: (B, M, D). rope: rotary tables of those tokens, in any of the forms that layers get.
+        """
         for source in self._read_in(prefill, number):
+            if isinstance(source, RotarySource):
+                self._keep(prefill, source, rope)
             if isinstance(source, StatesSource) and source.asked.where == "in":
                 self._keep(prefill, source, hidden)
 
