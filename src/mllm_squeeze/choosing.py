@@ -183,6 +183,7 @@ def _tokens(
         links=((),) * len(current),
         signals=given,
         text_mask=text_mask,
+        asked=bool(step.amount.given),
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
+from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.needs import EncoderProjection
 
 
 @reads("fastervlm")
@@ -26,3 +29,42 @@ def vispruner(case: Case) -> dict[str, Any]:
         important=case["important_ratio"],
     )
     return {"keep": choice.kept, "important": choice.kept[torch.isin(choice.kept, case["important"])]}
+
+
+@reads("prumerge")
+def prumerge(case: Case) -> dict[str, Any]:
+    count = {} if case["adaptive"] else {"keep": int(len(case["features"]) * case["ratio"]) + 1}
+    return merged_neighbours("prumerge", case, count)
+
+
+@reads("prumerge+")
+def prumerge_plus(case: Case) -> dict[str, Any]:
+    recipe = load_recipe("prumerge_plus").to_dict()
+    if not case["adaptive"]:
+        # The code lets one set the number of the best ones; the sample comes on top.
+        recipe["steps"][0]["budget"] = {"fixed": int(len(case["features"]) * case["ratio"]) + 1}
+        del recipe["params"]["factor"]
+    return merged_neighbours(recipe, case, {})
+
+
+def merged_neighbours(method: str | dict[str, Any], case: Case, count: dict[str, Any]) -> dict[str, Any]:
+    """Return the survivors, their states in the order of the case, and the one token more."""
+    number = len(case["features"])
+    signals = {
+        EncoderProjection("query", -1, "concat", cls=True): case["query_cls"].expand(number, -1),
+        EncoderProjection("key", -1, "concat"): case["keys"],
+        EncoderProjection("key", -1, "concat", cls=True): case["key_cls"].expand(number, -1),
+    }
+    choice = squeeze.choose(method, features=case["features"], signals=signals, **count)
+    assert isinstance(choice.kept, Tensor)
+    assert isinstance(choice.features, Tensor)
+    # The one token more stands at the best of those that were not kept.
+    rest = torch.ones(number, dtype=torch.bool)
+    rest[case["keep"]] = False
+    extra = case["cls_attention"].masked_fill(~rest, -1).argmax()
+    place = (choice.kept[None] == case["order"][:, None]).long().argmax(1)
+    return {
+        "keep": choice.kept[choice.kept != extra],
+        "merged": choice.features[place],
+        "extra": choice.features[choice.kept == extra][0],
+    }

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from .greedy import *  # noqa: F403
     from .information import *  # noqa: F403
     from .merge import *  # noqa: F403
+    from .neighbours import *  # noqa: F403
     from .normalise import *  # noqa: F403
+    from .outliers import *  # noqa: F403
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .share import *  # noqa: F403
     from .similarity import *  # noqa: F403
     from .stride import *  # noqa: F403
+    from .undivided import *  # noqa: F403
 
 _MODULES = {
     "attention": (
@@ -69,7 +72,9 @@ _MODULES = {
         "nearest_target",
         "strongest_target",
     ),
+    "neighbours": ("group_sum_entries", "neighbour_entries"),
     "normalise": ("fused", "normalised"),
+    "outliers": ("outlier_counts",),
     "pivots": ("pivots_and_dissimilar",),
     "pool": ("pooled_plan", "pooled_table", "pooled_windows"),
     "precision": (
@@ -127,6 +132,7 @@ _MODULES = {
         "stride_mask",
         "whole_stride_mask",
     ),
+    "undivided": ("undivided_attention",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -153,7 +153,7 @@ class Segment(Part):
 class Budget(Part):
     """How many tokens each group keeps.
 
-    decides: it does not look at `tokens.budget` but says itself how many stay.
+    decides: where the step asks for no budget (`tokens.asked`) it says itself how many stay.
     """
 
     kind: ClassVar[Kind] = "budget"

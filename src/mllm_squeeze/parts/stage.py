@@ -29,6 +29,9 @@ def reduced(
     if merge is not None and merge.picks:
         return merge.pick_and_merge(tokens, groups, score, limit)
     if merge is not None and merge.spare:
+        # What is left over finds no place in a group that keeps nothing.
+        closed = (limit <= 0).gather(1, groups.label.clamp(min=0))
+        groups = Groups(groups.label.masked_fill(closed, -1), groups.count, groups.part, groups.widest)
         limit = (limit - merge.spare).clamp(min=0)
     picks = select.select(tokens, groups, score, limit)
     return Reduction(picks.keep) if merge is None else merge.merge(tokens, groups, picks, score)

@@ -8,8 +8,10 @@ from mllm_squeeze.reducers.needs import EncoderProjection, EncoderStates, Featur
 
 # features: states at the place of the cut. normed: those behind the final norm of the language model. keys, values,
 # queries: of the block before the cut, heads side by side. encoder_keys: of the encoder's feature layer, mean over
-# heads. encoder_states: its output.
-Vectors = Literal["features", "normed", "keys", "values", "queries", "encoder_keys", "encoder_states"]
+# heads. encoder_states: its output. encoder_last_keys: of the encoder's last layer, heads side by side.
+Vectors = Literal[
+    "features", "normed", "keys", "values", "queries", "encoder_keys", "encoder_states", "encoder_last_keys"
+]
 
 
 def need_of(by: Vectors) -> Need:
@@ -22,5 +24,6 @@ def need_of(by: Vectors) -> Need:
         "queries": Projection("query"),
         "encoder_keys": EncoderProjection(),
         "encoder_states": EncoderStates(),
+        "encoder_last_keys": EncoderProjection(block=-1, heads="concat"),
     }
     return needs[by]

@@ -61,7 +61,9 @@ def _check_next(method: str, cut: PlannedCut, parts: ModelParts) -> None:
         )
 
 
-def _check_block(method: str, cut: PlannedCut, need: Attention | Projection | Rotary | States, parts: ModelParts) -> None:
+def _check_block(
+    method: str, cut: PlannedCut, need: Attention | Projection | Rotary | States, parts: ModelParts
+) -> None:
     """Check that a block lies in front of the cut: it must have run when the rule chooses."""
     layer = layer_of(cut, need)
     if cut.layer == 0:

@@ -34,6 +34,7 @@ class VisualTokens:
 
     mask: bool (S, N), False is padding.
     budget: int64 (S,), tokens to keep, on the device; `counts` are the same numbers on the host.
+    asked: False where the step has no budget, so that a rule that can decides how many stay; `budget` is then all.
     current: tokens of each span that are there now, on the host.
     grid: int64 (S, N, 4), (tile, t, h, w) of each token, -1 for separators, padding and where the grid is unknown.
     origin: int64 (S, N), place of each token in its span before any cut.
@@ -62,6 +63,7 @@ class VisualTokens:
     links: tuple[tuple[int, ...], ...] = ()
     signals: Mapping[Need, Tensor] = field(default_factory=Signals)
     text_mask: Tensor | None = None
+    asked: bool = True
 
     def __getitem__(self, need: Need) -> Tensor:
         return self.signals[need]
