@@ -10,23 +10,23 @@ import torch
 import mllm_squeeze as squeeze
 import tiny
 from mllm_squeeze.engine.hooks import preview
-from mllm_squeeze.engine.signals import gather as signals
+from mllm_squeeze.engine.signals import attention as signals
 
 
 def previews(family: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Return the scores of every preview that PyramidDrop asks for."""
     seen: list[torch.Tensor] = []
-    score = signals.score_rows
+    score = signals.score_joined
 
     def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
         seen.append(score(*args, **kwargs))
         return seen[-1]
 
     t = tiny.load(family)
-    monkeypatch.setattr(signals, "score_rows", recorded)
+    monkeypatch.setattr(signals, "score_joined", recorded)
     with squeeze.applied(t.model, "pyramiddrop", ratio=0.75), torch.no_grad():
         t.model(**t.batch().inputs)
-    monkeypatch.setattr(signals, "score_rows", score)
+    monkeypatch.setattr(signals, "score_joined", score)
     return seen
 
 

@@ -51,12 +51,17 @@ _MODEL = (
 )
 # The folders of the families, then those of the text models and towers that they are made of.
 _MODELS = """
-    audioflamingo3 aya_vision blip_2 cohere2_vision deepseek_vl fast_vlm gemma3 gemma3n gemma4 glm46v glm4v
-    glm4v_moe granite4_vision granite_speech idefics2 idefics3 instructblip internvl kimi_k25 lfm2_vl lighton_ocr
-    llama4 llava llava_next llava_next_video llava_onevision minicpmv4_6 minicpmv4_7 mistral3 mllama molmo2 ovis2
-    paligemma perception_lm phi4_multimodal qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe
-    qwen3_omni_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava vipllava voxtral
-    clip gemma gemma2 llama mistral opt pixtral qwen2 qwen3 siglip
+    apertus1p5 aria audioflamingo3 aya_vision blip_2 chameleon clip cohere2_vision cohere_compass cosmos3_edge
+    cosmos3_omni deepseek_ocr2 deepseek_vl deepseek_vl_hybrid diffusion_gemma dots3_note emu3 ernie4_5_vl_moe
+    exaone4_5 fast_vlm fun_asr_nano fuyu gemma gemma2 gemma3 gemma3n gemma4 gemma4_unified glm46v glm4v glm4v_moe
+    glm5_next glm_ocr glmasr glmga got_ocr2 granite4_vision granite_docling granite_speech granite_speech_plus
+    hunyuan_vl hy_v4_vl hyperclovax_vision_v2 idefics2 idefics3 inkling inkling2 inkling2_loop instructblip
+    instructblipvideo internvl janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama llama4 llava llava_next
+    llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral mistral3
+    mistral_large4 mllama molmo2 moss_transcribe_diarize muse_glimmer muse_spark omniasr opt ovis2 paddleocr_vl
+    paligemma perception_lm phi4_multimodal pixtral pp_chart2table qianfan_ocr qwen2 qwen2_5_omni qwen2_5_vl
+    qwen2_audio qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_asr qwen3_omni_moe qwen3_vl qwen3_vl_moe qwen4_exp
+    shieldgemma2 siglip smolvlm step3p7 vibevoice_asr video_llama_3 video_llava vipllava voxtral
 """.split()  # noqa: SIM905
 FILES: dict[str, str] = {**_LIBRARY, **{f"models/{name}/modeling_{name}.py": _MODEL for name in _MODELS}}
 
@@ -134,7 +139,8 @@ class Record:
             form = forms.get(name, ABSENT)
             if not known or list(known.values())[-1] != form:
                 known[release] = form
-        self.releases.append(release)
+        if release not in self.releases:
+            self.releases.append(release)
 
     def moved(self, forms: Mapping[str, str]) -> list[Broken]:
         """Return each symbol that looks as on no release in it."""
