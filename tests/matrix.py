@@ -75,6 +75,8 @@ def misfit(name: str, family: str) -> str | None:
         return "inside the vision encoder"
     if "encoder" in way.roads and row.tower_to_llm in ("none", "queries", "overlap", "no_encoder"):
         return "vision encoder"
+    if "cls" in way.roads and not row.cls:
+        return "no CLS token"
     return None
 
 

@@ -194,6 +194,8 @@ def roads(reducer: Reducer) -> Iterable[str]:
     for need in reducer.needs():
         if not isinstance(need, Features):
             yield road(need)
+        if getattr(need, "rows", "") == "cls" or getattr(need, "cls", False):
+            yield "cls"
 
 
 def road(need: Need) -> str:

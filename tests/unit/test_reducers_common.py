@@ -14,7 +14,7 @@ from mllm_squeeze import ops
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.recipe.steps import PIPELINE
 from mllm_squeeze.reducers.base import DecodeReducer, Signals
-from mllm_squeeze.reducers.needs import Features
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features
 from mllm_squeeze.registry import BUILTIN_REDUCERS, configs_dir, reducer_class
 
 # Numbers that are worth a try beside the defaults; a reducer needs no line here.
@@ -199,12 +199,18 @@ def test_tokens_left_out_of_the_candidates_play_no_part(reducer):
         out[:, place] = x
         return out
 
+    def spread_signal(need, x):
+        if of_text(need):
+            return x
+        tokens_last = isinstance(need, (Attention, EncoderAttention))
+        return spread(x.movedim(-1, 1), float("nan")).movedim(1, -1) if tokens_last else spread(x, float("nan"))
+
     holes = dataclasses.replace(
         tokens,
         mask=spread(tokens.mask, False),
         grid=spread(tokens.grid, -1),
         origin=torch.arange(wide).expand(rows, wide),
-        signals=Signals({need: x if of_text(need) else spread(x, float("nan")) for need, x in tokens.signals.items()}),
+        signals=Signals({need: spread_signal(need, x) for need, x in tokens.signals.items()}),
     )
     dense, sparse = reducer.reduce(tokens), reducer.reduce(holes)
     assert torch.equal(sparse.keep, spread(dense.keep, False))

@@ -10,20 +10,28 @@ from mllm_squeeze.ops import kept_count
 from mllm_squeeze.recipe.build import PIPELINE, build_reducer
 from mllm_squeeze.recipe.recipe import describe, load_recipe
 
-# method: (tokens of 576 kept by default, where, positions, reads the text, known count)
+# method: (tokens of 576 kept by default, None without one ratio, where, positions, reads the text, known count)
 TABLE = {
     "avgpool": (144, ["projector"], "repack", False, True),
     "dart": (128, ["layer 2"], "keep", True, True),
     "divprune": (56, ["projector"], "repack", False, True),
     "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
+    "fastervlm": (58, ["projector"], "repack", False, True),
     "fastv": (288, ["layer 2"], "keep", True, True),
+    "priortr": (192, ["layer 3"], "keep", True, True),
+    "prumerge": (None, ["projector"], "repack", False, False),
+    "prumerge_plus": (None, ["projector"], "repack", False, False),
     "pyramiddrop": (72, ["layers 0.25, 0.5, 0.75"], "repack", True, True),
     "random": (288, ["layer 0"], "keep", False, True),
     "sparsevlm": (109, ["layers 0.09375, 0.21875, 0.5"], "repack", True, True),
+    "sparsevlm2": (118, ["layers 0.09375, 0.21875, 0.5"], "keep", True, True),
+    "tokencarve": (128, ["layer 2"], "keep", True, True),
     "tome": (207, ["encoder all"], "repack", False, True),
     "uniform": (288, ["layer 0"], "keep", False, True),
+    "v2drop": (None, ["layers 0.09375, 0.53125, 0.6875"], "keep", False, True),
     "vidcom2": (144, ["projector"], "repack", False, False),
     "visionzip": (64, ["projector"], "repack", False, True),
+    "vispruner": (64, ["projector"], "repack", False, True),
 }
 
 
@@ -36,7 +44,8 @@ def test_recipe(name):
     kept, places, positions, reads_text, known = TABLE[name]
     recipe, facts = load_recipe(name), describe(name)["facts"]
     assert recipe.method == name
-    assert kept_count(576, recipe.params["ratio"]) == kept
+    ratio = recipe.params.get("ratio")
+    assert (None if ratio is None else kept_count(576, ratio)) == kept
     assert recipe.positions == positions
     assert facts["places"] == places
     assert (facts["reads_text"], facts["known_count"]) == (reads_text, known)

@@ -42,8 +42,11 @@ def freed_attention(received: Tensor, mask: Tensor, gravity: Tensor | None, head
     nothing; nearer to zero than a millionth it counts as that, with its sign. heads: how many `priority_heads` of the
     divided attention are averaged, None for all.
     """
-    there = (received != 0).any(3).any(1).sum(1, keepdim=True).clamp(min=1)
+    received = received.masked_fill(~mask[:, None, None], 0)
+    looks = (received != 0).any(3).any(1)
+    there = looks.sum(1, keepdim=True).clamp(min=1)
     if gravity is not None:
+        gravity = torch.where(looks[..., None], gravity, 1)
         floor = torch.where(gravity < 0, -_FLOOR, _FLOOR)
         received = received / torch.where(gravity.abs() < _FLOOR, floor, gravity)[:, None]
     summed = received.sum(2)

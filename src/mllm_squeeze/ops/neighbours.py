@@ -42,15 +42,17 @@ def neighbour_entries(
 
 @selection
 def group_sum_entries(weight: Tensor, members: Tensor, place: Tensor, label: Tensor, count: int) -> Entries:
-    """Return (span, into, source, weight), each (E,): the weighted sum of the members of each group, at its place.
+    """Return (span, into, source, weight), each (S * N,): the weighted sum of the members of each group, at its place.
 
-    weight: float32 (S, N). members, place: bool (S, N), one place in each group at most. label: int64 (S, N).
+    A token of no group stays as it is; one that is no member adds nothing. weight: float32 (S, N). members, place: bool
+    (S, N), one place in each group at most. label: int64 (S, N), -1 for none.
     """
     at = torch.zeros(len(label), count + 1, dtype=torch.int64, device=label.device)
     target = torch.where(place & (label >= 0), label, count)
-    at = at.scatter(1, target, positions(label).expand_as(label))
-    into = at.gather(1, label.clamp(min=0))
+    itself = positions(label).expand_as(label)
+    at = at.scatter(1, target, itself)
+    member = members & (label >= 0)
+    into = torch.where(member, at.gather(1, label.clamp(min=0)), itself)
+    amount = torch.where(member, weight.float(), (label < 0).float())
     span = torch.arange(len(label), device=label.device)[:, None].expand_as(label)
-    # A host sync: which tokens are members follows from the content.
-    chosen = members & (label >= 0)
-    return span[chosen], into[chosen], positions(label).expand_as(label)[chosen], weight.float()[chosen]
+    return span.flatten(), into.flatten(), itself.flatten(), amount.flatten()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.reducers.base import Signals, VisualTokens
-from mllm_squeeze.reducers.needs import Features, Need
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Need
 
 
 def pad(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
@@ -30,7 +30,11 @@ def visual_tokens(
     special_tokens: int = 0,
     width: int | None = None,
 ) -> VisualTokens:
-    """Return the padded batch of spans; `width` pads further. text: signals of the words, `Features("text")` too."""
+    """Return the padded batch of spans; `width` pads further.
+
+    signals: of the visual tokens, which come first also where attention has axes of heads and rows. text: of the words,
+    `Features("text")` too.
+    """
     lengths = tuple(len(f) for f in features)
     width = width or max(lengths)
     grid = torch.full((len(lengths), width, 4), -1)
@@ -38,7 +42,7 @@ def visual_tokens(
         cells = [(n, *c) if c[0] >= 0 else (-1,) * 4 for n, tile in enumerate(rectangles) for c in tile.coordinates()]
         if cells:
             grid[i, : lengths[i]] = torch.tensor(cells[: lengths[i]])  # a cut before leaves fewer tokens than cells
-    visual = {need: padded(rows, width) for need, rows in (signals or {}).items()}
+    visual = {need: turned(need, padded(evened(need, rows), width)) for need, rows in (signals or {}).items()}
     words = {need: padded(rows) for need, rows in (text or {}).items()}
     return VisualTokens(
         mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], width, False),
@@ -58,6 +62,19 @@ def visual_tokens(
 
 def padded(rows: Sequence[Tensor], width: int | None = None) -> Tensor:
     return pad(rows, width or max(len(row) for row in rows), float("nan"))
+
+
+def turned(need: Need, signal: Tensor) -> Tensor:
+    """Return attention with the visual tokens as its last axis, any other signal as it is."""
+    return signal.movedim(1, -1) if isinstance(need, (Attention, EncoderAttention)) else signal
+
+
+def evened(need: Need, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return attention of words with as many of them for each span, zero where there is none."""
+    if getattr(need, "over_rows", "") != "each":
+        return rows
+    words = max(row.shape[-1] for row in rows)
+    return [torch.nn.functional.pad(row, (0, words - row.shape[-1])) for row in rows]
 
 
 def there(lengths: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from reference.build import chosen, visual_tokens
 TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
 LENGTHS = [sum(tile.cells for tile in tiles) for tiles in TILES]
 WORDS = [9, 2, 5, 4, 1]
+HEADS = 3
 
 
 def spans_with(needs, seed=0, dtype=torch.float32):
@@ -21,8 +22,12 @@ def spans_with(needs, seed=0, dtype=torch.float32):
     def noise(lengths, *tail):
         return [torch.randn(n, *tail).to(dtype) for n in lengths]
 
-    signals = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in LENGTHS] for need in needs}
-    words = {need: [one(need, n).to(dtype if wide(need) else torch.float32) for n in WORDS] for need in needs}
+    def drawn(need, lengths):
+        kind = dtype if wide(need) else torch.float32
+        return [one(need, n, words).to(kind) for n, words in zip(lengths, WORDS, strict=True)]
+
+    signals = {need: drawn(need, LENGTHS) for need in needs}
+    words = {need: drawn(need, WORDS) for need in needs}
     return {
         "features": noise(LENGTHS, 12),
         "signals": {need: rows for need, rows in signals.items() if not of_text(need) and need != Features()},
@@ -35,13 +40,17 @@ def wide(need):
     return not isinstance(need, (Attention, EncoderAttention, Size))
 
 
-def one(need, n):
-    """A signal of n tokens: a number each, or a vector as long for the words as for the picture."""
-    if "each" in (getattr(need, "heads", ""), getattr(need, "over_rows", "")) or getattr(need, "columns", "") == "text":
+def one(need, n, words):
+    """A signal of n tokens: a number each, by heads and words, or a vector as long for words as for the picture."""
+    if getattr(need, "columns", "") == "text":
         raise NotImplementedError(f"{need}: say here what it looks like")
     if isinstance(need, Size):
         return torch.randint(1, 4, (n,)).float()
-    return torch.randn(n, 8 if "Projection" in type(need).__name__ else 12) if wide(need) else torch.rand(n)
+    if isinstance(need, (Attention, EncoderAttention)):
+        heads = [HEADS] if need.heads == "each" else []
+        rows = [words] if getattr(need, "over_rows", "") == "each" else []
+        return torch.rand(n, *heads, *rows)
+    return torch.randn(n, 8 if "Projection" in type(need).__name__ else 12)
 
 
 def batch(data, budgets, rows=range(5), width=None):
