@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
 from pydantic import Field, ValidationError, model_validator
 
 from mllm_squeeze import registry
 from mllm_squeeze.amount import RULES, Amount
 from mllm_squeeze.errors import ConfigError, SqueezeError
-from mllm_squeeze.recipe import template
+from mllm_squeeze.recipe import template, yaml_text
 from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
 from mllm_squeeze.recipe.rules import Strict, explain
 from mllm_squeeze.recipe.steps import Step, check_order, check_totals, resolve_layers
@@ -67,7 +66,7 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """Return the text of a recipe file that loads as an equal recipe."""
-        return str(OmegaConf.to_yaml(OmegaConf.create(self.to_dict())))
+        return yaml_text.write(self.to_dict())
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], /, **params: Any) -> Recipe:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import numbers
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mllm_squeeze import registry
 from mllm_squeeze.amount import ANYWHERE, RATIO_RULE, RULES
 from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
-from mllm_squeeze.recipe import variants
-
-_DOCUMENT = "_recipe"
-_REFERENCE = re.compile(r"\$\{\s*([^{}]*?)\s*\}")
+from mllm_squeeze.recipe import references, variants, yaml_text
 
 
 def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
@@ -51,16 +44,16 @@ def _read_file(path: Path) -> dict[str, Any]:
         return _plain(json.loads(_parse(path.read_text(encoding="utf-8"))), str(path))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: this is not a valid YAML recipe: {' '.join(str(error).split())}") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: an alias stands inside of what it stands for.") from None
 
 
-# Parsing YAML takes milliseconds, and so does filling in references. What came out is remembered by what went in, as
-# text on both sides: it is right for a file that changed, and nobody can change what the next one gets.
+# Parsing YAML takes a millisecond. What came out is remembered by what went in, as text on both sides: it is right for
+# a file that changed, and nobody can change what the next one gets.
 @lru_cache(maxsize=256)
 def _parse(text: str) -> str:
     """Return the content of a YAML file as JSON, references unresolved."""
-    return json.dumps(_native(OmegaConf.to_container(OmegaConf.load(io.StringIO(text))), "the file"))
+    return json.dumps(_native(yaml_text.parse(text), "the file"))
 
 
 def _plain(data: Any, where: str) -> dict[str, Any]:
@@ -100,10 +93,6 @@ def _named(value: Any) -> str:
     return f"{text} (of type {kind})" if len(text) <= 60 and "\n" not in text else f"a {kind}"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
 def check_shape(raw: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     """Raise ConfigError unless the keys are known, each param is used and `steps` is a list of mappings."""
     for key in raw:
@@ -121,7 +110,7 @@ def check_shape(raw: Mapping[str, Any], allowed: Sequence[str], where: str) -> N
 
 
 def _check_references(raw: Mapping[str, Any], params: Mapping[str, Any], where: str) -> None:
-    used = _references(raw)
+    used = references.names(raw)
     known = [*params, *variants.values_of(raw)]
     for name in used:
         if name not in known:
@@ -131,14 +120,6 @@ def _check_references(raw: Mapping[str, Any], params: Mapping[str, Any], where: 
     for name in known:
         if name not in used:
             raise ConfigError(f"{where}: the param '{name}' is not used. Write ${{{name}}} in a step or take it out.")
-
-
-def _references(node: Any) -> list[str]:
-    if isinstance(node, str):
-        return _REFERENCE.findall(node)
-    if isinstance(node, Mapping):
-        node = list(node.values())
-    return [name for item in node for name in _references(item)] if isinstance(node, list) else []
 
 
 def override(raw: dict[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -174,45 +155,35 @@ def _budget(raw: dict[str, Any], name: str, where: str) -> None:
     others = others if name in ANYWHERE and name not in params else []
     for other in others:
         for step in raw["steps"]:
-            if _references(step.get(other)) == [other]:
+            if references.names(step.get(other)) == [other]:
                 del step[other]
                 step[name] = f"${{{name}}}"
         del params[other]
-        if other in _references(raw):
+        if other in references.names(raw):
             raise ConfigError(f"{where}: it can only be given a {other}, which sets more than the budget of its steps.")
     if others:
         params.setdefault(name, None)
     for step in raw["steps"]:
-        rivals = [rival for rival in RULES if rival != name and _references(step.get(rival)) == [rival]]
-        if _references(step.get(name)) == [name]:
+        rivals = [rival for rival in RULES if rival != name and references.names(step.get(rival)) == [rival]]
+        if references.names(step.get(name)) == [name]:
             for rival in rivals:
                 # What the user asks for stands in place of the recipe's default.
                 del step[rival]
-    for rival in set(params) & set(RULES) - {name} - set(_references(raw)):
+    for rival in set(params) & set(RULES) - {name} - set(references.names(raw)):
         del params[rival]
 
 
 def required(raw: Mapping[str, Any]) -> list[str]:
     """Return the params that have no default and were given no value."""
-    return [name for name, value in raw.get("params", {}).items() if value == "???"]
+    return [name for name, value in raw.get("params", {}).items() if value == references.MISSING]
 
 
 def resolve(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the recipe with every reference replaced by the typed value of its param."""
-    document = {key: value for key, value in raw.items() if key != "params"}
-    values = variants.chosen(raw, where)
-    try:
-        root = {**raw.get("params", {}), **values, _DOCUMENT: document}
-        plain: dict[str, Any] = json.loads(_resolved(json.dumps(root)))
-    except MissingMandatoryValue:
-        raise ConfigError(f"{where}: the param {' and '.join(required(raw))} has no default; give a value.") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from None
-    document = plain.pop(_DOCUMENT)
-    return {**document, "params": {name: value for name, value in plain.items() if name not in values}}
-
-
-@lru_cache(maxsize=256)
-def _resolved(root: str) -> str:
-    """Return JSON with its references filled in."""
-    return json.dumps(OmegaConf.to_container(OmegaConf.create(json.loads(root)), resolve=True, throw_on_missing=True))
+    missing = required(raw)
+    if missing:
+        raise ConfigError(f"{where}: the param {' and '.join(missing)} has no default; give a value.")
+    params = raw.get("params", {})
+    values = {**params, **variants.chosen(raw, where)}
+    plain: dict[str, Any] = references.fill_in({**raw, "params": params}, values, where)
+    return plain
