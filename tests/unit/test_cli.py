@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typer.testing import CliRunner, Result
 from mllm_squeeze import __version__, registry
 from mllm_squeeze.cli import app
 from mllm_squeeze.errors import UnknownNameError, UnsupportedInputError
-from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.recipe.recipe import PLACES, load_recipe
+from mllm_squeeze.recipe.recipe import describe as describe_method
 
 GROUPS = ("reducers", "methods", "families")
 
@@ -58,6 +60,50 @@ def test_methods_as_json() -> None:
     assert fastv["known_count"] is True
     assert fastv["places"] == ["layer 2"]
     assert fastv["paper"]["venue"] == "ECCV 2024"
+
+
+def listed(*words: str) -> list[str]:
+    return [row["method"] for row in json.loads(call("methods", "--json", *words).stdout)]
+
+
+@pytest.mark.parametrize(
+    ("words", "there", "away"),
+    [
+        (["--place", "projector"], {"divprune", "random", "dycoke"}, {"fastv", "tome"}),
+        (["--place", "cache"], {"dycoke"}, {"fastv", "divprune"}),
+        (["--mechanism", "transformation"], {"avgpool"}, {"fastv", "random"}),
+        (["--mechanism", "none"], {"random", "uniform"}, {"fastv"}),
+        (["--modality", "video", "--no-text"], {"vidcom2", "divprune"}, {"fastv", "dycoke"}),
+        (["--no-known-count"], {"vidcom2"}, {"fastv"}),
+        (["--merges"], {"tome", "prumerge"}, {"fastv"}),
+        (["--fits", "qwen2_5_vl"], {"fastv", "vidcom2"}, {"tome", "prumerge"}),
+    ],
+)
+def test_methods_by_what_they_are(words: list[str], there: set[str], away: set[str]) -> None:
+    found = set(listed(*words))
+    assert there <= found < set(registry.method_names())
+    assert not away & found
+
+
+def test_no_method_is_everything() -> None:
+    assert "No method is all of that" in call("methods", "--place", "cache", "--mechanism", "transformation").output
+    assert listed("--place", "cache", "--mechanism", "transformation") == []
+
+
+def test_methods_of_a_place_stand_together() -> None:
+    first = [line.split()[0] for line in call("methods").output.splitlines() if line.strip()]
+    names = [word for word in first if word in registry.method_names()]
+    kinds = [describe_method(name)["facts"]["acts_in"][0] for name in names]
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [k for k in PLACES if k in kinds]
+
+
+@pytest.mark.parametrize(
+    ("said", "name"), [("LLaVA-PruMerge", "prumerge"), ("sparse-vlm", "sparsevlm"), ("PDrop", "pyramiddrop")]
+)
+def test_methods_go_by_the_names_that_people_type(said: str, name: str) -> None:
+    told = json.loads(call("describe", said, "--json").stdout)
+    assert told["method"] == told["source"] == name
+    assert f"method: {name}" in call("describe", said).output
 
 
 def test_one_broken_recipe_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

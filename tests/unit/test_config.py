@@ -519,6 +519,12 @@ def test_bad_files_name_the_file(text: str, says: str, tmp_path: Path) -> None:
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_what_no_file_can_be_called_is_an_unknown_method(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="Unknown method"):
+        load_recipe(name)
+
+
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: there is no such recipe file"):
         load_recipe("nowhere.yaml")
@@ -599,6 +605,7 @@ def test_facts_are_those_of_all_steps() -> None:
         recipe(lambda data: data["steps"].insert(0, {"reducer": "pool", "at": "projector", "keep": 99}))
     )
     assert facts(loaded) == {
+        "acts_in": ["projector", "layer"],
         "places": ["projector", "layer 2"],
         "known_count": False,
         "exact": False,

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from mllm_squeeze import __version__
-from mllm_squeeze.cli import bench, look, models, output
+from mllm_squeeze.cli import bench, look, methods, models, output
 from mllm_squeeze.errors import SqueezeError
 
 
@@ -50,7 +50,7 @@ def _options(
     pass
 
 
-app.command("methods")(look.methods)
+app.command("methods")(methods.methods)
 app.command("describe")(look.describe)
 app.command("check")(look.check)
 app.command("demo")(models.demo)

@@ -1,4 +1,4 @@
-"""The commands that only look: methods, describe, check, env. The first two import no torch."""
+"""The commands that only look: describe, check, env. The first imports no torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from mllm_squeeze import registry
 from mllm_squeeze.cli import output
-from mllm_squeeze.errors import ConfigError, SqueezeError
+from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.recipe.build import PIPELINE
 from mllm_squeeze.recipe.recipe import describe as describe_method
 
@@ -20,35 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def methods(as_json: Json = False) -> None:
-    """List the methods: where they act, what they need, where they come from."""
-    rows = [_summary(name) for name in registry.method_names()]
-    if as_json:
-        output.as_json(rows)
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("method", "acts at", "count known", "reads text", "modalities", "arXiv"):
-        table.add_column(header, no_wrap=header in ("method", "modalities", "arXiv"))
-    for row in rows:
-        if "error" in row:
-            table.add_row(row["method"], Text(row["error"], style="red"))
-            continue
-        modalities = "all" if len(row["modalities"]) == 3 else row["modalities"]
-        arxiv = row["paper"] and row["paper"]["arxiv"]
-        cells = [row["places"], row["known_count"], row["reads_text"], modalities, arxiv]
-        table.add_row(Text(row["method"], style="bold"), *(Text(output.words(cell)) for cell in cells))
-    output.console().print(table)
-
-
-def _summary(name: str) -> dict[str, Any]:
-    try:
-        told = describe_method(name)
-    except SqueezeError as error:
-        # One broken recipe of another package must not hide the others.
-        return {"method": name, "error": str(error)}
-    return {"method": name, "summary": told["summary"], **told["facts"], "paper": told["paper"]}
 
 
 def _paper(paper: dict[str, Any] | None) -> str | None:
@@ -71,7 +41,7 @@ def describe(
         output.as_json(told)
         return
     if as_yaml:
-        print(_text(method, told).rstrip("\n"))
+        print(_text(told).rstrip("\n"))
         return
     from rich.syntax import Syntax
 
@@ -95,16 +65,19 @@ def describe(
             "signals": facts["signals"],
             "merges tokens": facts["merges"],
             "modalities": facts["modalities"],
+            "goes by": told["mechanism"],
+            "also called": told["aliases"],
         }
     )
     # Folded lines would be another recipe, or none.
-    recipe = Syntax("", "yaml", background_color="default").highlight(_text(method, told).rstrip("\n"))
+    recipe = Syntax("", "yaml", background_color="default").highlight(_text(told).rstrip("\n"))
     screen.print(recipe, soft_wrap=True)
 
 
-def _text(method: str, told: dict[str, Any]) -> str:
+def _text(told: dict[str, Any]) -> str:
     """Return the recipe's own text, for its comments, or its YAML where it has none."""
-    source = registry.method_source(method) if method in registry.method_names() else method
+    known = told["source"]
+    source = registry.method_source(known) if known in registry.method_names() else known
     if isinstance(source, (str, Path)) and Path(source).is_file():
         return Path(source).read_text(encoding="utf-8")
     return str(told["yaml"])

@@ -92,10 +92,8 @@ def _read(told: dict[str, Any]) -> frozenset[str]:
 
 
 def _places(told: dict[str, Any]) -> frozenset[str]:
-    """Return the kinds of places of a method; the keys of a picture, and layer 0, stand where the projector does."""
-    return frozenset(
-        "projector" if place in ("keys", "layer 0") else place.split()[0].removesuffix("s") for place in told["places"]
-    )
+    """Return the kinds of places of a method; the keys of a picture stand where the projector does."""
+    return frozenset("projector" if kind == "keys" else kind for kind in told["acts_in"])
 
 
 def _sentence(names: list[str]) -> str:

@@ -15,9 +15,11 @@ from mllm_squeeze.errors import ConfigError, SqueezeError
 from mllm_squeeze.recipe import template, yaml_text
 from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
 from mllm_squeeze.recipe.rules import Strict, explain
-from mllm_squeeze.recipe.steps import Step, check_order, check_totals, resolve_layers
+from mllm_squeeze.recipe.steps import At, Step, check_order, check_totals, resolve_layers
 from mllm_squeeze.reducers.base import DecodeReducer, Reducer
 
+Mechanism = Literal["attention", "similarity", "transformation", "query"]
+PLACES = ("encoder", "keys", "projector", "layer", "cache")
 _PROVENANCE = ("source", "raw")
 
 
@@ -32,6 +34,9 @@ class Paper(Strict):
 class Recipe(Strict):
     """A method: its parameters, filled in, and its steps in the order in which they run.
 
+    aliases: other names that people type; capitals, dashes and underscores are never told apart.
+    mechanism: what tells a token from others, in the words of arXiv 2507.20198: the attention it gets, how alike it is
+        to others, a transformation of the grid (pooling), or the question ("query"). Baselines have none.
     variants: for each word of the param `variant` a table of values that steps refer to.
     source: the method name or path it was loaded from, or "dict". raw: the same recipe with its `${...}` references.
     """
@@ -39,6 +44,8 @@ class Recipe(Strict):
     method: str
     summary: str = ""
     paper: Paper | None = None
+    aliases: tuple[str, ...] = ()
+    mechanism: Mechanism | None = None
     positions: Literal["keep", "repack"] = "keep"
     params: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -140,13 +147,15 @@ def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
 def facts(recipe: Recipe) -> dict[str, Any]:
     """Return what tools ask of a method.
 
-    These are `places`, `known_count`, `exact`, `decides`, `merges`, `reads_text`, `signals` and `modalities`.
+    These are `places`, `acts_in` (the kinds of places, of `PLACES`, in the order of the steps), `known_count`, `exact`,
+    `decides`, `merges`, `reads_text`, `signals` and `modalities`.
     """
     reducers = [step.built for step in recipe.steps]
     rules = [reducer.facts for reducer in reducers]
     modalities = frozenset.intersection(*(rule.modalities for rule in rules))
     return {
         "places": [str(step.at) for step in recipe.steps],
+        "acts_in": list(dict.fromkeys(_kind(step.at) for step in recipe.steps)),
         "known_count": all(rule.known_count for rule in rules),
         # In the encoder a budget holds for the patches of each tile, before they become tokens of a span.
         "exact": all(r.exact and step.at.place != "encoder" for r, step in zip(rules, recipe.steps, strict=True)),
@@ -158,6 +167,11 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _kind(at: At) -> str:
+    """Return the kind of a place; what is cut at layer 0 is cut in front of the LLM."""
+    return "keys" if at.keys else "projector" if at.layer == 0 else at.place
+
+
 def _signals(reducer: Reducer) -> list[str]:
     # Reducers that act while decoding are handed the attention of each step unasked.
     decodes = ["Attention"] if isinstance(reducer, DecodeReducer) else []
@@ -167,7 +181,7 @@ def _signals(reducer: Reducer) -> list[str]:
 def describe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Return a method's recipe and facts as plain data; raises like `load_recipe`."""
     recipe = load_recipe(source)
-    plain = recipe.model_dump(include={"method", "summary", "paper", "positions", "params"})
+    plain = recipe.model_dump(include={"method", "summary", "paper", "aliases", "mechanism", "positions", "params"})
     steps = [_flat(step) for step in recipe.steps]
     return {**plain, "steps": steps, "facts": facts(recipe), "source": recipe.source, "yaml": recipe.to_yaml()}
 

@@ -15,7 +15,7 @@ import yaml
 from mllm_squeeze import registry
 from mllm_squeeze.amount import ANYWHERE, RATIO_RULE, RULES
 from mllm_squeeze.errors import ConfigError, UnknownNameError, did_you_mean
-from mllm_squeeze.recipe import references, variants, yaml_text
+from mllm_squeeze.recipe import aliases, references, variants, yaml_text
 
 
 def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, str]:
@@ -30,11 +30,21 @@ def read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str, s
     try:
         found = registry.method_source(source)
     except UnknownNameError as error:
-        if Path(source).is_file():
+        if _is_file(source):
             return _read_file(Path(source)), source, source
+        known = aliases.method_of(source)
+        if known is not None:
+            return read(known)
         raise UnknownNameError(f"{error} A method may also be the path of a recipe file (.yaml) or a dict.") from None
     where = f"method '{source}'"
     return (_plain(found, where) if isinstance(found, Mapping) else _read_file(Path(found))), where, source
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def _read_file(path: Path) -> dict[str, Any]:
