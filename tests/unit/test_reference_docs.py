@@ -1,4 +1,4 @@
-"""docs/parts.md and docs/signals.md are what the code renders to, and say something of every parameter."""
+"""The pages that are made from the code are what it renders to, and say something of all that there is."""
 
 from __future__ import annotations
 
@@ -11,17 +11,42 @@ import pytest
 
 from mllm_squeeze import registry
 from mllm_squeeze.parts.base import KINDS
+from mllm_squeeze.recipe.recipe import load_recipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-@pytest.fixture(scope="module")
-def generator() -> Any:
-    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+def loaded(name: str) -> Any:
+    """Import a script of docs/ by its path."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> Any:
+    return loaded("make_reference")
+
+
+@pytest.fixture(scope="module")
+def methods() -> Any:
+    return loaded("make_methods")
+
+
+def test_the_page_of_methods_is_what_the_recipes_render_to(methods: Any) -> None:
+    assert methods.PAGE.read_text(encoding="utf-8") == methods.page(), "run python docs/make_methods.py"
+
+
+def test_the_page_of_methods_has_all_of_each(methods: Any) -> None:
+    for path in registry.configs_dir().glob("*.yaml"):
+        recipe = load_recipe(path.stem)
+        said = methods.comment(path.stem)
+        assert len(said) > 80, f"{path.name}: the comment above the recipe says what it does"
+        assert recipe.paper is None or "\n\nDiffers from the authors' code:" in said, path.name
+        # Only what compares a method with nothing has no mechanism.
+        assert recipe.mechanism is not None or recipe.paper is None, path.name
 
 
 def test_the_pages_are_what_the_code_renders_to(generator: Any) -> None:
