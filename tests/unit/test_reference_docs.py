@@ -68,3 +68,10 @@ def test_every_signal_says_what_it_and_its_parameters_are(generator: Any) -> Non
         says, parameters = generator.described(need)
         assert says
         assert {field.name for field in dataclasses.fields(need)} <= set(parameters), need
+
+
+def test_the_front_page_names_every_method() -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Methods\n")[2].partition("\n## ")[0]
+    missing = [path.stem for path in registry.configs_dir().glob("*.yaml") if f"`{path.stem}`" not in section]
+    assert not missing
