@@ -66,7 +66,7 @@ def trial_prompt(parts: ModelParts, rows: int = 1) -> TrialPrompt:
         states = decoder.embed_tokens(ids)
     prompt = TrialPrompt(rows, {})
     # generate() gives positions as well.
-    given: dict[str, Any] = {EMBEDDINGS: states, POSITIONS: _positions(parts.mrope, prompt.real).to(device)}
+    given: dict[str, Any] = {EMBEDDINGS: states, POSITIONS: _positions(parts.position_axes, prompt.real).to(device)}
     if rows > 1:
         given[MASK] = prompt.real.long().to(device)
     visual = prompt.layout().visual.to(device)
@@ -97,13 +97,17 @@ def _words(parts: ModelParts) -> Tensor:
     return torch.randint(words, (1, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def _positions(axes: bool, real: Tensor) -> Tensor:
-    """Return positions (B, T), or (3, B, T) on three axes as M-RoPE gives them to a picture, behind padding."""
+def _positions(axes: int, real: Tensor) -> Tensor:
+    """Return positions (B, T), or (axes, B, T) as M-RoPE gives them to a picture, behind padding.
+
+    What axes there are beside time, height and width counts pictures.
+    """
     behind = real.long().sum(1, keepdim=True) - LENGTH
-    if not axes:
+    if axes == 1:
         return (torch.arange(LENGTH) + behind).clamp(min=0)
     cells = torch.tensor(Tile(1, SIDE, SIDE).coordinates()).T + BEFORE
-    before, after = torch.arange(BEFORE).expand(3, -1), torch.arange(AFTER).expand(3, -1) + BEFORE + SIDE
+    cells = torch.cat([cells, cells.new_zeros(axes - len(cells), cells.shape[1])])
+    before, after = torch.arange(BEFORE).expand(axes, -1), torch.arange(AFTER).expand(axes, -1) + BEFORE + SIDE
     return (torch.cat([before, cells, after], dim=1)[:, None] + behind).clamp(min=0)
 
 

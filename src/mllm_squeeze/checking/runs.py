@@ -98,6 +98,8 @@ def expected_states(parts: ModelParts, run: Run, layer: int, repack: bool) -> Te
 def _renumbering(parts: ModelParts, number: int, places: Tensor) -> Any:
     def renumber(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         call = LayerCall.read(args, kwargs)
-        return call.replace(rope=parts.rotate(number, call.hidden, places)).out()
+        # A layer that is given no tables has no positions.
+        rope = None if call.rope is None else parts.rotate(number, call.hidden, places)
+        return call.replace(rope=rope).out()
 
     return renumber

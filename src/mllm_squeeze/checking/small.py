@@ -49,7 +49,7 @@ def _parts_of(parts: ModelParts, decoder: nn.Module) -> ModelParts:
     nothing: dict[str, Any] = {"tower": None, "blocks": None, "projector": None}
     found = replace(parts, model=decoder, base=decoder, decoder=decoder, layers=layers, **nothing)
     # The inner model, which is not there any more, may be all that tells of positions with three axes.
-    found.__dict__["mrope"] = parts.mrope
+    found.__dict__["position_axes"] = parts.position_axes
     return found
 
 

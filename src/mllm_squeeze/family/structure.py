@@ -55,9 +55,14 @@ class ModelParts:
         return self.decoder.config
 
     @cached_property
+    def position_axes(self) -> int:
+        """How many axes positions have: 1, or several (M-RoPE)."""
+        return rope.axes_of(self.text_config, self.base)
+
+    @property
     def mrope(self) -> bool:
-        """True where positions have three axes."""
-        return rope.has_three_axes(self.text_config, self.base)
+        """True where positions have several axes."""
+        return self.position_axes > 1
 
     @cached_property
     def rotary(self) -> nn.Module | None:

@@ -26,14 +26,16 @@ def rope_of(config: Any) -> dict[str, Any] | None:
     return None
 
 
-def has_three_axes(config: Any, base: nn.Module) -> bool:
-    """True where positions have three axes (M-RoPE).
+def axes_of(config: Any, base: nn.Module) -> int:
+    """Return how many axes positions have: 1, or as many as M-RoPE has sections, mostly three.
 
     config: of the text model. base: the inner model. There are two witnesses, the sections in the config and the method
     that makes such positions: positions that are kept are right either way, renumbered ones are not.
     """
-    rope = rope_of(config)
-    return (rope is not None and rope.get("mrope_section") is not None) or hasattr(base, "get_rope_index")
+    sections = (rope_of(config) or {}).get("mrope_section")
+    if sections is None:
+        return 3 if hasattr(base, "get_rope_index") else 1
+    return max(len(sections), 3)
 
 
 def rotary_of(decoder: nn.Module) -> nn.Module | None:

@@ -61,7 +61,9 @@ def serve_step(parts: ModelParts, number: int, call: LayerCall) -> LayerCall | N
     if layer.entries.repack:
         # The same place in every layer in front of the cut and behind it, but for the tokens that are gone.
         positions = call.positions - layer.entries.shift[:, None]
-        new = new.replace(positions=positions, rope=parts.rotate(number, call.hidden, positions))
+        # A layer that is given no tables has no positions.
+        rope = None if call.rope is None else parts.rotate(number, call.hidden, positions)
+        new = new.replace(positions=positions, rope=rope)
     layer.served = True
     return new
 
