@@ -79,8 +79,6 @@ def places() -> dict[str, str]:
 
 PLACES = places()
 HERE = tuple(name for name in SERVED if tiny.available(name))
-# Two towers side by side, in which the library finds no row of blocks.
-NO_BLOCKS = ("deepseek_vl", "deepseek_vl_hybrid")
 # Recurrent or convolutional layers between the attention layers.
 HYBRID = tuple(name for name in HERE if oracle.recurrent(tiny.load(name).model))
 # These classes keep no cache of a conversation, and their forward takes none.
@@ -103,7 +101,7 @@ def reason(name: str, method: str) -> str | None:
         return found
     model, row = tiny.load(name).model, matrix.row_of(name)
     blended = isinstance(getattr(model.config, "vision_feature_layer", None), (list, tuple))
-    if "encoder" in matrix.method(method).way.places and (blended or name in NO_BLOCKS):
+    if "encoder" in matrix.method(method).way.places and blended:
         return "inside the vision encoder"
     mixing = oracle.recurrent(model)
     for layer, reducer in ways.cut_layers(matrix.method(method), len(oracle.text_model(model).layers)):

@@ -160,7 +160,7 @@ _ROWS = (
     FamilyRow("minicpmv4_7", _BOTH, grid="unknown", tower_to_llm="cells", tower="packed", note=_HYBRID_NOTE),
     replace(_POOLED, model_type="ovis2"),
     FamilyRow("deepseek_vl", tower_to_llm="identity", per_token=True),
-    FamilyRow("deepseek_vl_hybrid", tower_to_llm="identity", per_token=True),
+    FamilyRow("deepseek_vl_hybrid", tower_to_llm="identity"),
     FamilyRow(
         "phi4_multimodal",
         ("image", "audio"),
