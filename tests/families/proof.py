@@ -7,9 +7,11 @@ take no such mask; those families are proved against the dense model from which 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -159,6 +161,21 @@ def pairs(methods: Sequence[str]) -> list[Any]:
 def families(names: Sequence[str] = SERVED) -> list[Any]:
     """Return pytest parameters, one per family; those that this installation lacks are skipped by name."""
     return [pytest.param(name, id=name, marks=marks(name)) for name in names]
+
+
+def in_turn(cells: Sequence[Any], methods: Sequence[str] = ("divprune", "fastv")) -> list[Any]:
+    """Return the parameters of `cells`, each with one of the methods: in a family by turns, which first by its name.
+
+    For what hangs on the family and the place of a cut, but not on both together.
+    """
+    out: list[Any] = []
+    seen: Counter[str] = Counter()
+    for cell in cells:
+        family = cell.values[0]
+        method = methods[(crc32(family.encode()) + seen[family]) % len(methods)]
+        seen[family] += 1
+        out.append(pytest.param(*cell.values, method, id=f"{cell.id}-{method}", marks=cell.marks))
+    return out
 
 
 def marks(name: str) -> list[Any]:

@@ -7,7 +7,7 @@ last block say which patches make a token: both name the same ones.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,9 @@ from mllm_squeeze.upstream.prompts import EmbedderCall, flat, vision_inputs
 READ = tuple(
     name
     for name in proof.HERE
-    if (parts := find_parts(tiny.load(name).model)).blocks is not None and why_not(parts) is None
+    if (parts := find_parts(tiny.load(name).model)).blocks is not None
+    and why_not(parts) is None
+    and parts.row.tower_to_llm != "none"
 )
 # Encoded inside the text model, without a feature method.
 INSIDE = tuple(name for name in READ if find_parts(tiny.load(name).model).embedder is not None)
@@ -37,10 +39,10 @@ INSIDE = tuple(name for name in READ if find_parts(tiny.load(name).model).embedd
 TWO_TOWERS = ("video_llava",)
 
 
-def cells() -> list[Any]:
+def cells(families: Sequence[str] = READ) -> list[Any]:
     """Return (family, kind) of all prompts that show one modality."""
     out = []
-    for name in READ:
+    for name in families:
         parts = find_parts(tiny.load(name).model)
         for kind in ("image", "two_images", "video"):
             modality = "video" if kind == "video" else "image"

@@ -33,8 +33,7 @@ def batches() -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("method", ["divprune", "fastv"])
-@pytest.mark.parametrize(("family", "kinds"), batches())
+@pytest.mark.parametrize(("family", "kinds", "method"), proof.in_turn(batches()))
 def test_a_row_of_a_left_padded_batch_is_the_prompt_alone(
     family: str, kinds: tuple[str, ...], method: str, covers: Any
 ) -> None:
@@ -97,8 +96,7 @@ def deals_beams(t: tiny.TinyModel, kind: str) -> bool:
     return oracle.gap(first, first[:1].expand_as(first)) < oracle.TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["divprune", "fastv"])
-@pytest.mark.parametrize(("family", "kind"), beams())
+@pytest.mark.parametrize(("family", "kind", "method"), proof.in_turn(beams()))
 def test_beams(family: str, kind: str, method: str, covers: Any) -> None:
     """Beams of the dense model with the dropped columns closed, or where no mask does that, one beam is greedy."""
     t = tiny.load(family)
@@ -240,8 +238,13 @@ def closing(open_: torch.Tensor, step: int) -> Any:
     return close
 
 
-@pytest.mark.parametrize("method", [*matrix.CORE[:2], matrix.MERGED_BEFORE, "tome"])
-@pytest.mark.parametrize("family", proof.families())
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *proof.in_turn(proof.families(), (*matrix.CORE[:2], matrix.MERGED_BEFORE)),
+        *proof.in_turn(proof.families(), ("tome",)),
+    ],
+)
 def test_everything_is_put_back(family: str, method: str) -> None:
     t = tiny.load(family)
     if proof.misfit(family, method):

@@ -62,8 +62,7 @@ def test_each_place(family: str, method: str, covers: Any) -> None:
     proof.check_cuts(t, t.inputs[kind], handle)
 
 
-@pytest.mark.parametrize("method", ["divprune", "fastv"])
-@pytest.mark.parametrize("family", proof.families())
+@pytest.mark.parametrize(("family", "method"), proof.in_turn(proof.families()))
 def test_with_eager_masks(family: str, method: str) -> None:
     t = tiny.load(family)
     with proof.eager(t.model):

@@ -19,6 +19,8 @@ from mllm_squeeze import api, plugins, registry
 from mllm_squeeze.family.table import TABLE, FamilyRow
 
 pytestmark = pytest.mark.quick
+# One that keeps tokens as they are, and one that merges the others into them.
+ENCODER_READERS = ("fastervlm", "visionzip")
 # What a third party's package would offer as an entry point.
 OFFERED = FamilyRow("house_llava", tower_to_llm="identity", cls=True, per_token=True, note="From another package.")
 
@@ -107,6 +109,117 @@ def test_known_models_work_without_their_rows(family: str, monkeypatch: pytest.M
     proof.squeeze_and_prove(tiny.load(family), "image", "fastv")
 
 
+@pytest.mark.parametrize("kind", ["image", "two_images"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "gemma3", "lighton_ocr", "cohere2_vision", "idefics3"])
+def test_encoders_are_read_without_their_rows(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the row says of the way to the LLM's tokens is found by experiment: the same tokens stay."""
+    if not tiny.available(family):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    t = tiny.load(family)
+    known = [logits_and_kept(t, kind, method) for method in ENCODER_READERS]
+    without(monkeypatch, t.model.config.model_type)
+    unknown = [logits_and_kept(t, kind, method) for method in ENCODER_READERS]
+    for (before, kept), (after, same) in zip(known, unknown, strict=True):
+        assert kept == same
+        oracle.assert_close(after, before, "without the row")
+    proof.squeeze_and_prove(t, kind, ENCODER_READERS[0])
+
+
+def logits_and_kept(t: tiny.TinyModel, kind: str, method: str) -> tuple[torch.Tensor, list[list[bool]]]:
+    with squeeze.applied(t.model, method, ratio=0.5) as handle:
+        return proof.forward(t, t.inputs[kind]), [cut.kept[0].tolist() for cut in handle.cuts]
+
+
+def test_a_class_of_ones_own_has_its_encoder_read(house: tiny.TinyModel) -> None:
+    before = snapshot.snapshot(house.model)
+    handle = proof.squeeze_and_prove(house, "two_images", ENCODER_READERS[0])
+    assert handle.cuts and squeeze.check(house.model)["methods"]["visionzip"] == "fits"
+    snapshot.assert_same(before, snapshot.snapshot(house.model))
+
+
+class Folding(torch.nn.Module):
+    """A projector that nobody has seen: the mean of 2x2 patches becomes a token, and the last one comes first."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        side = int(patches.shape[1] ** 0.5)
+        grid = patches.unflatten(1, (side, side))[:, : side // 2 * 2, : side // 2 * 2]  # what is left over is dropped
+        cells = grid.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
+        return self.inner(cells.flatten(1, 2).flip(1))
+
+
+class Mixing(Folding):
+    """One whose tokens look at all patches."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        folded = super().forward(patches)
+        return folded + folded.mean(1, keepdim=True)
+
+
+def folded(t: tiny.TinyModel) -> dict[str, torch.Tensor]:
+    """Return a prompt with a placeholder for each four patches."""
+    inputs = t.inputs["image"]
+    visual = inputs["input_ids"] == t.model.config.image_token_id
+    tokens = (int(visual.sum() ** 0.5) // 2) ** 2
+    keep = (~visual | (visual.cumsum(1) <= tokens))[0]
+    return {k: v[:, keep] if v.shape == visual.shape else v for k, v in inputs.items()}
+
+
+def test_a_projector_that_nobody_has_seen(house: tiny.TinyModel) -> None:
+    house.model.model.multi_modal_projector = Folding(house.model.model.multi_modal_projector)
+    inputs = folded(house)
+    mine = tiny.TinyModel("house_llava", house.model, {"image": inputs}, house.family)
+    handle = proof.squeeze_and_prove(mine, "image", ENCODER_READERS[0])
+    assert handle.report().visual_before == int((inputs["input_ids"] == house.model.config.image_token_id).sum())
+    with squeeze.applied(house.model, mean_attention(), ratio=0.5) as handle:
+        proof.forward(mine, inputs)
+        kept = handle.cuts[-1].kept[0].tolist()
+    assert kept == expected_of(house, inputs)
+
+
+def mean_attention() -> dict[str, Any]:
+    steps = [{"at": "projector", "ratio": "${ratio}", "score": {"encoder_attention": {"rows": "all", "block": 1}}}]
+    return {"method": "mean_attention", "params": {"ratio": 0.5}, "steps": steps}
+
+
+def expected_of(t: tiny.TinyModel, inputs: dict[str, torch.Tensor]) -> list[int]:
+    """Return the columns that stay by the attention in block 1 of the encoder, summed up by hand."""
+    seen: list[torch.Tensor] = []
+    before = t.model.config._attn_implementation
+    t.model.set_attn_implementation("eager")
+    attention = t.model.model.vision_tower.encoder.layers[1].self_attn
+    hook = attention.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    try:
+        with torch.no_grad():
+            t.model(**inputs)
+    finally:
+        hook.remove()
+        t.model.set_attn_implementation(before)
+    received = seen[0].sum((0, 1, 2))[1:]  # without the CLS token
+    side = int(len(received) ** 0.5)
+    grid = received.unflatten(0, (side, side))[: side // 2 * 2, : side // 2 * 2]
+    tokens = grid.unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).mean((1, 3)).flatten().flip(0)
+    columns = (inputs["input_ids"][0] == t.model.config.image_token_id).nonzero()[:, 0]
+    best = tokens.argsort(descending=True, stable=True)[: round(len(tokens) / 2)]
+    text = set(range(inputs["input_ids"].shape[1])) - set(columns.tolist())
+    return sorted(text | set(columns[best].tolist()))
+
+
+def test_a_projector_that_mixes_all_patches_is_refused(house: tiny.TinyModel) -> None:
+    house.model.model.multi_modal_projector = Mixing(house.model.model.multi_modal_projector)
+    inputs = folded(house)
+    before = snapshot.snapshot(house.model)
+    with (
+        squeeze.applied(house.model, "visionzip", ratio=0.5),
+        pytest.raises(squeeze.SqueezeError, match=r"goes into several tokens.*Use a method that reads nothing"),
+    ):
+        house.model(**inputs)
+    snapshot.assert_same(before, snapshot.snapshot(house.model))
+
+
 def test_what_is_not_exact_is_refused(house: tiny.TinyModel) -> None:
     """A text model whose layers look at the places of the sequence they get: a cut is not what masking is."""
     before = snapshot.snapshot(house.model)
@@ -179,9 +292,10 @@ def test_a_family_of_another_package(house: tiny.TinyModel, offered: None) -> No
     assert calls == 1
 
 
-def test_without_the_package_the_tower_cannot_be_read(house: tiny.TinyModel) -> None:
+def test_without_the_package_nothing_merges_inside_the_tower(house: tiny.TinyModel) -> None:
+    """An experiment finds the way from the tower to the LLM; only a row says that it may be shortened on the way."""
     assert "house_llava" not in squeeze.families()
-    assert "vision encoder" in squeeze.check(house.model)["methods"]["visionzip"]
+    assert "vision encoder" in squeeze.check(house.model)["methods"]["tome"]
 
 
 def test_a_text_model_is_no_family() -> None:
@@ -192,6 +306,6 @@ def test_a_text_model_is_no_family() -> None:
 
 def test_a_row_of_the_table_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that says less makes methods that need more be refused."""
-    monkeypatch.setitem(TABLE, "llava", replace(TABLE["llava"], tower_to_llm="none"))
+    monkeypatch.setitem(TABLE, "llava", replace(TABLE["llava"], tower_to_llm="queries"))
     assert squeeze.check(tiny.load("llava").model)["methods"]["visionzip"] != "fits"
     assert "llava" in api.families()

@@ -33,7 +33,7 @@ class FamilyRow:
     grid: rule that gives the rectangle of each span.
     tower_to_llm: how tower tokens become LLM tokens, so that a tower score can travel the same way; the module of that
         name says what each word means, and why nothing travels by some ("queries", "overlap", "no_encoder"; "none":
-        nobody has looked).
+        nobody has looked, and it is found by experiment).
     tower: "batched" (tiles, N, D), or "packed" (sum, D).
     cls: the tower may have a CLS token, in front of the patches, or behind them where cls_last.
     late: what the feature method gives is projected behind it.

@@ -20,7 +20,6 @@ _WHY_NOT = {
     "queries": "each token that the LLM gets is a query that looks at all patches, so none stands for some of them",
     "overlap": "convolutions whose windows overlap make the tokens that the LLM gets, so each patch goes into several",
     "no_encoder": "patches are projected straight into the LLM, and no encoder looks at them",
-    "none": "which patches each token of the LLM stands for is not known of this family",
 }
 
 

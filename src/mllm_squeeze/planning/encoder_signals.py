@@ -17,9 +17,7 @@ def check_encoder_need(method: str, need: EncoderNeed | Embedding, parts: ModelP
         ConfigError: the encoder has no block of that number.
         UnsupportedModelError: the encoder does not give it, or it cannot be carried; the message says why.
     """
-    # That nobody has looked is the last thing to say.
-    looked = parts.row.tower_to_llm != "none"
-    reason = (why_not(parts) if looked else None) or _no_blocks(parts) or why_not(parts)
+    reason = why_not(parts) or _no_blocks(parts)
     if reason is None:
         _check_block(method, need, parts)
         reason = _unreadable(need, parts)

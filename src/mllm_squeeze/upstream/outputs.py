@@ -46,6 +46,11 @@ def block_states(output: Any) -> Tensor:
     return states
 
 
+def with_block_states(output: Any, states: Tensor) -> Any:
+    """Return what an encoder block gave, with other states."""
+    return (states, *output[1:]) if isinstance(output, tuple) else states
+
+
 def projected(output: Any, late: bool = False) -> Tensor | list[Tensor] | None:
     """Return the features that a feature method gave: (items, N, D), a list with (N, D) each, or None.
 

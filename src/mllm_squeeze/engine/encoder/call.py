@@ -25,6 +25,8 @@ from mllm_squeeze.upstream.outputs import projected
 # Carries values (tiles, N, C) or (sum, C) of tower tokens to the LLM's tokens of each item; the number is that of
 # separators.
 Carry = Callable[[Tensor, float], Sequence[Tensor]]
+# The same of a call: its modality, its inputs, the LLM tokens of each item, and then values (sum, C) and the number.
+SeenCarry = Callable[[str, Mapping[str, Any], Sequence[int], Tensor, float], Sequence[Tensor]]
 
 
 class EncodeCall:
@@ -72,6 +74,11 @@ class EncodeCall:
             elif isinstance(need, Embedding) and self._text_encoder is not None:
                 self._values[need].append(self._text_encoder.project(self.parts.patches(states)))
 
+    @property
+    def _is_seen(self) -> bool:
+        """True where no row says how encoder tokens become the LLM's."""
+        return self.parts.row.tower_to_llm == "none"
+
     def _of(self, block: int) -> list[Need]:
         return [need for need in self.wanted if block_of(need, self.parts) == block]
 
@@ -79,8 +86,10 @@ class EncodeCall:
         self._values[need].append(self.parts.patches(values))
 
     @marked("signal")
-    def features(self, inputs: Mapping[str, Any], output: Any) -> Features:
+    def features(self, inputs: Mapping[str, Any], output: Any, seen: SeenCarry) -> Features:
         """Return lengths, tiles and signals of the items that the feature method returned.
+
+        seen: carries values where the way to the LLM's tokens has to be found by experiment.
 
         Raises:
             UnsupportedModelError: a signal that the method needs was not read.
@@ -92,6 +101,8 @@ class EncodeCall:
         tiles = find_tiles(self.parts, self.modality, inputs, lengths)
 
         def carry(values: Tensor, fill: float) -> Sequence[Tensor]:
+            if self._is_seen:
+                return seen(self.modality, inputs, lengths, values, fill)
             return to_llm_tokens(self.parts, self.modality, inputs, lengths, values, fill)
 
         groups = None if self.merge is None else self.merge.groups(self.modality, inputs, lengths)
@@ -112,8 +123,8 @@ class EncodeCall:
                 f"The vision encoder of '{self.parts.row.model_type}' ran without calling the attention that gives "
                 f"{need}. Use a method that reads nothing of the vision encoder."
             )
-        packed = self.parts.row.tower == "packed"
-        values = torch.cat([value.squeeze(0) for value in read]) if packed else torch.cat(read)
+        packed = self.parts.row.tower == "packed" or self._is_seen
+        values = torch.cat([value.flatten(0, 1) for value in read]) if packed else torch.cat(read)
         # Tokens come behind the tiles, if there are any; what follows belongs to one token.
         shape = values.shape[1 if packed else 2 :]
         flat = values.flatten(1 if packed else 2) if shape else values.unsqueeze(-1)

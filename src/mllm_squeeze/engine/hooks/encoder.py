@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states
-from mllm_squeeze.engine.encoder.call import EncodeCall
+from mllm_squeeze.engine.encoder.call import EncodeCall, SeenCarry
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
+from mllm_squeeze.engine.encoder.seen_way import SeenWays
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
@@ -38,6 +39,7 @@ class EncoderHooks(Hooks):
     ) -> None:
         super().__init__(parts, plan, local, enabled, publish)
         self._signals = plan.encoder_needs
+        self._ways = SeenWays(parts)
 
     def attach(self, installer: Installer) -> None:
         """Put the hooks on.
@@ -79,7 +81,7 @@ class EncoderHooks(Hooks):
             # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.
             found = recorded(self.plan, output)
             if found is None:
-                found = call.features(inputs, output)
+                found = call.features(inputs, output, self._seen(modality, lambda: original(*args, **kwargs)))
                 found = replace(found, merged_by=merger(self.plan), compared_by=comparer(self.plan))
                 mark(output, found)
             if self._local.prompt_run is not None and not self.parts.row.by_runs:
@@ -87,6 +89,19 @@ class EncoderHooks(Hooks):
             return output
 
         return record
+
+    def _seen(self, modality: str, original: Callable[[], Any]) -> SeenCarry:
+        """Return what carries values where the way has to be found, by another run of the feature method."""
+
+        def again() -> Any:
+            # An inner feature method, and the taps, find a call that wants nothing.
+            entry = self._local.encodings.enter(EncodeCall(self.parts, modality, ()), sys._getframe())
+            try:
+                return original()
+            finally:
+                self._local.encodings.leave(entry)
+
+        return functools.partial(self._ways.carry, again)
 
     def _merge_for(self, modality: str) -> EncoderMerge | None:
         last = self.parts.feature_block
