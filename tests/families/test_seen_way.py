@@ -80,6 +80,14 @@ def test_an_experiment_finds_the_patches_that_make_a_token(family: str, kind: st
         assert handle.report().visual_after < handle.report().visual_before
 
 
+def test_the_block_that_sees_the_whole_picture_is_read() -> None:
+    """Of two blocks the first has windows; without windows it is the second to last."""
+    assert find_parts(tiny.load("muse_glimmer").model).saliency_block == 1
+    plain = find_parts(tiny.load("hunyuan_vl").model)
+    assert plain.blocks is not None
+    assert plain.saliency_block == len(plain.blocks) - 2
+
+
 def test_a_size_is_tried_once_and_another_size_anew() -> None:
     ways = SeenWays(find_parts(tiny.load("muse_glimmer").model))
     runs: list[int] = []

@@ -132,7 +132,9 @@ class ModelParts:
         """Number of the encoder block whose attention says what the encoder looks at, None without blocks."""
         if self.blocks is None or self.tower is None:
             return None
-        full = configs.full_blocks(self.tower.config, self.row.saliency) if self.row.saliency else []
+        config = self.tower.config
+        named = self.row.saliency
+        full = configs.full_blocks(config, named) if named else configs.blocks_beside_windows(config)
         if full:
             return full[-1]
         return self.feature_block if self.has_cls else max(len(self.blocks) - 2, 0)

@@ -88,6 +88,16 @@ def names_feature_layers(config: Any) -> bool:
     return any(hasattr(config, name) for name in _FEATURE_LAYERS)
 
 
+def blocks_beside_windows(config: Any) -> list[int]:
+    """Return the encoder blocks that attend to the whole picture, [] unless its config says that others see windows.
+
+    config: of the encoder.
+    """
+    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
+    windowed = any("window" in kind or "sliding" in kind for kind in kinds)
+    return [number for number, kind in enumerate(kinds) if kind == "full_attention"] if windowed else []
+
+
 def full_blocks(config: Any, name: str) -> list[int]:
     """Return the encoder blocks that attend to the whole picture.
 
