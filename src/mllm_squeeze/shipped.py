@@ -46,6 +46,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "select.even_sample": "mllm_squeeze.parts.select.even_sample:EvenSample",
     "select.farthest_point": "mllm_squeeze.parts.select.farthest_point:FarthestPoint",
     "select.dpp": "mllm_squeeze.parts.select.dpp:Dpp",
+    "select.log_det": "mllm_squeeze.parts.select.log_det:LogDet",
     "select.facility_location": "mllm_squeeze.parts.select.facility_location:FacilityLocation",
     "select.drop_alike": "mllm_squeeze.parts.select.drop_alike:DropAlike",
     "select.density_peaks": "mllm_squeeze.parts.select.density_peaks:DensityPeaks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
+from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import load_recipe
-from mllm_squeeze.reducers.needs import EncoderProjection
+from mllm_squeeze.reducers.needs import Embedding, EncoderProjection
 
 
 @reads("fastervlm")
@@ -68,3 +70,57 @@ def merged_neighbours(method: str | dict[str, Any], case: Case, count: dict[str,
         "merged": choice.features[place],
         "extra": choice.features[choice.kept == extra][0],
     }
+
+
+@reads("scope")
+def scope(case: Case) -> dict[str, Any]:
+    signals = {"encoder_attention": case["cls_attention"].sum(0), "encoder_states": case["features"]}
+    return {"keep": squeeze.choose("scope", signals=signals, keep=case["n"]).kept}
+
+
+@reads("cdpruner")
+def cdpruner(case: Case) -> dict[str, Any]:
+    crops, count = case["features"].shape[:2]
+    side = math.isqrt(count)
+    choice = squeeze.choose(
+        "cdpruner",
+        features=case["features"].flatten(0, 1),
+        signals={
+            Embedding("visual", "clip"): case["image_embeds"].flatten(0, 1),
+            Embedding("text", "clip"): case["text_embeds"],
+        },
+        grid=[Tile(1, side, side)] * crops if side * side == count else [Tile(1, 1, count)] * crops,
+        text=case["text_embeds"],
+        keep=case["n"] * crops,
+    )
+    return {"keep": choice.kept.view(crops, -1) - torch.arange(crops)[:, None] * count}
+
+
+@reads("otprune")
+def otprune(case: Case) -> dict[str, Any]:
+    count = round(case["ratio"] * len(case["features"]))
+    return {"keep": squeeze.choose("otprune", features=case["features"], keep=count).kept}
+
+
+@reads("trim")
+def trim(case: Case) -> dict[str, Any]:
+    adaptive = case["ratio"] < 0
+    count = {} if adaptive else {"keep": int(len(case["features"]) * case["ratio"]) + 1}
+    choice = squeeze.choose(
+        "trim",
+        features=case["features"],
+        signals={
+            Embedding("visual", "clip"): case["projected"],
+            Embedding("text", "clip"): case["text_feature"][None],
+        },
+        text=case["text_feature"][None],
+        **count,
+    )
+    # The one token more stands at the best of those that were not kept.
+    alike = -(case["projected"] @ case["text_feature"])
+    rest = torch.ones(len(alike), dtype=torch.bool)
+    rest[case["keep"]] = False
+    extra = alike.masked_fill(~rest, -torch.inf).argmax()
+    # The code rounds what it gives to half precision.
+    aggregate = choice.features[choice.kept == extra][0].half().float()
+    return {"keep": choice.kept[choice.kept != extra], "aggregate": aggregate}

@@ -55,6 +55,7 @@ _MODULES = {
         "facility_location",
         "farthest_point",
         "least_alike_in_turns",
+        "log_det",
     ),
     "information": ("beyond_prior", "spectral_weight"),
     "merge": (

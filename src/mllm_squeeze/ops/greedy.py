@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .kernels import available
-from .precision import selection
+from .precision import at_least_float32, selection
 from .score import in_grains, likeness, own_variance, unit
 from .select import positions, put_back, take, top_k_mask
 
@@ -49,13 +49,16 @@ def _distances(x: Tensor, mask: Tensor, start: int, stop: int) -> Tensor:
 
 
 @selection
-def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
+def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int, weight: Tensor | None = None) -> Tensor:
     """Return bool (S, N), the k tokens of each span picked greedily, each the farthest from those picked before.
 
     The first one is the token farthest from its nearest neighbour; distance is 1 - cosine in float32; a picked token is
-    never picked again. x: (S, N, D). k: int64 (S,). steps: host number, the largest k. Memory (S, N, N), or (S, N, D)
-    where that is too much.
+    never picked again. x: (S, N, D). k: int64 (S,). steps: host number, the largest k. weight: (S, N), not negative:
+    distances are multiplied by it, and the first one is that of largest weight (greedy weighted k-centre). Memory
+    (S, N, N), or (S, N, D) where that is too much or there are weights.
     """
+    if weight is not None:
+        return _weighted_centres(x, mask, k, steps, weight)
     if available(x):
         from .kernels import gram, greedy
 
@@ -77,6 +80,21 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int) -> Tensor:
         row = _row(whole, pick) if whole is not None else 1 - (x @ take(x, pick).transpose(1, 2))[..., 0]
         nearest = torch.minimum(nearest, row) if step else row.masked_fill(~mask, -torch.inf)
         nearest.scatter_(1, pick, -torch.inf)
+    return _first_picks(picks, mask, k)
+
+
+def _weighted_centres(x: Tensor, mask: Tensor, k: Tensor, steps: int, weight: Tensor) -> Tensor:
+    x, weight = unit(x).nan_to_num_(), weight.to(torch.float32)
+    distance, worth = torch.full_like(weight, torch.inf), weight
+    closed, picks = ~mask, []
+    for _ in range(min(steps, mask.shape[1])):
+        pick = worth.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
+        closed = closed.scatter(1, pick, True)
+        picks.append(pick)
+        # Rounding may put a copy of a picked token a little nearer than nought.
+        row = (1 - (x @ take(x, pick).transpose(1, 2))[..., 0]).clamp(min=0)
+        distance = torch.minimum(distance, row)
+        worth = distance * weight
     return _first_picks(picks, mask, k)
 
 
@@ -118,30 +136,71 @@ def dpp_map(x: Tensor, mask: Tensor, k: Tensor, steps: int, quality: Tensor | No
 
 
 @selection
-def facility_location(x: Tensor, mask: Tensor, k: Tensor, steps: int, bonus: Tensor | None = None) -> Tensor:
+def log_det(x: Tensor, mask: Tensor, k: Tensor, steps: int, gamma: float) -> Tensor:
+    """Return bool (S, N), the k tokens of each span picked greedily for the largest log det(I + gamma * A A^T).
+
+    A = Y Y^T, Y the vectors with each channel divided by its length over the tokens of the span. arXiv 2602.20205. x:
+    (S, N, D). k: int64 (S,). steps: host number, the largest k. Memory (S, N, N) and (S, steps, N).
+    """
+    x = at_least_float32(x).masked_fill(~mask[..., None], 0)
+    channel: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    alike = _gram(x / channel.clamp(min=torch.finfo(x.dtype).tiny))
+    variance = 1 + gamma * alike.square().sum(2)
+    closed, picks = ~mask, []
+    factors = x.new_zeros(mask.shape[0], min(steps, mask.shape[1]), mask.shape[1])
+    for step in range(factors.shape[1]):
+        best, pick = variance.masked_fill(closed, -torch.inf).max(1, keepdim=True)
+        closed = closed.scatter(1, pick, True)
+        picks.append(pick)
+        known = factors[:, :step]
+        at_pick = known.gather(2, pick[:, None].expand(-1, step, -1))
+        kernel = gamma * (alike @ _row(alike, pick)[..., None])[..., 0]
+        kernel = kernel.scatter_add(1, pick, torch.ones_like(best))
+        # No token that is left falls below 1, the share of I; spans that are all picked are not looked at any more.
+        row = (kernel - (known * at_pick).sum(1)) / best.clamp(min=1).sqrt()
+        factors[:, step] = row
+        variance = variance - row.square()
+    return _first_picks(picks, mask, k)
+
+
+@selection
+def facility_location(
+    x: Tensor,
+    mask: Tensor,
+    k: Tensor,
+    steps: int,
+    bonus: Tensor | None = None,
+    weight: Tensor | None = None,
+    clipped: bool = False,
+) -> Tensor:
     """Return bool (S, N), the k tokens of each span picked greedily so that every token has one like it among them.
 
-    Each pick adds the most to the sum over all tokens of their likeness to the closest pick, plus the bonus of the
-    picks; likeness is (1 + cosine) / 2. As in CATP, arXiv 2508.07871. x: (S, N, D). bonus: (S, N), None for none. k:
-    int64 (S,). steps: host number, the largest k. Memory (S, N, N), or (N, N) where that is too much.
+    Each pick adds the most to the sum over all tokens of their likeness to the closest pick, times its weight, plus its
+    bonus; likeness is (1 + cosine) / 2, or the cosine, as in CATP, arXiv 2508.07871, and SCOPE, arXiv 2510.24214. x:
+    (S, N, D). bonus: (S, N), None for none. weight: (S, N), not negative, None where all count alike. k: int64 (S,).
+    steps: host number, the largest k. clipped: take the cosine, 0 where it is negative. Memory (S, N, N), or (N, N)
+    where that is too much.
     """
     bonus = torch.zeros_like(mask, dtype=torch.float32) if bonus is None else bonus
-    if available(x):
+    if available(x) and weight is None and not clipped:
         from .kernels import cover, gram
 
         if gram.supports(x, mask, matrix=True):
             return cover.facility_location(x, mask, k, steps, bonus)
+    weight = torch.ones_like(mask, dtype=torch.float32) if weight is None else weight
     spans = max(1, _GRAM_LIMIT // max(1, mask.shape[1] ** 2))
-    parts = zip(*(t.split(spans) for t in (x, mask, k, bonus)), strict=True)
-    return torch.cat([_cover(likeness(_gram(unit(x)), m), m, k, steps, in_grains(b)) for x, m, k, b in parts])
+    parts = zip(*(t.split(spans) for t in (x, mask, k, bonus, weight)), strict=True)
+    return torch.cat(
+        [_cover(likeness(_gram(unit(x)), m, clipped), m, k, steps, in_grains(b), w) for x, m, k, b, w in parts]
+    )
 
 
-def _cover(alike: Tensor, mask: Tensor, k: Tensor, steps: int, bonus: Tensor) -> Tensor:
+def _cover(alike: Tensor, mask: Tensor, k: Tensor, steps: int, bonus: Tensor, weight: Tensor) -> Tensor:
     covered = alike.new_zeros(mask.shape)
     closed, picks = ~mask, []
     for _ in range(min(steps, mask.shape[1])):
-        gain = (alike - covered[:, None]).clamp_(min=0).sum(2) + bonus
-        pick = gain.double().masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
+        gain = (alike - covered[:, None]).clamp_(min=0).sum(2).double() * weight.double() + bonus
+        pick = gain.masked_fill(closed, -torch.inf).argmax(1, keepdim=True)
         closed = closed.scatter(1, pick, True)
         picks.append(pick)
         covered = torch.maximum(covered, _row(alike, pick))

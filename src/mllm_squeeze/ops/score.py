@@ -31,12 +31,13 @@ def in_grains(value: Tensor) -> Tensor:
     return (value.double().nan_to_num() * _GRAINS).round().long()
 
 
-def likeness(products: Tensor, mask: Tensor) -> Tensor:
+def likeness(products: Tensor, mask: Tensor, clipped: bool = False) -> Tensor:
     """Return int32 (S, N, N), (1 + cosine) / 2 in grains, symmetric to the last of them, 0 to padding.
 
-    products: float (S, N, N), the cosine of all pairs; it is overwritten.
+    products: float (S, N, N), the cosine of all pairs; it is overwritten. clipped: it is the cosine itself instead, 0
+    where that is negative.
     """
-    alike = products.clamp_(max=1).add_(1).mul_(0.5)
+    alike = products.clamp_(0, 1) if clipped else products.clamp_(max=1).add_(1).mul_(0.5)
     # Of two tokens that are alike only to each other, either adds the same: rounding must not decide.
     alike.diagonal(dim1=1, dim2=2).fill_(1)
     alike.masked_fill_(~(mask[:, :, None] & mask[:, None]), 0)

@@ -7,19 +7,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .precision import selection
+from .precision import at_least_float32, selection
 from .score import cosine, gaussian_kernels, text_relevance, unit
 from .segment import segment_mean
 from .select import positions, take, top_k_mask
 
 
 @selection
-def text_similarity(visual: Tensor, text: Tensor, words: Tensor, over: Literal["max", "mean"]) -> Tensor:
+def text_similarity(
+    visual: Tensor, text: Tensor, words: Tensor, over: Literal["max", "mean"], scaled: bool = True
+) -> Tensor:
     """Return float32 (S, N), the cosine of each token to the words, joined over the words.
 
-    visual: (S, N, D). text: (S, T, D), with words bool (S, T). A span without words gets zeros.
+    visual: (S, N, D). text: (S, T, D), with words bool (S, T). A span without words gets zeros. scaled: False takes the
+    dot product instead.
     """
-    alike = cosine(visual, text.masked_fill(~words[..., None], 0))
+    text = text.masked_fill(~words[..., None], 0)
+    alike = cosine(at_least_float32(visual), at_least_float32(text), normed=not scaled)
     if over == "max":
         best = alike.masked_fill(~words[:, None], -torch.inf).amax(2)
         return best.masked_fill(~words.any(1, keepdim=True), 0)

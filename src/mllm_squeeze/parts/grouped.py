@@ -27,6 +27,15 @@ class Rows:
     take: Callable[[Tensor], Tensor]
 
 
+def worth(score: Tensor) -> Tensor:
+    """Return float32 (S, N), a score as a weight: what is negative, no number or -inf counts as 0.
+
+    A span in which nothing counts then has weights of 1: all its tokens count alike.
+    """
+    weight = score.detach().float().nan_to_num(0, neginf=0).clamp(min=0)
+    return weight.masked_fill((weight == 0).all(1, keepdim=True), 1)
+
+
 def pick_in_rows(
     tokens: VisualTokens, groups: Groups, limit: Tensor, pick: Callable[[Rows], Tensor], among: Tensor | None = None
 ) -> Tensor:

@@ -19,6 +19,7 @@ class TextSimilarity(Score):
     space: "features" compares the states at the place of the cut, "llm" the language model's input space, "clip" the
         space of the text encoder that the user gives (`text_encoder=`), where the words are one vector.
     over: the words are joined by their largest or their mean cosine.
+    measure: "dot" takes the dot product instead of the cosine.
     sign: -1 keeps what is least alike.
     fallback: whether the language model's own space may stand in where no text encoder is given.
     """
@@ -27,6 +28,7 @@ class TextSimilarity(Score):
 
     space: Literal["features", "llm", "clip"] = "features"
     over: Literal["max", "mean"] = "max"
+    measure: Literal["cosine", "dot"] = "cosine"
     sign: Literal[1, -1] = 1
     fallback: bool = False
 
@@ -40,7 +42,7 @@ class TextSimilarity(Score):
         words = tokens.words
         if text.shape[1] == 1 and words.shape[1] != 1:
             words = words.any(1, keepdim=True)
-        return ops.text_similarity(visual, text, words, self.over) * self.sign
+        return ops.text_similarity(visual, text, words, self.over, self.measure == "cosine") * self.sign
 
     def _side(self, of: Side) -> Need:
         return Features(of) if self.space == "features" else Embedding(of, self.space, self.fallback)

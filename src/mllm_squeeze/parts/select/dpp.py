@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_squeeze import ops
 from mllm_squeeze.parts.base import Groups, Picks, Select
-from mllm_squeeze.parts.grouped import Rows, pick_in_rows
+from mllm_squeeze.parts.grouped import Rows, pick_in_rows, worth
 from mllm_squeeze.parts.vectors import Vectors, need_of
 from mllm_squeeze.reducers.base import VisualTokens
 from mllm_squeeze.reducers.needs import Need
@@ -21,7 +21,8 @@ class Dpp(Select):
     arXiv 1709.05135.
 
     by: the vectors that are compared, see `mllm_squeeze.parts.vectors`.
-    quality: "score" takes the score of the step (negative numbers count as 0), "none" lets all count alike.
+    quality: "score" takes the score of the step (negative numbers count as 0; where nothing else is left all count
+        alike), "none" lets all count alike.
     """
 
     main: ClassVar[str | None] = "quality"
@@ -36,7 +37,7 @@ class Dpp(Select):
     def select(self, tokens: VisualTokens, groups: Groups, score: Tensor | None, limit: Tensor) -> Picks:
         """Return the tokens picked in each group."""
         x = tokens[need_of(self.by)]
-        quality = None if score is None or self.quality == "none" else score.nan_to_num(0).clamp(min=0)
+        quality = None if score is None or self.quality == "none" else worth(score)
 
         def pick(rows: Rows) -> Tensor:
             own = None if quality is None else rows.take(quality)
