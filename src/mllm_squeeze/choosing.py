@@ -212,7 +212,7 @@ def _tiles(grid: Sequence[int] | Sequence[Tile] | None) -> tuple[Tile, ...]:
 
 def _mask(given: Signals, mask: Tensor | None, tiles: tuple[Tile, ...]) -> Tensor:
     """Return bool (S, N), the tokens that are there; every signal must speak of as many."""
-    widths = {need: _width(need, value) for need, value in given.items() if getattr(need, "of", "visual") == "visual"}
+    widths = {need: _width(need, value) for need, value in given.items() if not _of_words(need)}
     if mask is not None:
         widths[Features()] = mask.shape[1]
     number = next(iter(widths.values()), sum(tile.cells for tile in tiles))
@@ -223,14 +223,20 @@ def _mask(given: Signals, mask: Tensor | None, tiles: tuple[Tile, ...]) -> Tenso
     return torch.ones(spans, number, dtype=torch.bool) if mask is None else mask.bool()
 
 
+def _of_words(need: Need) -> bool:
+    """True where a signal has a number or a vector for each word, not for each visual token."""
+    return "text" in (getattr(need, "of", "visual"), getattr(need, "columns", "visual"))
+
+
 def _width(need: Need, value: Tensor) -> int:
     return int(value.shape[-1] if isinstance(need, _TOKENS_LAST) else value.shape[1])
 
 
 def _text_mask(given: Signals) -> Tensor | None:
-    words = [value for need, value in given.items() if getattr(need, "of", "visual") == "text"]
+    words = [(value, _width(need, value)) for need, value in given.items() if _of_words(need)]
     if words:
-        return torch.ones(words[0].shape[:2], dtype=torch.bool, device=words[0].device)
+        value, width = words[0]
+        return torch.ones(len(value), width, dtype=torch.bool, device=value.device)
     read = [need for need in given if need.reads_text]
     # Words whose rows were read elsewhere: how many there are does not matter to the rule.
     return torch.ones(len(given[read[0]]), 1, dtype=torch.bool) if read else None

@@ -101,3 +101,17 @@ def sparsevlm(case: Case) -> dict[str, Any]:
 def in_one_order(rows: Tensor, like: Tensor) -> Tensor:
     """Return rows (R, D) in the order of those (R, D) that they are nearest to."""
     return rows if len(rows) != len(like) else rows[torch.cdist(like.double(), rows.double()).argmin(1)]
+
+
+@reads("adaptinfer")
+def adaptinfer(case: Case) -> dict[str, Any]:
+    visual, words = case["text_to_visual"], case["text_to_text"]
+    count = case["kept_count"] if "kept_count" in case else max(1, int(case["ratio_kept"] * visual.shape[-1]))
+    to_tokens, to_words = load_recipe("adaptinfer").steps[0].built.needs()
+    choice = squeeze.choose(
+        "adaptinfer",
+        signals={to_tokens: visual, to_words: words},
+        keep=min(count, visual.shape[-1] - 1),
+        layers=[0.5],
+    )
+    return {"keep": choice.kept}

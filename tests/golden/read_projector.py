@@ -124,3 +124,43 @@ def trim(case: Case) -> dict[str, Any]:
     # The code rounds what it gives to half precision.
     aggregate = choice.features[choice.kept == extra][0].half().float()
     return {"keep": choice.kept[choice.kept != extra], "aggregate": aggregate}
+
+
+@reads("hiprune")
+def hiprune(case: Case) -> dict[str, Any]:
+    deep, anchors = case["deep_received"], case["object_received"]
+    count = case["kept_count"] if "kept_count" in case else round(case["ratio_kept"] * len(deep))
+    deep_need, anchor_need = load_recipe("hiprune").steps[0].built.needs()
+    signals = {deep_need: deep, anchor_need: anchors}
+    grid = case["grid"].tolist()
+    return {"keep": squeeze.choose("hiprune", signals=signals, grid=grid, keep=count, alpha=case["alpha"]).kept}
+
+
+@reads("hired")
+def hired(case: Case) -> dict[str, Any]:
+    late_need, first_need = load_recipe("hired").steps[0].built.needs()
+    late = case["late_layer_cls"]
+    if case["kind"] == "single":
+        row = late.sum(0)
+        signals = {late_need: row, first_need: row}
+        return {"keep": squeeze.choose("hired", signals=signals, keep=int(len(row) * case["rate"])).kept}
+    late = late.sum(1)
+    crops, count = late.shape
+    side, (rows, columns) = math.isqrt(count), case["grid_rows_cols"].tolist()
+    # The library has the crops as one rectangle in raster order.
+    place = torch.arange(count, crops * count).view(rows, columns, side, side).transpose(1, 2).flatten()
+    order = torch.cat([torch.arange(count), place])
+    first = torch.zeros(crops * count)
+    first[:count] = case["first_layer_cls"].sum(0)
+    choice = squeeze.choose(
+        "hired",
+        signals={late_need: late.flatten()[order], first_need: first},
+        grid=[Tile(1, side, side), Tile(1, rows * side, columns * side)],
+        keep=int(crops * count * case["rate"]),
+        alpha=case["alpha"],
+    )
+    kept = torch.zeros(crops * count, dtype=torch.bool)
+    kept[order[choice.kept]] = True
+    mask = kept.view(crops, count)
+    budgets = mask[1:].sum(1).int()
+    return {"keep_mask": mask, "keep_flat": kept.nonzero().flatten(), "tile_budgets": budgets}

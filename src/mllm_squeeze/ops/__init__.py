@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from .budget import *  # noqa: F403
     from .gravity import *  # noqa: F403
     from .greedy import *  # noqa: F403
+    from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
     from .normalise import *  # noqa: F403
     from .outliers import *  # noqa: F403
+    from .overview import *  # noqa: F403
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .similarity import *  # noqa: F403
     from .stride import *  # noqa: F403
     from .undivided import *  # noqa: F403
+    from .words import *  # noqa: F403
 
 _MODULES = {
     "attention": (
@@ -57,6 +60,7 @@ _MODULES = {
         "least_alike_in_turns",
         "log_det",
     ),
+    "grid_neighbours": ("beside_on_grid",),
     "information": ("beyond_prior", "spectral_weight"),
     "merge": (
         "added_mean_weights",
@@ -76,6 +80,7 @@ _MODULES = {
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "normalise": ("fused", "normalised"),
     "outliers": ("outlier_counts",),
+    "overview": ("crop_shown", "overview_split"),
     "pivots": ("pivots_and_dissimilar",),
     "pool": ("pooled_plan", "pooled_table", "pooled_windows"),
     "precision": (
@@ -134,6 +139,7 @@ _MODULES = {
         "whole_stride_mask",
     ),
     "undivided": ("undivided_attention",),
+    "words": ("guided_by_words",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

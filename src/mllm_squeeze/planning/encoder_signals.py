@@ -42,7 +42,8 @@ def _check_block(method: str, need: EncoderNeed | Embedding, parts: ModelParts) 
         count = len(parts.blocks)
         raise ConfigError(
             f"'{method}' reads block {wanted_block(need)} of the vision encoder of '{parts.row.model_type}', which has "
-            f"{count} blocks. Give a number from 0 to {count - 1}, -1 to -{count} from the last, or 'feature'."
+            f"{count} blocks. Give a number from 0 to {count - 1}, -1 to -{count} from the last, a fraction "
+            "between 0 and 1 of the depth, or 'feature'."
         )
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 Place = Literal["encoder", "projector", "layer", "cache"]
 Side = Literal["visual", "text"]
 Block = int | Literal["next"]
-EncoderBlock = int | Literal["feature"]
+EncoderBlock = int | float | Literal["feature"]
 Heads = Literal["mean", "sum", "max", "each"]
 HeadsOfStates = Literal["concat", "mean", "each"]
 
@@ -191,7 +191,7 @@ class EncoderAttention(EncoderNeed):
 
     block: "feature" is the layer whose output the projector gets; without a CLS token it is the last one that sees the
         whole picture where others see windows, else the second to last. A number counts from the first block, a
-        negative one from the last.
+        negative one from the last; a fraction (a float between 0 and 1) is of the depth, rounded down.
     rows: "cls" the row of the CLS token, "all" the sum over all rows that see the key, "cls_or_all" the first where the
         encoder has a CLS token, else the second, "probe" the pooling head's query, on the states that the block gives,
         where the tower has such a head.

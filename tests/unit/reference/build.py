@@ -43,7 +43,7 @@ def visual_tokens(
         if cells:
             grid[i, : lengths[i]] = torch.tensor(cells[: lengths[i]])  # a cut before leaves fewer tokens than cells
     visual = {need: turned(need, padded(evened(need, rows), width)) for need, rows in (signals or {}).items()}
-    words = {need: padded(rows) for need, rows in (text or {}).items()}
+    words = {need: turned(need, padded(evened(need, rows))) for need, rows in (text or {}).items()}
     return VisualTokens(
         mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], width, False),
         budget=torch.tensor(budgets),

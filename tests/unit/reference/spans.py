@@ -42,8 +42,6 @@ def wide(need):
 
 def one(need, n, words):
     """A signal of n tokens: a number each, by heads and words, or a vector as long for words as for the picture."""
-    if getattr(need, "columns", "") == "text":
-        raise NotImplementedError(f"{need}: say here what it looks like")
     if isinstance(need, Size):
         return torch.randint(1, 4, (n,)).float()
     if isinstance(need, (Attention, EncoderAttention)):
@@ -70,7 +68,7 @@ def batch(data, budgets, rows=range(5), width=None):
 
 
 def of_text(need):
-    return getattr(need, "of", "visual") == "text"
+    return "text" in (getattr(need, "of", "visual"), getattr(need, "columns", "visual"))
 
 
 def share(fraction):

@@ -29,5 +29,7 @@ def block_of(need: Need, parts: ModelParts) -> int | None:
     block, count = wanted_block(need), len(parts.blocks)
     if block == "feature":
         return parts.feature_block if is_of_states(need) else parts.saliency_block
+    if isinstance(block, float):
+        return int(block * count) if 0 < block < 1 else None
     number = block + count if block < 0 else block
     return number if 0 <= number < count else None

@@ -19,7 +19,7 @@ class EncoderAttention(Score):
     rows: who looks: "cls" the CLS token, "all" the sum over all patches, "cls_or_all" the first where the encoder has a
         CLS token, else the second, "probe" the pooling head's query where the tower has such a head.
     block: "feature" is the layer whose output the projector gets; a number counts from the first block, a negative one
-        from the last.
+        from the last; a float between 0 and 1 is a fraction of the depth, rounded down.
     heads: how heads are joined.
     """
 
