@@ -20,6 +20,8 @@ from torch import Tensor
 import mllm_squeeze as squeeze
 import tiny
 import ways
+from mllm_squeeze.errors import SqueezeError
+from mllm_squeeze.family.structure import find_parts
 from mllm_squeeze.family.table import TABLE, FamilyRow
 from tiny.parts import AFTER
 from tiny.prompts import KINDS, collate, sample
@@ -73,11 +75,20 @@ def misfit(name: str, family: str) -> str | None:
         return "reduces"
     if "encoder" in way.places and (row.tower != "batched" or not row.per_token):
         return "inside the vision encoder"
-    if "encoder" in way.roads and row.tower_to_llm in ("none", "queries", "overlap", "no_encoder"):
+    if "encoder" in way.roads and (row.tower_to_llm in ("queries", "overlap", "no_encoder") or not has_blocks(family)):
         return "vision encoder"
     if "cls" in way.roads and not row.cls:
         return "no CLS token"
     return None
+
+
+@cache
+def has_blocks(family: str) -> bool:
+    """Say whether the library finds the blocks of a family's vision encoder."""
+    try:
+        return find_parts(tiny.load(family).model).blocks is not None
+    except SqueezeError:  # a model that is refused
+        return False
 
 
 def has(family: str, kind: str) -> bool:

@@ -23,8 +23,19 @@ from mllm_squeeze.checking.stand_in import stand_in
 from mllm_squeeze.engine.hooks import decoder, layers
 from mllm_squeeze.engine.hooks import self_check as selfcheck
 from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
+from mllm_squeeze.family.structure import find_parts
 
 pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(autouse=True)
+def own_verdicts(request: pytest.FixtureRequest) -> None:
+    """Keep what a test breaks from the next one: it finds a sound LLaVA, and leaves no verdict of its own."""
+    if "monkeypatch" in request.fixturenames:
+        canary.decoding_of(find_parts(tiny.load("llava").model))
+        request.getfixturevalue("monkeypatch").setattr(canary, "_verdicts", dict(canary._verdicts))
+
+
 # What cannot be compared with masking, and a word of the reason.
 NOT_COMPARABLE = {**dict.fromkeys(proof.HYBRID, "layers without attention"), "mllama": "no part of the text model's"}
 
