@@ -42,7 +42,8 @@ TICKS = """
 ## What fits what
 
 ✓ `apply` takes it with its defaults, and the tests prove a cut of its kind exact there; – it is refused, with a reason
-and the closest methods that fit. All other families: `mllm-squeeze methods --fits MODEL`, which takes a model type too.
+and the closest methods that fit; T it asks for a `text_encoder=` first. All other families: `mllm-squeeze methods
+--fits MODEL`, which takes a model type too.
 
 """
 
@@ -89,7 +90,7 @@ def _table(told: list[dict[str, Any]]) -> Iterator[str]:
             counts,
             "✓" if facts["reads_text"] else "",
             "✓" if facts["merges"] else "",
-            signals,
+            signals + (" (`text_encoder=`)" if facts["text_encoder"] else ""),
             modalities,
             _paper(paper),
         ]
@@ -107,7 +108,8 @@ def _ticks(told: list[dict[str, Any]]) -> str:
     found = {family: fitting(family) for family in FAMILIES}
     lines = [f"| method | {' | '.join(FAMILIES)} |", f"| --- |{' --- |' * len(FAMILIES)}"]
     for t in told:
-        cells = ["✓" if t["method"] in found[family] else "–" for family in FAMILIES]
+        no = "T" if t["facts"]["text_encoder"] else "–"
+        cells = ["✓" if t["method"] in found[family] else no for family in FAMILIES]
         lines.append(f"| {t['method']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

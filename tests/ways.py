@@ -74,6 +74,11 @@ class Method:
         return self.way.merges
 
     @property
+    def wants_text_encoder(self) -> bool:
+        """Say whether the user has to give a text encoder."""
+        return bool(squeeze.describe(self.name)["facts"]["text_encoder"])
+
+    @property
     def decodes(self) -> bool:
         """Say whether it goes on cutting while decoding."""
         return "cache" in self.way.places

@@ -43,6 +43,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "budget.mass": "mllm_squeeze.parts.budget.mass:Mass",
     "select.top_k": "mllm_squeeze.parts.select.top_k:TopK",
     "select.anchors": "mllm_squeeze.parts.select.anchors:Anchors",
+    "select.windows": "mllm_squeeze.parts.select.windows:Windows",
     "select.top_and_stride": "mllm_squeeze.parts.select.top_and_stride:TopAndStride",
     "select.in_turn": "mllm_squeeze.parts.select.in_turn:InTurn",
     "select.stride": "mllm_squeeze.parts.select.stride:Stride",

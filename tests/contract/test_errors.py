@@ -300,4 +300,7 @@ def test_check_names_every_method(family: str) -> None:
     assert found["tower"] == t.family.tower
     assert set(found["methods"]) == set(squeeze.methods()) >= set(matrix.ALL)
     fit = {m for m, verdict in found["methods"].items() if verdict == "fits"}
-    assert fit & set(matrix.ALL) == {name for name in matrix.ALL if matrix.misfit(name, family) is None}
+    ready = [name for name in matrix.ALL if not matrix.method(name).wants_text_encoder]
+    assert fit & set(matrix.ALL) == {name for name in ready if matrix.misfit(name, family) is None}
+    for name in set(matrix.ALL) - set(ready):
+        assert "text_encoder=" in found["methods"][name]

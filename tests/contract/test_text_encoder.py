@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import Tensor
 
 import mllm_squeeze as squeeze
 import oracle
@@ -22,10 +20,10 @@ from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Embedding, EncoderStates, Need
 from mllm_squeeze.registry import register_reducer, unregister_reducer
-from tiny.parts import PAD, SPECIAL, VOCAB
+from text_space import END, PLACES, START, WIDTH, encoder, pair, tokenizer
+from tiny.parts import PAD, SPECIAL
 
 VISUAL, TEXT = Embedding("visual", "clip"), Embedding("text", "clip")
-PLACES, WIDTH, START, END = 16, 32, 1, 2
 SCORED = {"at": "projector", "keep": 5, "score": {"text_similarity": "clip"}, "select": "top_k"}
 
 
@@ -55,39 +53,6 @@ def comparer() -> Iterator[None]:
     Comparer.seen.clear()
     yield
     unregister_reducer("comparer")
-
-
-def tokenizer(frame: bool) -> Any:
-    """Return a tokenizer of words w000, w001, ...; frame: with a start and an end, as text encoders have."""
-    words = {f"w{n:03}": n for n in range(VOCAB)}
-    made = Tokenizer(models.WordLevel(words, unk_token="w003"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if frame:
-        ends = [("w001", START), ("w002", END)]
-        made.post_processor = processors.TemplateProcessing(single="w001 $A w002", special_tokens=ends)
-    special = [f"w{n:03}" for n in ((PAD, START, END) if frame else SPECIAL)]
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w000", extra_special_tokens=special)
-
-
-@functools.cache
-def pair(kind: str, width: int = WIDTH) -> nn.Module:
-    """Return an untrained CLIP or SigLIP model whose vision tower is as wide as that of the tiny models."""
-    shape = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    text = shape | dict(vocab_size=VOCAB, max_position_embeddings=PLACES, bos_token_id=START, eos_token_id=END)
-    vision = shape | dict(hidden_size=width, image_size=28, patch_size=7)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        if kind == "clip":
-            config: Any = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
-            return hf.CLIPModel(config).eval()
-        config = hf.SiglipConfig(text_config=text | {"projection_size": width}, vision_config=vision)
-        return hf.SiglipModel(config).eval()
-
-
-def encoder(kind: str = "clip", **changes: Any) -> Any:
-    """Return the text encoder as a user gives it."""
-    given = {"tokenizer": tokenizer(False), "own_tokenizer": tokenizer(True)} | changes
-    return squeeze.TextEncoder(pair(kind), **given)
 
 
 def vector(kind: str, ids: Sequence[int]) -> Tensor:

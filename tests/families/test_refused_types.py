@@ -28,7 +28,10 @@ def model_of(name: str) -> Any:
     """Return a model of this type as its config is by default, on the meta device."""
     if name not in CLASSES:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    config = configuration_auto.CONFIG_MAPPING[name]()
+    try:
+        config = configuration_auto.CONFIG_MAPPING[name]()
+    except ValueError as error:  # older releases have no default for what is made of two models
+        pytest.skip(f"transformers {transformers.__version__} builds no {name} by default: {error}")
     with torch.device("meta"):
         return getattr(transformers, CLASSES[name])(config)
 

@@ -73,10 +73,35 @@ def _hiprune(case: Case) -> Case:
     return case.with_expected(keep=recounted(case["keep"], case["deep_received"], count))
 
 
+def _vscan(case: Case) -> Case:
+    """Return a case with the budget kept to the token: what windows leave of the local scan goes to others."""
+    number = len(case["features"]) // int(case.get("window", 1)) ** 2
+    if case["kind"] == "qwen" or case["kept_count"] // 2 % number == 0:
+        return case
+    count, local = case["kept_count"], case["local"].long()
+    height, width = case["grid"].tolist()
+    cell = torch.arange(height * width)
+    window = (cell // width // case["window"]) * (width // case["window"]) + cell % width // case["window"]
+    more = case["shallow_cls"].clone()
+    more[local] = -torch.inf
+    # At most one more of each window.
+    best = torch.stack([torch.where(window == n, more, -torch.inf).argmax() for n in range(number)])
+    local = torch.cat([local, best[more[best].argsort(descending=True)[: count // 2 - len(local)]]])
+    deep = case["deep_cls"].clone()
+    deep[local] = -torch.inf
+    keep = torch.cat([local, deep.argsort(descending=True, stable=True)[: count - len(local)]]).sort().values
+    unit = torch.nn.functional.normalize(case["features"], dim=1)
+    into = (unit @ unit[keep].T).argmax(1)
+    into[keep] = torch.arange(len(keep))
+    sums = torch.zeros(len(keep), unit.shape[1]).index_add_(0, into, case["features"])
+    return case.with_expected(keep=keep, local=local.sort().values, merged=sums / torch.bincount(into)[:, None])
+
+
 DIFFERENCES = {
     "fastv": Difference("kept counts round half up instead of half to even", _fastv),
     "hiprune": Difference("on Qwen2.5-VL the code picks anchors and neighbours twice, and loses as many", _hiprune),
     "priortr": Difference("a ratio is turned into a count by rounding half up instead of down", _priortr),
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
+    "vscan": Difference("the budget is kept to the token, where the code loses what no window gets", _vscan),
     "v2drop": Difference("the count of a cut is rounded half up, from the original number of tokens", _v2drop),
 }

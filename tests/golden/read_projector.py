@@ -164,3 +164,24 @@ def hired(case: Case) -> dict[str, Any]:
     mask = kept.view(crops, count)
     budgets = mask[1:].sum(1).int()
     return {"keep_mask": mask, "keep_flat": kept.nonzero().flatten(), "tile_budgets": budgets}
+
+
+@reads("vscan")
+def vscan(case: Case) -> dict[str, Any]:
+    clip = case["kind"] != "qwen"
+    early, deep = ("shallow_cls", "deep_cls") if clip else ("shallow_received", "deep_received")
+    count = case["kept_count"] if clip else int(case["ratio_kept"] * len(case["features"]))
+    recipe = load_recipe("vscan", variant="official" if clip else "qwen").to_dict()
+    windows = recipe["variants"]["official" if clip else "qwen"]["windows"]
+    windows["size"] = int(case.get("window", windows["size"]))
+    deep_need, early_need, *_ = load_recipe("vscan").steps[0].built.needs()
+    choice = squeeze.choose(
+        recipe,
+        features=case["features"],
+        signals={deep_need: case[deep], early_need: case[early]},
+        grid=case["grid"].tolist(),
+        at="projector",
+        variant="official" if clip else "qwen",
+        first=1 - count / len(case["features"]),
+    )
+    return {"keep": choice.kept, "merged": choice.features}

@@ -64,7 +64,7 @@ def _aria() -> Any:
     text.pop("model_type")
     config = hf.AriaConfig(
         vision_config=eyes | dict(num_attention_heads=4, image_size=56, patch_size=7),
-        text_config=text,
+        text_config=hf.AriaTextConfig(**text),
         image_token_index=IMAGE,
         projector_patch_to_query_dict={64: QUERIES},
     )

@@ -324,3 +324,59 @@ def test_hired_is_its_loop(seed, variant):
 def test_a_picture_without_crops_keeps_the_best():
     late = noise(16)
     assert hired(noise(16, seed=1), late, (4, 4), keep=5) == sorted(late.argsort(descending=True)[:5].tolist())
+
+
+# VScan
+
+
+def vscan(early: Any, deep: Any, features: torch.Tensor, size: int, **given: Any) -> squeeze.Choice:
+    recipe = load_recipe("vscan").to_dict()
+    for table in recipe["variants"].values():
+        table["windows"]["size"] = size
+    deep_need, early_need, *_ = needs_of("vscan")
+    signals = {deep_need: torch.as_tensor(deep), early_need: torch.as_tensor(early)}
+    return squeeze.choose(recipe, features=features, signals=signals, at="projector", **given)
+
+
+def test_vscan_by_hand():
+    """One of each 2x2 window by the early rows, 1 6 8 15; then 0, 12, 11 and, of equals, 2 by the deep ones."""
+    early = [0.1, 0.9, 0.2, 0.3, 0.4, 0.2, 0.8, 0.1, 0.5, 0.1, 0.1, 0.1, 0.2, 0.3, 0.6, 0.7]
+    deep = [0.9, 0.8, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.1, 0.1, 0.1]
+    choice = vscan(early, deep, noise(16, 4), 2, grid=(4, 4), first=0.5)
+    assert choice.kept.tolist() == [0, 1, 2, 6, 8, 11, 12, 15]
+
+
+def test_what_vscan_drops_goes_into_the_most_alike():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]])
+    choice = vscan([1.0, 0.5, 0.1], [0.2, 1.0, 0.1], features, 6, grid=(1, 3), first=1 - 2 / 3)
+    assert choice.kept.tolist() == [0, 1]
+    torch.testing.assert_close(choice.features, torch.tensor([[0.95, 0.05], [0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("variant", ["official", "qwen"])
+@pytest.mark.parametrize("seed", range(4))
+def test_vscan_is_its_loop(seed, variant):
+    height, width, size, number = 7, 9, 3, 30
+    early, deep, features = noise(63, seed=seed), noise(63, seed=seed + 4), noise(63, 5, seed=seed + 8)
+    window = [
+        min(n // width // size, height // size - 1) * (width // size) + min(n % width // size, 2) for n in range(63)
+    ]
+    local, quota = [], number // 2
+    most, least = -(-quota // 6), quota // 6
+    taken = dict.fromkeys(range(6), 0)
+    rounds = [(least, 6 * least), (most, quota)] if variant == "official" else [(most, quota)]
+    for cap, until in rounds:
+        for n in early.argsort(descending=True).tolist():
+            if n not in local and taken[window[n]] < cap and len(local) < until:
+                local.append(n)
+                taken[window[n]] += 1
+    rest = [n for n in deep.argsort(descending=True).tolist() if n not in local]
+    keep = sorted([*local, *rest[: number - len(local)]])
+    unit = torch.nn.functional.normalize(features, dim=1)
+    groups = {k: [k] for k in keep}
+    for n in range(63):
+        if n not in groups:
+            groups[keep[int((unit[keep] @ unit[n]).argmax())]].append(n)
+    choice = vscan(early, deep, features, size, grid=(height, width), first=1 - number / 63, variant=variant)
+    assert choice.kept.tolist() == keep
+    torch.testing.assert_close(choice.features, torch.stack([features[groups[k]].mean(0) for k in keep]))

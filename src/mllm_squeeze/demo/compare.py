@@ -88,7 +88,9 @@ def image_methods() -> list[str]:
         described = squeeze.describe(name)
         facts = described["facts"]
         in_cache = any(place.startswith("cache") for place in facts["places"])
-        if "image" in facts["modalities"] and "ratio" in described["params"] and not in_cache:
+        # The model in the box has no text encoder beside its tower.
+        ready = not in_cache and not facts["text_encoder"]
+        if "image" in facts["modalities"] and "ratio" in described["params"] and ready:
             out.append(name)
     return out
 

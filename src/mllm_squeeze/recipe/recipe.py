@@ -17,6 +17,7 @@ from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
 from mllm_squeeze.recipe.rules import Strict, explain
 from mllm_squeeze.recipe.steps import At, Step, check_order, check_totals, resolve_layers
 from mllm_squeeze.reducers.base import DecodeReducer, Reducer
+from mllm_squeeze.reducers.needs import Embedding, Need
 
 Mechanism = Literal["attention", "similarity", "transformation", "query"]
 PLACES = ("encoder", "keys", "projector", "layer", "cache")
@@ -148,7 +149,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     """Return what tools ask of a method.
 
     These are `places`, `acts_in` (the kinds of places, of `PLACES`, in the order of the steps), `known_count`, `exact`,
-    `decides`, `merges`, `reads_text`, `signals` and `modalities`.
+    `decides`, `merges`, `reads_text`, `text_encoder` (whether the user has to give one), `signals` and `modalities`.
     """
     reducers = [step.built for step in recipe.steps]
     rules = [reducer.facts for reducer in reducers]
@@ -162,6 +163,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         "decides": any(rule.decides for rule in rules),
         "merges": any(rule.merges for rule in rules),
         "reads_text": any(rule.reads_text for rule in rules),
+        "text_encoder": any(_wants_encoder(need) for reducer in reducers for need in reducer.needs()),
         "signals": sorted({name for reducer in reducers for name in _signals(reducer)}),
         "modalities": [name for name in ("image", "video", "audio") if name in modalities],
     }
@@ -170,6 +172,10 @@ def facts(recipe: Recipe) -> dict[str, Any]:
 def _kind(at: At) -> str:
     """Return the kind of a place; what is cut at layer 0 is cut in front of the LLM."""
     return "keys" if at.keys else "projector" if at.layer == 0 else at.place
+
+
+def _wants_encoder(need: Need) -> bool:
+    return isinstance(need, Embedding) and need.space == "clip" and not need.fallback
 
 
 def _signals(reducer: Reducer) -> list[str]:
