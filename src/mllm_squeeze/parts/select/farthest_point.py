@@ -39,8 +39,7 @@ class FarthestPoint(Select):
     def select(self, tokens: VisualTokens, groups: Groups, score: Tensor | None, limit: Tensor) -> Picks:
         """Return the most diverse tokens of each group."""
         x = tokens[need_of(self.by)]
-        unweighted = score is None or self.weight is None
-        weight = None if unweighted else worth(score) ** self.weight
+        weight = None if score is None or self.weight is None else worth(score) ** self.weight
 
         def pick(rows: Rows) -> Tensor:
             own = None if weight is None else rows.take(weight)
