@@ -1,7 +1,8 @@
-"""Render docs/families.md from the results of the family tests.
+"""Render docs/families.md from the results of the family tests, and from what the self-check says of other types.
 
 SQUEEZE_FAMILY_RESULTS=docs/results/families.json python -m pytest tests/families
-python docs/make_families.py docs/results/families.json
+python docs/make_families.py --types     # try the types of the installed transformers that have neither row nor reason
+python docs/make_families.py
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from mllm_squeeze.family.table import TABLE
 
 HERE = Path(__file__).parent
 PAGE = HERE / "families.md"
+RESULTS = HERE / "results" / "families.json"
+TRIED = HERE / "results" / "types.json"
+MAPPINGS = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
 SHOWS = ("image", "video", "audio")
 COLUMNS = (*SHOWS, "encoder", "scores", "keys", "projector", "layer", "layers", "cache", "batch", "turns")
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -52,6 +56,17 @@ Model types of transformers that have no row, as what they are leaves nothing to
 | --- | --- |
 """
 
+OTHERS = """
+## Types without a row
+
+All other types that transformers {release} names in its mappings of multimodal models, with what `mllm-squeeze check
+TYPE` says of each as its config is by default. With those above that is every type of the release; a new one is noticed
+by a test, which says the same of it (`make newest`).
+
+| `model_type` | what the self-check says |
+| --- | --- |
+"""
+
 UNKNOWN = """
 ## A model that is not here
 
@@ -66,7 +81,48 @@ def render(results: Results) -> str:
     names = sorted(TABLE)
     rows = [_row(name, results.get(name, {})) for name in names]
     lines = [HEAD, "| family (`model_type`) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    return "\n".join([*lines, *rows, "", *_notes(names, results)]) + "\n" + _refused() + UNKNOWN
+    return "\n".join([*lines, *rows, "", *_notes(names, results)]) + "\n" + _refused() + _others() + UNKNOWN
+
+
+def types_of_the_release() -> set[str]:
+    """Return the model types that the installed transformers names in its mappings of multimodal models."""
+    from transformers.models.auto import modeling_auto
+
+    return {name for mapping in MAPPINGS for name in getattr(modeling_auto, mapping, {})}
+
+
+def without_a_line() -> set[str]:
+    """Return the types of the installed transformers that the page does not name."""
+    return types_of_the_release() - set(TABLE) - set(REASONS) - set(json.loads(TRIED.read_text())["types"])
+
+
+def verdict(name: str) -> str:
+    """Return what the self-check says of a type, as its config is by default."""
+    from mllm_squeeze import api
+    from mllm_squeeze.cli import load
+    from mllm_squeeze.errors import SqueezeError
+
+    try:
+        found = api.check(load.skeleton(name), run=True)
+    except SqueezeError as error:
+        return f"refused: {str(error).split(' Give the folder')[0].split(' Allowed:')[0]}"
+    fitting = sum(said == "fits" for said in found["methods"].values())
+    return f"{found['self_check']['text']}; {fitting} of {len(found['methods'])} methods fit"
+
+
+def try_types() -> None:
+    """Write what the self-check says of each type that has neither a row nor a reason."""
+    import transformers
+
+    others = sorted(types_of_the_release() - set(TABLE) - set(REASONS))
+    tried = {"release": transformers.__version__, "types": {name: verdict(name) for name in others}}
+    TRIED.write_text(json.dumps(tried, indent=1) + "\n")
+
+
+def _others() -> str:
+    tried = json.loads(TRIED.read_text())
+    lines = [f"| {name} | {said} |\n" for name, said in sorted(tried["types"].items())]
+    return OTHERS.format(release=tried["release"]) + "".join(lines)
 
 
 def _refused() -> str:
@@ -110,8 +166,10 @@ def _reason(column: str, refused: str) -> str:
 
 
 def main() -> None:
-    """Write the page from the JSON that is named on the command line."""
-    PAGE.write_text(render(json.loads(Path(sys.argv[1]).read_text())))
+    """Write the page, or what it says of types without a row."""
+    if "--types" in sys.argv[1:]:
+        try_types()
+    PAGE.write_text(render(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Collects which cells of docs/families.md the tests have proved.
 
 A test says by the fixture `covers` what it proves; with SQUEEZE_FAMILY_RESULTS=FILE the run writes them as JSON, from
-which `python docs/make_families.py FILE` makes the page.
+which `python docs/make_families.py` makes the page.
 """
 
 from __future__ import annotations

@@ -35,6 +35,9 @@ READ = tuple(
 )
 # Encoded inside the text model, without a feature method.
 INSIDE = tuple(name for name in READ if find_parts(tiny.load(name).model).embedder is not None)
+# Before 5.23 the feature method of the one wants arguments that only its model gives it, and the other encodes videos by
+# patches of another number, which is refused.
+OLDER = {("llama4", "image"), ("llama4", "two_images"), ("gemma4", "video")}
 # Images and videos go through towers of their own, and only that of images is read.
 TWO_TOWERS = ("video_llava",)
 
@@ -47,7 +50,7 @@ def cells(families: Sequence[str] = READ) -> list[Any]:
         for kind in ("image", "two_images", "video"):
             modality = "video" if kind == "video" else "image"
             known = hasattr(parts.base, f"get_{modality}_features") and not (kind == "video" and name in TWO_TOWERS)
-            if kind in tiny.kinds(name) and known:
+            if kind in tiny.kinds(name) and known and (proof.RECENT or (name, kind) not in OLDER):
                 out.append(pytest.param(name, kind, marks=proof.marks(name)))
     return out
 

@@ -49,6 +49,25 @@ def test_the_families_of_the_front_door_are_on_the_page() -> None:
     assert set(squeeze.families()) <= set(RESULTS)
 
 
+@pytest.mark.skipif(not proof.RECENT, reason="older releases lack types that the page names")
+def test_every_type_of_the_release_has_a_line() -> None:
+    """A type that came with a new release is noticed here, with the verdict of its self-check."""
+    maker = generator()
+    page = (DOCS / "families.md").read_text()
+    missing = maker.without_a_line()
+    said = "\n".join(f"{name}: {maker.verdict(name)}" for name in sorted(missing))
+    assert not missing, f"python docs/make_families.py --types; a row or a reason is better:\n{said}"
+    assert all(f"\n| {name} |" in page for name in maker.types_of_the_release())
+
+
+def test_a_type_without_a_line_is_told_with_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(TABLE, "llava")
+    maker = generator()
+    monkeypatch.setattr(maker, "TABLE", {name: row for name, row in TABLE.items() if name != "llava"})
+    assert maker.without_a_line() >= {"llava"}
+    assert "a cut at layer 1 equals masking" in maker.verdict("llava")
+
+
 def test_a_failed_cell_shows() -> None:
     """The page cannot hide what failed."""
     broken = {**RESULTS, "llava": {**RESULTS["llava"], "batch": {"passed": 1, "failed": 1, "refused": ""}}}

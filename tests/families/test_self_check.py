@@ -26,6 +26,9 @@ from mllm_squeeze.engine.sequence.layer_arguments import LayerArguments
 from mllm_squeeze.family.structure import find_parts
 
 pytestmark = pytest.mark.quick
+# Before 5.23 the text model alone, without a mask, takes the places of a picture for several prompts in one row.
+PACKED = () if proof.RECENT else ("cosmos3_edge",)
+TRIED = tuple(name for name in (*proof.SERVED, *proof.KEYED) if name not in PACKED)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,7 @@ def assert_said(name: str, said: dict[str, Any]) -> None:
     assert said["text"].startswith("passed: a cut at layer 1 equals masking, error ")
 
 
-@pytest.mark.parametrize("name", proof.families((*proof.SERVED, *proof.KEYED)))
+@pytest.mark.parametrize("name", proof.families(TRIED))
 def test_every_family(name: str) -> None:
     """With its weights the model itself is cut, and it is left as it was."""
     t = tiny.load(name)
@@ -75,7 +78,7 @@ def test_every_family(name: str) -> None:
     snapshot.assert_same(before, snapshot.snapshot(t.model))
 
 
-@pytest.mark.parametrize("name", proof.families((*proof.SERVED, *proof.KEYED)))
+@pytest.mark.parametrize("name", proof.families(TRIED))
 def test_every_family_without_weights(name: str) -> None:
     """Without weights a small text model of the same class is cut, and nothing of it touches the random state."""
     model = without_weights(tiny.load(name).model)

@@ -85,6 +85,8 @@ def pool_by_position(
 ) -> list[Tensor]:
     """Take the mean over cells of a fixed size, by the column and row of each patch of (rows, P, C)."""
     places, side = patch_positions(modality, inputs).to(values.device), configs.position_kernel(parts.config)
+    if places.shape[:2] != values.shape[:2]:
+        return []
     real = (places != -1).all(-1)
     column, row = (places.clamp(min=0) // side).unbind(-1)
     width = (places[..., 0].amax(1, keepdim=True) + 1) // side

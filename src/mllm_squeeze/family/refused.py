@@ -29,6 +29,9 @@ REASONS: dict[str, str] = {
     "kosmos-2": _PLACED_BY_MASK,
     "kosmos-2.5": _PLACED_BY_MASK,
     "kyutai_speech_to_text": _BOTH_AT_ONCE,
+    "mistral4": (
+        "it is a text model, which reads no pictures; with them it is the text model of mistral3, which has a row"
+    ),
     "pi0": (
         "its prompt is read for its cache alone: a second model, which makes the actions, attends to that by masks "
         "over the whole prompt"
