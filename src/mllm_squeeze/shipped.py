@@ -62,5 +62,6 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "merge.fused_token": "mllm_squeeze.parts.merge.fused_token:FusedToken",
     "merge.bipartite": "mllm_squeeze.parts.merge.bipartite:Bipartite",
     "merge.pool": "mllm_squeeze.parts.merge.pool:Pool",
+    "merge.resample": "mllm_squeeze.parts.merge.resample:Resample",
     "merge.into_best": "mllm_squeeze.parts.merge.into_best:IntoBest",
 }

@@ -35,8 +35,8 @@ READ = tuple(
 )
 # Encoded inside the text model, without a feature method.
 INSIDE = tuple(name for name in READ if find_parts(tiny.load(name).model).embedder is not None)
-# Before 5.23 the feature method of the one wants arguments that only its model gives it, and the other has another number
-# of patches in videos, which is refused.
+# Before 5.23 the feature method of the one wants arguments that only its model gives it, and the other has videos of
+# another number of patches, which is refused.
 OLDER = {("llama4", "image"), ("llama4", "two_images"), ("gemma4", "video")}
 # Images and videos go through towers of their own, and only that of images is read.
 TWO_TOWERS = ("video_llava",)

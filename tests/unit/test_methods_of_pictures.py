@@ -380,3 +380,67 @@ def test_vscan_is_its_loop(seed, variant):
     choice = vscan(early, deep, features, size, grid=(height, width), first=1 - number / 63, variant=variant)
     assert choice.kept.tolist() == keep
     torch.testing.assert_close(choice.features, torch.stack([features[groups[k]].mean(0) for k in keep]))
+
+
+# M3, DeCo, bilinear pooling and the operator of Fourier-VLM
+
+GRID = torch.arange(16.0)[:, None]
+
+
+def test_pooling_by_hand():
+    for method in ("m3", "deco"):
+        choice = squeeze.choose(method, features=GRID, grid=(4, 4))
+        assert choice.kept.tolist() == [0, 2, 8, 10]
+        assert choice.features.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_fourier_by_hand():
+    """The spec has 1.9239 4.1543 10.8457 13.0761, scaled so that a constant stays what it is."""
+    choice = squeeze.choose("fourier_vlm", features=GRID, grid=(4, 4))
+    expected = torch.tensor([1.9239, 4.1543, 10.8457, 13.0761])
+    torch.testing.assert_close(choice.features.flatten(), expected, rtol=1e-4, atol=0)
+    single = squeeze.choose("fourier_vlm", features=torch.tensor([[1.0], [2.0], [3.0], [4.0]]), grid=(2, 2), keep=1)
+    torch.testing.assert_close(single.features, torch.tensor([[2.5]]))
+    even = squeeze.choose("fourier_vlm", features=torch.full((35, 3), 7.0), grid=(5, 7), keep=12)
+    torch.testing.assert_close(even.features, torch.full((12, 3), 7.0))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_bilinear_is_what_torch_interpolates(frames):
+    features = noise(frames * 35, 4)
+    choice = squeeze.choose("bilinear", features=features, grid=(frames, 5, 7), keep=frames * 12)
+    grid = features.view(frames, 5, 7, 4).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(grid, size=(3, 4), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(choice.features, small.permute(0, 2, 3, 1).reshape(-1, 4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fourier_is_the_transform_cut_and_turned_back(seed):
+    features = noise(6 * 8, 2, seed=seed).double()
+
+    def transform(x, back=False):
+        size = len(x)
+        table = [[math.cos(math.pi * (2 * j + 1) * k / (2 * size)) for j in range(size)] for k in range(size)]
+        table = torch.tensor(table, dtype=torch.float64) * math.sqrt(2 / size)
+        table[0] /= math.sqrt(2)
+        return torch.tensordot(table.T if back else table, x, 1)
+
+    grid = features.view(6, 8, 2)
+    spectrum = transform(transform(grid).transpose(0, 1)).transpose(0, 1)[:3, :4]
+    small = transform(transform(spectrum, True).transpose(0, 1), True).transpose(0, 1) * math.sqrt(12 / 48)
+    choice = squeeze.choose("fourier_vlm", features=features.float(), grid=(6, 8), keep=12)
+    torch.testing.assert_close(choice.features, small.reshape(-1, 2).float())
+
+
+def test_tiles_are_resampled_one_by_one():
+    features = noise(4 + 16, 3)
+    choice = squeeze.choose("bilinear", features=features, grid=[Tile(1, 2, 2), Tile(1, 4, 4)], keep=5)
+    small = torch.nn.functional.interpolate(features[4:].T.view(1, 3, 4, 4), size=(2, 2), mode="bilinear")
+    expected = torch.cat([features[:4].mean(0, keepdim=True), small.flatten(2)[0].T])
+    assert choice.kept.tolist() == [0, 4, 6, 12, 14]
+    torch.testing.assert_close(choice.features, expected)
+
+
+def test_a_grid_that_is_not_known_is_not_resampled():
+    with pytest.raises(UnsupportedInputError, match="resampled as a whole"):
+        squeeze.choose("bilinear", features=GRID, keep=4)

@@ -14,14 +14,18 @@ from mllm_squeeze.recipe.recipe import describe, load_recipe
 TABLE = {
     "adaptinfer": (None, ["layers 0.0625, 0.34375, 0.65625"], "repack", True, True),
     "avgpool": (144, ["projector"], "repack", False, True),
+    "bilinear": (144, ["projector"], "repack", False, True),
     "cdpruner": (64, ["projector"], "repack", True, True),
     "dart": (128, ["layer 2"], "keep", True, True),
+    "deco": (144, ["projector"], "repack", False, True),
     "divprune": (56, ["projector"], "repack", False, True),
     "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
     "fastervlm": (58, ["projector"], "repack", False, True),
     "fastv": (288, ["layer 2"], "keep", True, True),
+    "fourier_vlm": (144, ["projector"], "repack", False, True),
     "hiprune": (64, ["projector"], "repack", False, True),
     "hired": (115, ["projector"], "repack", False, False),
+    "m3": (144, ["projector"], "repack", False, True),
     "otprune": (56, ["projector"], "repack", False, True),
     "priortr": (192, ["layer 3"], "keep", True, True),
     "prumerge": (None, ["projector"], "repack", False, False),
@@ -58,7 +62,7 @@ def test_recipe(name):
     assert recipe.positions == positions
     assert facts["places"] == places
     assert (facts["reads_text"], facts["known_count"]) == (reads_text, known)
-    assert (recipe.paper is None) == (name in ("random", "uniform", "avgpool"))
+    assert (recipe.paper is None) == (name in ("random", "uniform", "avgpool", "bilinear"))
     assert recipe.summary.endswith(".")
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
+    from .resample import *  # noqa: F403
     from .rounds import *  # noqa: F403
     from .rows import *  # noqa: F403
     from .score import *  # noqa: F403
@@ -88,6 +89,7 @@ _MODULES = {
         "on_device",
         "selection",
     ),
+    "resample": ("resampled_cells", "resampling"),
     "rounds": ("drop_alike_in_rounds",),
     "rows": ("group_rows",),
     "score": (
