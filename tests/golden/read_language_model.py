@@ -11,6 +11,7 @@ from torch import Tensor
 import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
+from mllm_squeeze import ops
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.needs import Attention, Need, States
 
@@ -79,3 +80,15 @@ def tokencarve(case: Case) -> dict[str, Any]:
         spectrum=1 - weight,
     )
     return {"keep": choice.kept, "merged": choice.features}
+
+
+@reads("corematching")
+def corematching(case: Case) -> dict[str, Any]:
+    active = case["active"].float()
+    start, stop = case["start"], case["start"] + case["count"]
+    visual, text = load_recipe("corematching").steps[0].built.needs()
+    choice = squeeze.choose("corematching", signals={visual: active[start:stop], text: active[stop:]})
+    score = ops.shared_with_word(
+        active[None, start:stop], active[None, stop:], torch.ones(1, len(active) - stop) > 0, -5
+    )
+    return {"keep": choice.kept, "overlap": score[0]}

@@ -444,3 +444,49 @@ def test_tiles_are_resampled_one_by_one():
 def test_a_grid_that_is_not_known_is_not_resampled():
     with pytest.raises(UnsupportedInputError, match="resampled as a whole"):
         squeeze.choose("bilinear", features=GRID, keep=4)
+
+
+# CoreMatching
+
+
+def test_the_elbow_by_hand():
+    """Distances 0 .81 1.53 3.33 ... from the line through the ends: the cut is at 22."""
+    score = torch.tensor([[90.0, 20, 85, 18, 22, 88, 15, 19]])
+    assert ops.above_elbow(score, torch.zeros(1, 8, dtype=torch.long), 1).tolist() == [[3]]
+    # Group by group, and what is -inf takes no part.
+    both = torch.cat([score, torch.tensor([[5.0, 5, 1, -torch.inf]])], 1)
+    label = torch.tensor([[0] * 8 + [1] * 4])
+    assert ops.above_elbow(both, label, 2).tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_elbow_is_its_loop(seed):
+    values = noise(23, seed=seed).tolist()
+    falling = sorted(values, reverse=True)
+    ends = falling[0], falling[-1]
+    far = [abs(22 * (ends[0] - v) + r * (ends[1] - ends[0])) for r, v in enumerate(falling)]
+    expected = sum(v > falling[far.index(max(far))] for v in values)
+    found = ops.above_elbow(torch.tensor([values]), torch.zeros(1, 23, dtype=torch.long), 1)
+    assert found.tolist() == [[max(expected, 1)]]
+
+
+ACTIVE = torch.tensor([[1.0, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 0]])
+
+
+def test_overlap_by_hand():
+    """Frequencies 2 3 3 1, so the core is neurons 1 and 2."""
+    none = torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.bool)
+    assert ops.shared_with_core(ACTIVE[None], there(4), *none, 0.5).tolist() == [[1.0, 2.0, 2.0, 1.0]]
+    words = torch.cat([ACTIVE[[0, 3]], torch.ones(3, 4), torch.zeros(1, 4)])[None]
+    is_word = torch.tensor([[True] * 5 + [False]])
+    assert ops.shared_with_word(ACTIVE[None], words, is_word, -5).tolist() == [[2.0, 1.0, 2.0, 0.0]]
+    assert ops.shared_with_word(ACTIVE[None], words, is_word, -4).tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    assert ops.shared_with_word(ACTIVE[None], words, is_word, -9).tolist() == [[2.0, 1.0, 2.0, 0.0]]
+    assert ops.shared_with_word(ACTIVE[None], words, is_word & False, -1).tolist() == [[0.0] * 4]
+
+
+def test_corematching_keeps_what_is_above_the_bend():
+    visual, text = needs_of("corematching")
+    active = (torch.arange(96) < torch.tensor([90, 20, 85, 18, 22, 88, 15, 19])[:, None]).float()
+    assert kept("corematching", signals={visual: active, text: torch.ones(6, 96)}) == [0, 2, 5]
+    assert kept("corematching", signals={visual: active, text: torch.ones(6, 96)}, keep=2) == [0, 5]

@@ -16,6 +16,7 @@ TABLE = {
     "avgpool": (144, ["projector"], "repack", False, True),
     "bilinear": (144, ["projector"], "repack", False, True),
     "cdpruner": (64, ["projector"], "repack", True, True),
+    "corematching": (None, ["layer 0.1875"], "keep", True, False),
     "dart": (128, ["layer 2"], "keep", True, True),
     "deco": (144, ["projector"], "repack", False, True),
     "divprune": (56, ["projector"], "repack", False, True),

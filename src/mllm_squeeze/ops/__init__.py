@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import *  # noqa: F403
     from .budget import *  # noqa: F403
+    from .elbow import *  # noqa: F403
     from .gravity import *  # noqa: F403
     from .greedy import *  # noqa: F403
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
+    from .neurons import *  # noqa: F403
     from .normalise import *  # noqa: F403
     from .outliers import *  # noqa: F403
     from .overview import *  # noqa: F403
@@ -53,6 +55,7 @@ _MODULES = {
         "stage_counts",
         "stage_fractions",
     ),
+    "elbow": ("above_elbow",),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
     "greedy": (
         "dpp_map",
@@ -79,6 +82,7 @@ _MODULES = {
         "strongest_target",
     ),
     "neighbours": ("group_sum_entries", "neighbour_entries"),
+    "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
     "outliers": ("outlier_counts",),
     "overview": ("crop_shown", "overview_split"),
