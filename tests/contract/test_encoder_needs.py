@@ -18,7 +18,9 @@ import mllm_squeeze as squeeze
 import oracle
 import tiny
 from contract.test_encoder_signals import ENCODERS, blocks_of, features_of, influence
+from mllm_squeeze.engine.encoder.blocks import block_of
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
+from mllm_squeeze.family.structure import find_parts
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import (
     EncoderAttention,
@@ -255,13 +257,20 @@ def test_the_probe_is_the_query_of_the_pooling_head(family: str, heads: Any) -> 
         ("llava", EncoderAttention(rows="probe"), UnsupportedModelError, "no head that pools patches"),
         ("llava_onevision", EncoderAttention(rows="probe"), UnsupportedModelError, "no head that pools patches"),
         ("llava", EncoderAttention(3), ConfigError, "reads block 3 .* has 3 blocks. Give a number from 0 to 2"),
-        ("llava", EncoderStates(-4), ConfigError, "-1 to -3 from the last, or 'feature'"),
+        ("llava", EncoderStates(1.5), ConfigError, "reads block 1.5 .* a fraction between 0 and 1 of the depth"),
+        ("llava", EncoderStates(-4), ConfigError, "-1 to -3 from the last, a fraction between"),
     ],
 )
 def test_what_an_encoder_does_not_give_is_refused(family: str, need: Any, error: Any, reason: str) -> None:
     asked[:] = [need]
     with pytest.raises(error, match=reason):
         squeeze.apply(tiny.load(family).model, RECIPE)
+
+
+def test_a_block_may_be_a_fraction_of_the_depth() -> None:
+    parts = find_parts(tiny.load("llava").model)
+    blocks = [block_of(EncoderAttention(share), parts) for share in (0.01, 0.33, 0.34, 0.67, 0.99)]
+    assert blocks == [0, 0, 1, 2, 2]
 
 
 def test_padding_is_no_query() -> None:

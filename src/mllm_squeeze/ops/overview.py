@@ -34,7 +34,8 @@ def overview_split(budget: Tensor, size: Tensor, weight: Tensor, share: float, e
     budget: int64 (S,). size: int64 (S, G), what a group keeps at most. weight: (S, G), 0 for the first group. exact:
     what rounding and full groups leave goes to the others, by size; else it is lost.
     """
-    first = torch.minimum(share_of(budget, share, down=True), size[:, 0])
+    # What is rounded down must leave one token at least.
+    first = torch.minimum(share_of(budget, share, down=True).clamp(min=int(not exact)), size[:, 0])
     rest = torch.minimum(budget - first, size[:, 1:].sum(1))
     first = torch.minimum(budget - rest, size[:, 0]) if exact else first
     if not exact:
