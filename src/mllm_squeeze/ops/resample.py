@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-Filter = Literal["dct", "bilinear"]
+Filter = Literal["dct", "linear"]
 
 
 class _Rectangle(Protocol):
@@ -30,9 +30,9 @@ def resampling(size: int, smaller: int, how: Filter) -> Tensor:
     """Return float64 (smaller, size), the weights of the cells of a line in those of a shorter one; rows sum to 1.
 
     how: "dct" keeps the lowest frequencies of a cosine transform (DCT-II, orthonormal) and goes back on the shorter
-    line, scaled so that a constant stays what it is; "bilinear" interpolates between the two nearest centres.
+    line, scaled so that a constant stays what it is; "linear" interpolates between the two nearest centres.
     """
-    if how == "bilinear":
+    if how == "linear":
         line = torch.eye(size, dtype=torch.float64)[None]
         return torch.nn.functional.interpolate(line, size=smaller, mode="linear", align_corners=False)[0].T.contiguous()
     low = _cosines(smaller).T @ _cosines(size)[:smaller]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
-from mllm_squeeze.ops.resample import Filter
 from mllm_squeeze.parts.base import Groups
 from mllm_squeeze.parts.merge.pool import Pool
 from mllm_squeeze.reducers.base import Mix, Reduction, VisualTokens
@@ -24,7 +23,7 @@ class Resample(Pool):
     are dropped.
 
     filter: "dct" keeps the low frequencies of a cosine transform, arXiv 2508.06038, scaled so that a constant stays
-        what it is; "bilinear" interpolates.
+        what it is; "linear" interpolates.
 
     Raises:
         UnsupportedInputError: the grid is not known, or no longer whole.
@@ -32,7 +31,7 @@ class Resample(Pool):
 
     main: ClassVar[str | None] = "filter"
 
-    filter: Filter = "bilinear"
+    filter: Literal["dct", "linear"] = "linear"
 
     def pick_and_merge(self, tokens: VisualTokens, groups: Groups, score: Tensor | None, limit: Tensor) -> Reduction:
         """Return the first token of each window, and what goes into it."""
