@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import matrix
+from mllm_squeeze.family.table import TABLE
 
 _KEY = "proves"
 _results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -47,7 +48,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the results where the environment asks for them."""
+    """Write the results where the environment asks for them; a family that this release cannot run keeps its last."""
     target = os.environ.get("SQUEEZE_FAMILY_RESULTS")
     if target and not hasattr(session.config, "workerinput"):
-        Path(target).write_text(json.dumps(_results, indent=1, sort_keys=True) + "\n")
+        path = Path(target)
+        last = json.loads(path.read_text()) if path.exists() else {}
+        results = {family: cells for family, cells in last.items() if family in TABLE} | _results
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
