@@ -65,5 +65,6 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "merge.bipartite": "mllm_squeeze.parts.merge.bipartite:Bipartite",
     "merge.pool": "mllm_squeeze.parts.merge.pool:Pool",
     "merge.resample": "mllm_squeeze.parts.merge.resample:Resample",
+    "merge.surroundings": "mllm_squeeze.parts.merge.surroundings:Surroundings",
     "merge.into_best": "mllm_squeeze.parts.merge.into_best:IntoBest",
 }

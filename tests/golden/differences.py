@@ -5,6 +5,7 @@ Every entry is named under "Differs from the authors' code" of the method.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,9 +98,28 @@ def _vscan(case: Case) -> Case:
     return case.with_expected(keep=keep, local=local.sort().values, merged=sums / torch.bincount(into)[:, None])
 
 
+def _nuwa(case: Case) -> Case:
+    """Return a case with the budget kept where the code would need four tokens of a cell, and keeps all instead."""
+    number, count = len(case["features"]), case["n"]
+    if count <= case["top_n"] * number / 4 or math.ceil(4 * count / number) < 4:
+        return case
+    score = case["attention"]
+    keep = score.argsort(descending=True, stable=True)[:count].sort().values
+    unit = torch.nn.functional.normalize(case["sim_features"], dim=1)
+    place = torch.cartesian_prod(*(torch.arange(side) for side in case["grid"].tolist())).float()
+    near = 1 - torch.cdist(place[keep], place) / math.sqrt(case["distance_sq"])
+    weight = (unit[keep] @ unit.T).clamp(min=0) * near.clamp(min=0)
+    weight = weight / (weight.sum(1, keepdim=True) + 1e-8)
+    weight[torch.arange(count), keep] = 1
+    strong = score[keep] >= torch.quantile(score[keep], case["quantile"])
+    tokens = torch.where(strong[:, None], case["features"][keep], weight @ case["features"])
+    return case.with_expected(keep=keep, tokens=tokens)
+
+
 DIFFERENCES = {
     "fastv": Difference("kept counts round half up instead of half to even", _fastv),
     "hiprune": Difference("on Qwen2.5-VL the code picks anchors and neighbours twice, and loses as many", _hiprune),
+    "nuwa": Difference("the budget is kept where a cell would have to give all its four tokens", _nuwa),
     "priortr": Difference("a ratio is turned into a count by rounding half up instead of down", _priortr),
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
     "vscan": Difference("the budget is kept to the token, where the code loses what no window gets", _vscan),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .share import *  # noqa: F403
     from .similarity import *  # noqa: F403
     from .stride import *  # noqa: F403
+    from .surroundings import *  # noqa: F403
     from .undivided import *  # noqa: F403
     from .words import *  # noqa: F403
 
@@ -84,7 +85,7 @@ _MODULES = {
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
-    "outliers": ("outlier_counts",),
+    "outliers": ("group_quantiles", "outlier_counts"),
     "overview": ("crop_shown", "overview_split"),
     "pivots": ("pivots_and_dissimilar",),
     "pool": ("pooled_plan", "pooled_table", "pooled_windows"),
@@ -144,6 +145,7 @@ _MODULES = {
         "stride_mask",
         "whole_stride_mask",
     ),
+    "surroundings": ("surrounding_entries",),
     "undivided": ("undivided_attention",),
     "words": ("guided_by_words",),
 }

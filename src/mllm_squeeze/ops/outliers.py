@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,20 @@ def outlier_counts(score: Tensor, label: Tensor, count: int, factor: float) -> T
     """
     score = score.detach().double()
     there = (label >= 0) & score.isfinite()
+    low, high = group_quantiles(score, label.masked_fill(~there, -1), count, (0.25, 0.75))
+    bar = (high + factor * (high - low)).gather(1, label.clamp(min=0))
+    above = there & (score > bar)
+    return torch.zeros_like(high, dtype=torch.int64).scatter_add(1, label.clamp(min=0), above.long())
+
+
+@selection
+def group_quantiles(score: Tensor, label: Tensor, count: int, shares: Sequence[float]) -> tuple[Tensor, ...]:
+    """Return float64 (S, G) for each share, the score below which that share of a group lies, interpolated linearly.
+
+    score: (S, N), finite where it counts. label: int64 (S, N), from 0 to count - 1, -1 for what takes no part.
+    """
+    score = score.detach().double()
+    there = label >= 0
     group = torch.where(there, label, count)
     first = score.masked_fill(~there, torch.inf).argsort(dim=1, stable=True)
     second = group.gather(1, first).argsort(dim=1, stable=True)
@@ -24,15 +40,13 @@ def outlier_counts(score: Tensor, label: Tensor, count: int, factor: float) -> T
     size = torch.zeros(len(label), count + 1, dtype=torch.int64, device=label.device)
     size = size.scatter_add(1, group, torch.ones_like(group))[:, :count]
     begin = size.cumsum(1) - size
-    low, high = (_quantile(ascending, begin, size, share) for share in (0.25, 0.75))
-    bar = torch.nn.functional.pad(high + factor * (high - low), (0, 1)).gather(1, group)
-    above = there & (score > bar)
-    return torch.zeros_like(size).scatter_add(1, label.clamp(min=0), above.long())
+    return tuple(_quantile(ascending, begin, size, share) for share in shares)
 
 
 def _quantile(ascending: Tensor, begin: Tensor, size: Tensor, share: float) -> Tensor:
     """Return (S, G), a quantile of each run of `ascending` (S, N) that begins at `begin` and is `size` long."""
-    place = (size - 1).clamp(min=0) * share
+    # Where a share of a length should be a whole number, it is not to miss that by rounding.
+    place = ((size - 1).clamp(min=0).double() * share * 1e6).round() / 1e6
     whole = place.floor().long()
     last = ascending.shape[1] - 1
     lower = ascending.gather(1, (begin + whole).clamp(max=last))

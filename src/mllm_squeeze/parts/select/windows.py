@@ -25,6 +25,7 @@ class Windows(Select):
     size: cells on a side.
     fill: "even" gives each window its whole share first, and what is left of the budget to the best of the others, at
         most one more each; "best" takes the best tokens, at most the share, rounded up, of each window.
+    each: how many tokens of a window "best" may take, where its share is less.
     """
 
     main: ClassVar[str | None] = "size"
@@ -32,6 +33,7 @@ class Windows(Select):
 
     size: int = Field(default=6, ge=1)
     fill: Literal["even", "best"] = "even"
+    each: int = Field(default=1, ge=1)
 
     def select(self, tokens: VisualTokens, groups: Groups, score: Tensor | None, limit: Tensor) -> Picks:
         """Return the picks of each group."""
@@ -42,6 +44,7 @@ class Windows(Select):
         number = present.view(len(window), groups.count, count).sum(2).clamp(min=1)
         share = limit.div(number, rounding_mode="floor").gather(1, group)
         most = (-(-limit).div(number, rounding_mode="floor")).gather(1, group)
+        most = most if self.fill == "even" else most.clamp(min=self.each)
         rank = ops.rank_within(score, window, there)
         turn = (rank < most).long() + (rank < share).long() * int(self.fill == "even")
         best = ops.rank_within(score, groups.label, there)

@@ -1,0 +1,157 @@
+"""Methods that choose by places on the grid: worked examples by hand, and literal slow versions on random inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import mllm_squeeze as squeeze
+from golden.case import Case
+from golden.differences import DIFFERENCES
+from golden.readings import load_all
+from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.layout import Tile
+from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.needs import EncoderStates
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(method: str, attention: torch.Tensor, states: torch.Tensor) -> dict[Any, torch.Tensor]:
+    """Return the signals of the first step of a method: states of the encoder, and for all else its attention."""
+    needs = load_recipe(method).steps[0].built.needs()
+    return {need: states if isinstance(need, EncoderStates) else attention for need in needs}
+
+
+# Nuwa
+
+
+def nuwa(attention: torch.Tensor, states: torch.Tensor, grid: Any, count: int, **params: Any) -> Any:
+    return squeeze.choose(
+        "nuwa",
+        at="projector",
+        features=params.pop("features", states),
+        signals=seen("nuwa", attention, states),
+        grid=grid,
+        first=1 - count / attention.shape[-1],
+        **params,
+    )
+
+
+def test_nuwa_by_hand():
+    """One of each cell {5 1 2 3} and {2 8 1 4}; two of each are {5 3} and {8 4}, of which three stay."""
+    attention = torch.tensor([5.0, 1, 2, 8, 2, 3, 1, 4])
+    assert nuwa(attention, torch.ones(8, 3), (2, 4), 1).kept.tolist() == [3]
+    assert nuwa(attention, torch.ones(8, 3), (2, 4), 3, each=2).kept.tolist() == [0, 3, 7]
+
+
+def test_nuwa_adds_what_lies_around_by_hand():
+    """A survivor 2 and one neighbour 6 of weight .5: it counts .5 / 1.5, and 2 + 6 / 3 = 4; a mean is 10 / 3."""
+    attention, states = torch.tensor([1.0, 0.5, 0.1, 9.0]), torch.eye(3)[[0, 0, 1, 1]]
+    features = torch.tensor([[2.0], [6.0], [0.0], [7.0]])
+    given = {"features": features, "each": 2, "radius": 0.5, "quantile": 1.0}
+    choice = nuwa(attention, states, (1, 4), 2, **given)
+    # The strongest stays as it is.
+    assert choice.kept.tolist() == [0, 3]
+    assert choice.features.flatten().tolist() == pytest.approx([4.0, 7.0], abs=1e-4)
+    mean = nuwa(attention, states, (1, 4), 2, variant="qwen", **given)
+    assert mean.features.flatten().tolist() == pytest.approx([10 / 3, 7.0], abs=1e-4)
+
+
+def nuwa_by_loops(case: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
+    """Stage 1 as its spec words it, cell by cell and token by token."""
+    score, height, width = case["attention"], *case["grid"]
+    cells: dict[tuple[int, int], list[int]] = {}
+    for token in range(height * width):
+        cells.setdefault((token // width // 2, token % width // 2), []).append(token)
+    candidates = [
+        token for cell in cells.values() for token in sorted(cell, key=lambda t: -float(score[t]))[: case["top_n"]]
+    ]
+    keep = sorted(sorted(candidates, key=lambda t: -float(score[t]))[: case["n"]])
+    bar, radius = float(torch.quantile(score[keep], case["quantile"])), math.sqrt(case["distance_sq"])
+    tokens = []
+    for i in keep:
+        if float(score[i]) >= bar:
+            tokens.append(case["features"][i])
+            continue
+        weights = []
+        for j in range(height * width):
+            alike = float(torch.cosine_similarity(case["sim_features"][i], case["sim_features"][j], dim=0))
+            far = math.dist((i // width, i % width), (j // width, j % width))
+            weights.append(max(0.0, alike) * max(0.0, 1 - far / radius))
+        weights = [weight / (sum(weights) + 1e-8) for weight in weights]
+        weights[i] = 1.0
+        tokens.append(sum(weight * case["features"][j] for j, weight in enumerate(weights)))
+    return keep, torch.stack(tokens)
+
+
+def nuwa_case(seed: int, **given: Any) -> dict[str, Any]:
+    case = {"grid": (6, 8), "n": 10, "top_n": 1, "quantile": 0.55, "distance_sq": 12.0} | given
+    arrays = {"features": noise(48, 5, seed=seed), "sim_features": noise(48, 6, seed=seed + 50)}
+    return case | arrays | {"attention": noise(48, seed=seed + 99).abs()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("given", [{}, {"n": 22, "top_n": 2, "quantile": 0.1}, {"n": 30, "top_n": 3}])
+def test_nuwa_is_its_loops(seed, given):
+    case = nuwa_case(seed, **given)
+    choice = nuwa(
+        case["attention"],
+        case["sim_features"],
+        case["grid"],
+        case["n"],
+        features=case["features"],
+        each=case["top_n"],
+        quantile=case["quantile"],
+        radius=math.sqrt(case["distance_sq"]) / 8,
+    )
+    keep, tokens = nuwa_by_loops(case)
+    assert choice.kept.tolist() == keep
+    assert torch.allclose(choice.features, tokens, atol=1e-5)
+
+
+def test_nuwa_keeps_a_budget_for_which_the_code_keeps_all():
+    case = nuwa_case(0, n=40)
+    wanted = DIFFERENCES["nuwa"].expected(
+        Case(
+            {
+                name: value if isinstance(value, torch.Tensor) else torch.tensor(value).numpy()
+                for name, value in case.items()
+            }
+        )
+    )
+    keep, tokens = nuwa_by_loops(case | {"top_n": 4})
+    assert wanted["keep"].tolist() == keep
+    assert torch.allclose(wanted["tokens"], tokens, atol=1e-5)
+    assert load_all()["nuwa"](wanted)["keep"].tolist() == keep
+
+
+def test_nuwa_takes_tiles_apart_and_batches_as_singles():
+    attention, states = noise(2, 24, seed=3).abs(), noise(2, 24, 5, seed=4)
+    tiles = [Tile(1, 2, 4), Tile(1, 4, 4)]
+    both = nuwa(attention, states, tiles, 9, each=2)
+    for row in range(2):
+        one = nuwa(attention[row], states[row], tiles, 9, each=2)
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert len(one.kept) == 9
+        assert torch.allclose(both.features[row], one.features, atol=1e-6)
+    small = nuwa(attention[0, :8], states[0, :8], (2, 4), 3, each=2)
+    # A share of 3 of 9 by size: what the other tile holds changes nothing.
+    assert torch.allclose(both.features[0][:3], small.features, atol=1e-6)
+
+
+def test_nuwa_needs_a_grid():
+    with pytest.raises(UnsupportedInputError, match="found on the grid"):
+        nuwa(torch.ones(8), torch.ones(8, 3), None, 3)
+
+
+def test_nuwa_keeps_everything_as_it_is_at_ratio_0():
+    states = noise(48, 5)
+    choice = nuwa(noise(48, seed=1).abs(), states, (6, 8), 48)
+    assert choice.kept.tolist() == list(range(48))
+    assert torch.equal(choice.features, states)
