@@ -27,6 +27,8 @@ TABLE = {
     "hiprune": (64, ["projector"], "repack", False, True),
     "hired": (115, ["projector"], "repack", False, False),
     "m3": (144, ["projector"], "repack", False, True),
+    "mob": (64, ["layer 2"], "keep", True, True),
+    "nuwa": (16, ["projector", "layer 0.5"], "keep", True, True),
     "otprune": (56, ["projector"], "repack", False, True),
     "priortr": (192, ["layer 3"], "keep", True, True),
     "prumerge": (None, ["projector"], "repack", False, False),
@@ -70,7 +72,7 @@ def test_recipe(name):
 @pytest.mark.parametrize("name", TABLE)
 def test_every_parameter_of_a_recipe_is_used(name):
     raw = load_recipe(name).raw
-    text = str(raw["steps"])
+    text = str([raw["steps"], raw.get("variants")])
     used = {param for param in raw["params"] if f"${{{param}}}" in text}
     assert used | ({"variant"} if "variants" in raw else set()) == set(raw["params"])
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
+    from .prompt_cover import *  # noqa: F403
     from .resample import *  # noqa: F403
     from .rounds import *  # noqa: F403
     from .rows import *  # noqa: F403
@@ -94,6 +95,7 @@ _MODULES = {
         "on_device",
         "selection",
     ),
+    "prompt_cover": ("cover_of_both", "farthest_from", "nearest_to_words"),
     "resample": ("resampled_cells", "resampling"),
     "rounds": ("drop_alike_in_rounds",),
     "rows": ("group_rows",),

@@ -83,6 +83,21 @@ def farthest_point(x: Tensor, mask: Tensor, k: Tensor, steps: int, weight: Tenso
     return _first_picks(picks, mask, k)
 
 
+def picks_from(x: Tensor, nearest: Tensor, free: Tensor, k: Tensor, steps: int) -> Tensor:
+    """Return bool (S, N), the k tokens of each span picked greedily, each the farthest from those picked before.
+
+    x: (S, N, D), of length 1. nearest: float32 (S, N), the distances to what was picked earlier. free: bool (S, N),
+    what may be picked. k: int64 (S,). steps: host number, the largest k.
+    """
+    nearest, picks = nearest.masked_fill(~free, -torch.inf), []
+    for _ in range(min(steps, free.shape[1])):
+        pick = nearest.argmax(1, keepdim=True)
+        picks.append(pick)
+        row = 1 - (x @ take(x, pick).transpose(1, 2))[..., 0]
+        nearest = torch.minimum(nearest, row).scatter(1, pick, -torch.inf)
+    return _first_picks(picks, free, k)
+
+
 def _weighted_centres(x: Tensor, mask: Tensor, k: Tensor, steps: int, weight: Tensor) -> Tensor:
     x, weight = unit(x).nan_to_num_(), weight.to(torch.float32)
     distance, worth = torch.full_like(weight, torch.inf), weight

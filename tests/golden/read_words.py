@@ -1,0 +1,40 @@
+"""Golden cases of methods that choose inside the language model by what the words are like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mllm_squeeze as squeeze
+from golden.case import Case
+from golden.readings import reads
+from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.needs import Features, Normed, Projection
+
+
+@reads("mob")
+def mob(case: Case) -> dict[str, Any]:
+    x, start = case["features"], case["start"]
+    stop = start + case["count"]
+    visual, text = x[start:stop], x[stop:]
+    if "K" not in case:
+        choice = squeeze.choose(
+            "mob",
+            features=visual,
+            signals={Features(of="text"): text},
+            variant="qwen",
+            keep=max(1, round(len(visual) * (1 - case["reduction_ratio"]))),
+            share=case["prompt_ratio"],
+            mix=case["alpha"],
+        )
+        return {"keep": choice.kept}
+    recipe = load_recipe("mob", variant="official").to_dict()
+    recipe["variants"]["official"]["select"]["weighted_cover"]["words"] = case["prompt_samples"]
+    choice = squeeze.choose(
+        recipe,
+        signals={Normed(): visual, Normed("text"): text, Projection("key", of="text"): case["keys"][stop:]},
+        variant="official",
+        keep=case["K"],
+        share=case["Kp_ratios"],
+        nearest=case["k_ratio"],
+    )
+    return {"keep": choice.kept}
