@@ -26,7 +26,7 @@ def sides(visual: torch.Tensor, text: torch.Tensor, keys: torch.Tensor | None = 
 
 
 def test_mob_by_hand():
-    """Words at 10 and 85 degrees are near to {0, 1} and {3, 2}: 3 and 0 cover them; then come 5, the farthest, and 2."""
+    """Words at 10 and 85 degrees are near to {0, 1} and {3, 2}: 3 and 0 cover them; then 5, the farthest, and 2."""
     visual, text = circle(0, 20.1, 45, 90, 135.1, 180), circle(10, 85)
     given = {"signals": sides(visual, text), "nearest": 1.0}
     assert squeeze.choose("mob", keep=2, share=1.0, **given).kept.tolist() == [0, 3]
