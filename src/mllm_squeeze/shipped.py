@@ -19,6 +19,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "score.undivided_attention": "mllm_squeeze.parts.score.undivided_attention:UndividedAttention",
     "score.neuron_overlap": "mllm_squeeze.parts.score.neuron_overlap:NeuronOverlap",
     "score.norm": "mllm_squeeze.parts.score.norm:Norm",
+    "score.query_key": "mllm_squeeze.parts.score.query_key:QueryKey",
     "score.random": "mllm_squeeze.parts.score.random:Random",
     "score.text_similarity": "mllm_squeeze.parts.score.text_similarity:TextSimilarity",
     "score.uniqueness": "mllm_squeeze.parts.score.uniqueness:Uniqueness",

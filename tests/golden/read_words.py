@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mllm_squeeze as squeeze
@@ -36,5 +37,20 @@ def mob(case: Case) -> dict[str, Any]:
         keep=case["K"],
         share=case["Kp_ratios"],
         nearest=case["k_ratio"],
+    )
+    return {"keep": choice.kept}
+
+
+@reads("hawk")
+def hawk(case: Case) -> dict[str, Any]:
+    query, key = case["query"].transpose(0, 1), case["key"].transpose(0, 1)
+    need = load_recipe("hawk").steps[0].built.needs()
+    count = min(len(key), max(case["min_visual"], math.ceil(len(key) * case["ratio"])))
+    choice = squeeze.choose(
+        "hawk",
+        signals=dict(zip(need, (query, key), strict=True)),
+        keep=count,
+        weights=case["head_weights"].tolist(),
+        normalise=case["normalization"][0],
     )
     return {"keep": choice.kept}

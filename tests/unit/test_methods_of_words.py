@@ -10,6 +10,9 @@ import torch
 from reference.build import circle
 
 import mllm_squeeze as squeeze
+from mllm_squeeze import ops
+from mllm_squeeze.errors import UnsupportedInputError
+from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.needs import Features, Normed, Projection
 
 
@@ -158,8 +161,6 @@ def test_mob_keeps_all_at_ratio_0(variant):
 
 
 def test_mob_without_a_word_covers_the_picture():
-    from mllm_squeeze import ops
-
     x, mask = noise(1, 9, 4), torch.ones(1, 9, dtype=torch.bool)
     words = torch.zeros(1, 3, dtype=torch.bool)
     each, count = torch.full((1, 3), 2), torch.tensor([4])
@@ -168,3 +169,58 @@ def test_mob_without_a_word_covers_the_picture():
     keep = ops.farthest_from(x, mask, seeds, torch.tensor([5]), 9, 9)
     assert keep.sum() == 5
     assert keep[0, 0]
+
+
+# HAWK
+
+
+def hawk(query: torch.Tensor, key: torch.Tensor, **params: Any) -> Any:
+    """Run it on queries (T, H, d) and keys (N, Hkv, d), or batches of them."""
+    needs = load_recipe("hawk").steps[0].built.needs()
+    return squeeze.choose("hawk", signals=dict(zip(needs, (query, key), strict=True)), **params)
+
+
+def test_hawk_by_hand():
+    """Heads [3 0 4] and [1 2 2] of length 1 are [.6 0 .8] and [.33 .67 .67]; weighted they are .4 .5 .7."""
+    key = torch.tensor([[3.0, 1.0], [0.0, 2.0], [4.0, 2.0]])[..., None]
+    query = torch.ones(1, 2, 1)
+    assert hawk(query, key, keep=2, weights=[0.25, 0.75]).kept.tolist() == [1, 2]
+    assert hawk(query, key, keep=2, weights=[1.0, 0.0]).kept.tolist() == [0, 2]
+    assert hawk(query, key, keep=1).kept.tolist() == [2]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("how", ["l2", "softmax", "minmax", "none"])
+def test_hawk_is_its_loops(seed, how):
+    query, key, weights = noise(5, 4, 6, seed=seed), noise(20, 2, 6, seed=seed + 9), noise(4, seed=seed + 20).abs()
+    scores = torch.zeros(20)
+    for head in range(4):
+        row = torch.stack([sum(query[t, head] @ key[n, head // 2] for t in range(5)) / 5 for n in range(20)]) / 6**0.5
+        if how == "l2":
+            row = row / row.norm()
+        elif how == "softmax":
+            row = row.softmax(0)
+        elif how == "minmax":
+            row = (row - row.min()) / (row.max() - row.min())
+        scores += weights[head] * row
+    best = scores.argsort(descending=True)[:7].sort().values
+    assert hawk(query, key, keep=7, weights=weights.tolist(), normalise=how).kept.tolist() == best.tolist()
+
+
+def test_hawk_takes_a_batch_as_singles_and_words_by_their_mask():
+    query, key = noise(2, 5, 4, 6), noise(2, 20, 2, 6, seed=1)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, 13:] = False
+    both = hawk(query, key, keep=6, mask=mask).kept
+    assert both[0].tolist() == hawk(query[0], key[0], keep=6).kept.tolist()
+    assert both[1].tolist() == hawk(query[1], key[1, :13], keep=6).kept.tolist()
+    words = torch.tensor([[True, True, False, True, False]])
+    some = ops.query_key_products(query[:1], words, key[:1])
+    assert torch.allclose(
+        some, ops.query_key_products(query[:1, words[0]], torch.ones(1, 3, dtype=torch.bool), key[:1])
+    )
+
+
+def test_hawk_wants_a_weight_per_head():
+    with pytest.raises(UnsupportedInputError, match="3 weights are given, and the layer has 4 heads"):
+        hawk(noise(5, 4, 6), noise(20, 2, 6), keep=3, weights=[1.0, 1.0, 1.0])

@@ -24,6 +24,7 @@ TABLE = {
     "fastervlm": (58, ["projector"], "repack", False, True),
     "fastv": (288, ["layer 2"], "keep", True, True),
     "fourier_vlm": (144, ["projector"], "repack", False, True),
+    "hawk": (115, ["layer 0"], "keep", True, True),
     "hiprune": (64, ["projector"], "repack", False, True),
     "hired": (115, ["projector"], "repack", False, False),
     "m3": (144, ["projector"], "repack", False, True),

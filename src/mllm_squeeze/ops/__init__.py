@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
     from .prompt_cover import *  # noqa: F403
+    from .query_key import *  # noqa: F403
     from .resample import *  # noqa: F403
     from .rounds import *  # noqa: F403
     from .rows import *  # noqa: F403
@@ -96,6 +97,7 @@ _MODULES = {
         "selection",
     ),
     "prompt_cover": ("cover_of_both", "farthest_from", "nearest_to_words"),
+    "query_key": ("query_key_products", "weighted_heads"),
     "resample": ("resampled_cells", "resampling"),
     "rounds": ("drop_alike_in_rounds",),
     "rows": ("group_rows",),
