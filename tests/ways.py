@@ -143,10 +143,12 @@ def _cuts(step: Step) -> bool:
 def _shallow(recipe: Recipe) -> dict[str, Any]:
     """Return the parameters that name layers which a model of few layers lacks, made smaller.
 
-    A cut at the last layer shows least, so what names one layer names the third.
+    A cut at the last layer shows least, so what names one layer names the third. What looks back looks at one block.
     """
     out: dict[str, Any] = {}
     for name, value in recipe.params.items():
+        if name.endswith("blocks"):
+            out[name] = 1
         if "layer" not in name:
             continue
         if isinstance(value, int) and not isinstance(value, bool) and value > LAYERS - 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mllm_squeeze.errors import ConfigError, did_you_mean
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe
 from mllm_squeeze.recipe.steps import Step
-from mllm_squeeze.reducers.base import DecodeReducer, Mix, Reducer, Reduction, Signals, VisualTokens
+from mllm_squeeze.reducers.base import Among, DecodeReducer, Mix, Reducer, Reduction, Signals, VisualTokens
 from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Need, Size
 
 # Signals whose tokens are their last axis; of all others they are the first one behind the spans.
@@ -58,6 +58,7 @@ def choose(
     before: int | Sequence[int] | None = None,
     modality: str | None = None,
     special_tokens: int = 0,
+    among: int | Mapping[Need, Tensor] = 0,
     **params: Any,
 ) -> Choice:
     """Run one step of a method on plain tensors of one span, or of a batch of them, without a model.
@@ -75,6 +76,8 @@ def choose(
     before: tokens of the span before any cut, from which budgets count; N where nothing was cut before.
     modality: "image", "video" or "audio"; by default what the method reduces.
     special_tokens: special tokens of the encoder in front of the patches.
+    among: where the visual tokens stand in signals that speak of all tokens: how many are in front of them, or int64
+        (N,), or (S, N), for each need.
     params: what the recipe lets one set, such as `ratio` and `keep`.
 
     Raises:
@@ -89,6 +92,7 @@ def choose(
     batched = mask is not None or (features is not None and features.ndim == 3)
     given = _given(rule, features, signals or {}, text, batched)
     tokens = _tokens(recipe, number, given, mask, grid, stage, before, modality, special_tokens)
+    tokens = _among_all(tokens, among)
     reduction = rule.reduce(tokens)
     states = _merged(given[Features()], reduction) if Features() in given else None
     if batched:
@@ -187,6 +191,27 @@ def _tokens(
     )
 
 
+def _among_all(tokens: VisualTokens, among: int | Mapping[Need, Tensor]) -> VisualTokens:
+    """Return the tokens with where they stand among all, for the signals that speak of all."""
+    found = {}
+    for need, value in tokens.signals.items():
+        if getattr(need, "of", "") != "all":
+            continue
+        given = among + tokens.origin if isinstance(among, int) else among.get(need)
+        if given is None:
+            raise ConfigError(f"{need} speaks of all tokens; say in among= where the visual ones stand in it.")
+        place = given.expand(tokens.mask.shape)
+        width = value.shape[1]
+        if int(place.max()) >= width:
+            raise ConfigError(
+                f"{need} speaks of {width} tokens, and the visual ones are said to stand up to place "
+                f"{int(place.max())}. Give among= as the number of tokens in front of them."
+            )
+        ones = torch.ones(len(place), width, dtype=torch.bool, device=place.device)
+        found[need] = Among(ones.scatter(1, place, tokens.mask), place)
+    return replace(tokens, among=found) if found else tokens
+
+
 def _asked(step: Step, lengths: Sequence[int], current: Sequence[int], stage: int) -> tuple[int, ...]:
     stages = len(step.at.layers or (0,))
     if not 0 <= stage < stages:
@@ -224,8 +249,11 @@ def _mask(given: Signals, mask: Tensor | None, tiles: tuple[Tile, ...]) -> Tenso
 
 
 def _of_words(need: Need) -> bool:
-    """True where a signal has a number or a vector for each word, not for each visual token."""
-    return "text" in (getattr(need, "of", "visual"), getattr(need, "columns", "visual"))
+    """True where a signal has a number or a vector for each word, or for all tokens, not for each visual one."""
+    return getattr(need, "of", "visual") == "all" or "text" in (
+        getattr(need, "of", "visual"),
+        getattr(need, "columns", "visual"),
+    )
 
 
 def _width(need: Need, value: Tensor) -> int:
@@ -233,7 +261,11 @@ def _width(need: Need, value: Tensor) -> int:
 
 
 def _text_mask(given: Signals) -> Tensor | None:
-    words = [(value, _width(need, value)) for need, value in given.items() if _of_words(need)]
+    words = [
+        (value, _width(need, value))
+        for need, value in given.items()
+        if _of_words(need) and getattr(need, "of", "") != "all"
+    ]
     if words:
         value, width = words[0]
         return torch.ones(len(value), width, dtype=torch.bool, device=value.device)

@@ -20,6 +20,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "score.neuron_overlap": "mllm_squeeze.parts.score.neuron_overlap:NeuronOverlap",
     "score.norm": "mllm_squeeze.parts.score.norm:Norm",
     "score.query_key": "mllm_squeeze.parts.score.query_key:QueryKey",
+    "score.transition": "mllm_squeeze.parts.score.transition:Transition",
     "score.random": "mllm_squeeze.parts.score.random:Random",
     "score.text_similarity": "mllm_squeeze.parts.score.text_similarity:TextSimilarity",
     "score.uniqueness": "mllm_squeeze.parts.score.uniqueness:Uniqueness",

@@ -443,3 +443,38 @@ def test_projections_that_come_out_of_one_module() -> None:
     (span,) = layout.spans
     wanted = joint[0][0, torch.tensor(span.columns)][:, : tokens[query].shape[-1]]
     torch.testing.assert_close(tokens[query][0], wanted)
+
+
+# All tokens
+
+OF_ALL = (States("attention_in", of="all"), Projection("key", of="all", rope=False, heads="concat"))
+
+
+@pytest.mark.parametrize("kind", ["image", "batch"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name in ("llava", "qwen2_5_vl")])
+def test_signals_of_all_tokens(family: str, kind: str) -> None:
+    """Those in front of the pictures too, padding told apart, and where the visual ones stand among them."""
+    inputs, dense = prompts(family, kind)
+    tokens, layout, _ = probe(family, inputs, OF_ALL)
+    states, keys = (tokens[need] for need in OF_ALL)
+    theirs = dense.states[CUT - 1, "self_attn<"], dense.states[CUT - 1, "self_attn.k_proj>"]
+    for row, span in enumerate(layout.spans):
+        for need, mine, whole in zip(OF_ALL, (states, keys), theirs, strict=True):
+            among = tokens.among[need]
+            assert torch.equal(among.present[row], layout.real[span.sample])
+            assert among.place[row, : span.length].tolist() == list(span.columns)
+            real = layout.real[span.sample]
+            oracle.assert_close(mine[row][real], whole[span.sample][real], str(need))
+
+
+def test_signals_of_all_tokens_are_those_of_their_time() -> None:
+    """What was read in front of an earlier cut speaks of the tokens that were dropped since, too."""
+    need = States("attention_in", of="all", block=0)
+    inputs, dense = prompts("llava", "image")
+    early = [{"at": {"layer": 1}, "ratio": 0.25, "select": "stride"}]
+    tokens, layout, cuts = probe("llava", inputs, (need,), early=early)
+    (span,), among = layout.spans, tokens.among[need]
+    assert tokens[need].shape[1] == inputs["input_ids"].shape[1]
+    left = [column for column in span.columns if column in set(cuts[0].kept[0].tolist())]
+    assert among.place[0, : len(left)].tolist() == left
+    oracle.assert_close(tokens[need][0], dense.states[0, "self_attn<"][0], "of all, then")

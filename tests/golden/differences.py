@@ -116,6 +116,23 @@ def _nuwa(case: Case) -> Case:
     return case.with_expected(keep=keep, tokens=tokens)
 
 
+def _transprune(case: Case) -> Case:
+    """Return a case with counts rounded half up: the scores are sums of shares, of changes and of attention."""
+    kept, changes = {}, []
+    left = torch.arange(case["visual"])
+    for stage, fraction in enumerate(case["ratios"].tolist()):
+        layers = [n for n in range(99) if f"s{stage}_l{n}_ttv" in case]
+        visual = slice(case["v0"], case["v0"] + len(left))
+        changes += [case[f"s{stage}_l{n}_ttv"][visual] for n in layers]
+        change, seen = sum(changes), case[f"s{stage}_text_attention"]
+        score = change / (change.sum() + 1e-8) + seen / (seen.sum() + 1e-8)
+        name, count = f"s{stage}_keep", min(kept_count(case["visual"], keep=fraction), len(score))
+        kept[name] = recounted(case[name], score, count)
+        changes = [change[case[name]] for change in changes]
+        left = left[case[name]]
+    return case.with_expected(**kept)
+
+
 DIFFERENCES = {
     "fastv": Difference("kept counts round half up instead of half to even", _fastv),
     "hiprune": Difference("on Qwen2.5-VL the code picks anchors and neighbours twice, and loses as many", _hiprune),
@@ -126,6 +143,7 @@ DIFFERENCES = {
     "nuwa": Difference("the budget is kept where a cell would have to give all its four tokens", _nuwa),
     "priortr": Difference("a ratio is turned into a count by rounding half up instead of down", _priortr),
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
+    "transprune": Difference("the count of a stage is rounded half up, where the code truncates it", _transprune),
     "vscan": Difference("the budget is kept to the token, where the code loses what no window gets", _vscan),
     "v2drop": Difference("the count of a cut is rounded half up, from the original number of tokens", _v2drop),
 }

@@ -92,3 +92,31 @@ def corematching(case: Case) -> dict[str, Any]:
         active[None, start:stop], active[None, stop:], torch.ones(1, len(active) - stop) > 0, -5
     )
     return {"keep": choice.kept, "overlap": score[0]}
+
+
+@reads("transprune")
+def transprune(case: Case) -> dict[str, Any]:
+    found = {}
+    places = [str(step.at) for step in load_recipe("transprune").steps]
+    # Where the visual tokens that are left stood in each stage's sequence.
+    left = [torch.arange(case["visual"])]
+    for stage, fraction in enumerate(case["ratios"].tolist()):
+        signals: dict[Need | str, Tensor] = {Attention("next", rows="text"): case[f"s{stage}_text_attention"]}
+        among: dict[Need, Tensor] = {}
+        back = 0
+        for earlier in range(stage, -1, -1):
+            for layer in reversed([n for n in range(99) if f"s{earlier}_l{n}_attn_in" in case]):
+                back += 1
+                for half, name in (("attention", "attn"), ("mlp", "ffn")):
+                    for side in ("in", "out"):
+                        need = States(f"{half}_{side}", of="all", block=-back)  # type: ignore[arg-type]
+                        signals[need] = case[f"s{earlier}_l{layer}_{name}_{side}"]
+                        among[need] = case["v0"] + left[earlier]
+        names = [("first_blocks", "first"), ("second_blocks", "second"), ("blocks", "ratio")][stage]
+        params = dict(zip(names, (back, 1 - fraction), strict=True))
+        kept = squeeze.choose(
+            "transprune", at=places[stage], signals=signals, among=among, before=case["visual"], **params
+        ).kept
+        found[f"s{stage}_keep"] = kept
+        left = [place[case[f"s{stage}_keep"]] for place in left] + [torch.arange(len(case[f"s{stage}_keep"]))]
+    return found

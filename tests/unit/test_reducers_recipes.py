@@ -42,6 +42,7 @@ TABLE = {
     "sparsevlm2": (118, ["layers 0.09375, 0.21875, 0.5"], "keep", True, True),
     "tokencarve": (128, ["layer 2"], "keep", True, True),
     "tome": (207, ["encoder all"], "repack", False, True),
+    "transprune": (72, ["layer 0.21875", "layer 0.28125", "layer 0.375"], "repack", True, True),
     "trim": (None, ["projector"], "repack", True, False),
     "uniform": (288, ["layer 0"], "keep", False, True),
     "v2drop": (None, ["layers 0.09375, 0.53125, 0.6875"], "keep", False, True),

@@ -201,6 +201,7 @@ def _tokens(
         links=_links(spans),
         signals=gathered,
         text_mask=words,
+        among=signals.among(session, planned, needs, wanted),
         asked=not planned.decides,
     )
 

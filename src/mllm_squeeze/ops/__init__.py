@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .similarity import *  # noqa: F403
     from .stride import *  # noqa: F403
     from .surroundings import *  # noqa: F403
+    from .transition import *  # noqa: F403
     from .undivided import *  # noqa: F403
     from .words import *  # noqa: F403
 
@@ -150,6 +151,7 @@ _MODULES = {
         "whole_stride_mask",
     ),
     "surroundings": ("surrounding_entries",),
+    "transition": ("transition",),
     "undivided": ("undivided_attention",),
     "words": ("guided_by_words",),
 }

@@ -19,8 +19,8 @@ def normalised(score: Tensor, mask: Tensor, how: str) -> Tensor:
     score: (S, N), any float dtype; padding may hold anything.
     mask: bool (S, N).
     how: "none"; "minmax" to [0, 1]; "zscore" to mean 0 and standard deviation 1 (of all tokens, not of a sample);
-        "softmax" to numbers that sum to 1; "rank" to 1 for the best and 1 / n for the last of n, ties by index. Where
-        all are equal minmax and zscore give 0.
+        "softmax" to numbers that sum to 1; "share" divides by the sum, and 1e-8; "rank" to 1 for the best and 1 / n for
+        the last of n, ties by index. Where all are equal minmax and zscore give 0.
 
     Raises ValueError for another word.
     """
@@ -40,10 +40,12 @@ def normalised(score: Tensor, mask: Tensor, how: str) -> Tensor:
         scaled = torch.where(deviation > 0, off / deviation, 0)
     elif how == "softmax":
         scaled = score.masked_fill(~there, -torch.inf).softmax(1)
+    elif how == "share":
+        scaled = inside / (inside.sum(1, keepdim=True) + 1e-8)
     elif how == "rank":
         scaled = 1 - ranks(score, there) / count
     else:
-        raise ValueError(f"scores are normalised by none, minmax, zscore, softmax or rank; got {how!r}")
+        raise ValueError(f"scores are normalised by none, minmax, zscore, softmax, share or rank; got {how!r}")
     return scaled.where(there, score.where(mask, -torch.inf))
 
 

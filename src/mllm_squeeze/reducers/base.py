@@ -29,6 +29,17 @@ class Signals(dict[Need, "Tensor"]):
 
 
 @dataclass(frozen=True)
+class Among:
+    """The tokens of all kinds that were there when a signal was read, M of them.
+
+    present: bool (S, M), False at padding. place: int64 (S, N), where each visual token stood.
+    """
+
+    present: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
 class VisualTokens:
     """What a reducer sees: the visual tokens of all spans of a batch, padded to the longest span.
 
@@ -47,6 +58,7 @@ class VisualTokens:
     signals: by `Need`; `tokens[need]` is the same.
     text_mask: bool (S, T), the words behind the first visual token of each span's sample; None where no need
         reads text.
+    among: by need that speaks of all tokens, where the visual ones stand among them.
     """
 
     mask: Tensor
@@ -63,6 +75,7 @@ class VisualTokens:
     links: tuple[tuple[int, ...], ...] = ()
     signals: Mapping[Need, Tensor] = field(default_factory=Signals)
     text_mask: Tensor | None = None
+    among: Mapping[Need, Among] = field(default_factory=dict)
     asked: bool = True
 
     def __getitem__(self, need: Need) -> Tensor:

@@ -1,8 +1,9 @@
 """What a rule may read: one frozen type per kind of signal. The need itself is the key under which its signal arrives.
 
-S is spans, N visual tokens of the longest span, T words of the longest prompt behind its first visual token, H heads,
-d channels of a head, D channels of a state. All is computed from queries, keys and states in blocks: no attention map
-is kept, and every attention implementation gives the same.
+S is spans, N visual tokens of the longest span, T words of the longest prompt behind its first visual token, M tokens
+of all kinds that were there when it was read (`VisualTokens.among` says which of them are the visual ones), H heads, d
+channels of a head, D channels of a state. All is computed from queries, keys and states in blocks: no attention map is
+kept, and every attention implementation gives the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import ClassVar, Literal
 
 Place = Literal["encoder", "projector", "layer", "cache"]
 Side = Literal["visual", "text"]
+Whose = Literal["visual", "text", "all"]
 Block = int | Literal["next"]
 EncoderBlock = int | float | Literal["feature"]
 Heads = Literal["mean", "sum", "max", "each"]
@@ -38,12 +40,13 @@ class Need:
     def name(self) -> str:
         """Its name, which several needs may share: "encoder_attention", or "projection.text" of the words."""
         word = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
-        return word if getattr(self, "of", "visual") == "visual" else f"{word}.text"
+        of = getattr(self, "of", "visual")
+        return word if of == "visual" else f"{word}.{of}"
 
     @property
     def reads_text(self) -> bool:
         """True where the signal depends on the words of the prompt."""
-        return getattr(self, "of", "visual") == "text"
+        return getattr(self, "of", "visual") != "visual"
 
     @property
     def reads_encoder(self) -> bool:
@@ -103,7 +106,7 @@ class Projection(Need):
     At a layer the block is one of the language model, in the encoder one of the encoder.
 
     what: which of them.
-    of: whose, (S, T, ...) of the words.
+    of: whose, (S, T, ...) of the words, (S, M, ...) of all tokens, those in front of the pictures included.
     block: as in `Attention`.
     rope: behind the rotary embedding and the norms of the heads, or as the projection gives them.
     heads: side by side, their mean, or an axis of their own.
@@ -113,7 +116,7 @@ class Projection(Need):
     places: ClassVar[frozenset[Place]] = _INSIDE
 
     what: Literal["query", "key", "value"] = "key"
-    of: Side = "visual"
+    of: Whose = "visual"
     block: Block = -1
     rope: bool = True
     heads: HeadsOfStates = "concat"
@@ -121,11 +124,11 @@ class Projection(Need):
 
 @dataclass(frozen=True)
 class States(Need):
-    """States inside a block of the language model, or of the encoder: (S, N, D), or (S, T, D) of the words.
+    """States inside a block of the language model, or of the encoder: (S, N, D), (S, T, D) or (S, M, D).
 
     where: "in" what the block gets, "attention_in" and "mlp_in" behind the norms, "attention_out" and "mlp_out" what is
         added to the stream, "gate" the activations of the MLP in front of its last projection.
-    of: whose states.
+    of: whose, of the visual tokens, the words, or all tokens.
     block: a number of its own, or counted back from the cut, as in `Attention`; not "next".
     """
 
@@ -133,7 +136,7 @@ class States(Need):
     places: ClassVar[frozenset[Place]] = _INSIDE
 
     where: Literal["in", "attention_in", "attention_out", "mlp_in", "mlp_out", "gate"] = "in"
-    of: Side = "visual"
+    of: Whose = "visual"
     block: int = -1
 
 

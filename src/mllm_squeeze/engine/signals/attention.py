@@ -77,7 +77,7 @@ class AttentionSource(Source):
                 scores = functional.pad(scores, (0, 0, 0, max(table.place.shape[1], 1) - places.shape[1]))
             found.append(scores.movedim(-1, 0))
         origin = table.origin if need.over_rows == "each" else None
-        return Reading(torch.stack(found), prefill.index, True, origin)
+        return Reading(torch.stack(found), prefill.index, by_span=True, row_origin=origin)
 
     def answer(self, prefill: Prefill, reading: Reading, found: Found, side: str) -> Tensor:
         """Return the scores with their tokens last: (S, N), (S, H, N), (S, R, N) or (S, H, R, N)."""

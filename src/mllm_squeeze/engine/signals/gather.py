@@ -13,7 +13,7 @@ from mllm_squeeze.engine.signals.carried import carried
 from mllm_squeeze.engine.signals.normed import normed
 from mllm_squeeze.engine.signals.source import Found, Reading
 from mllm_squeeze.engine.signals.sources import source_of
-from mllm_squeeze.reducers.base import Signals
+from mllm_squeeze.reducers.base import Among, Signals
 from mllm_squeeze.reducers.needs import Features, Need, Normed, Size
 from mllm_squeeze.upstream.calls import LayerCall
 
@@ -43,6 +43,16 @@ def gather(
         return Signals(signals), None
     there = prefill.text_mask if prefill.text is None else prefill.text[1]
     return Signals(signals), there[found.table.sample]
+
+
+def among(prefill: Prefill, planned: PlannedCut, needs: tuple[Need, ...], found: Found) -> dict[Need, Among]:
+    """Return where the wanted tokens stand among all, for each need that speaks of all; behind `gather`."""
+    places = {}
+    for need in needs:
+        source = source_of(planned, need) if getattr(need, "of", "") == "all" else None
+        if source is not None:
+            places[need] = prefill.signals.read[source].among(prefill, found)
+    return places
 
 
 def _signal(

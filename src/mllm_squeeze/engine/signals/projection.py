@@ -47,7 +47,7 @@ class ProjectionSource(Source):
 
     def take(self, prefill: Prefill, given: Any) -> Reading | None:
         """Return (B, M, H, d)."""
-        return Reading(self._states(prefill, given), prefill.index)
+        return Reading(self._states(prefill, given), prefill.index, prefill.present)
 
     def _states(self, prefill: Prefill, given: Any) -> Tensor:
         if not self.asked.rope:

@@ -13,6 +13,7 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.table import SpanTable
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.reducers.base import Among
 from mllm_squeeze.reducers.needs import Attention, Need, Projection, Rotary, States
 
 
@@ -32,12 +33,14 @@ class Reading:
     """What was read in a pass, of all tokens that were there then.
 
     values: (B, M, ...). index: int64 (B, M), the prompt's columns that these tokens are, None where all were there.
+    present: bool (B, M), which of them are no padding, None where none is.
     by_span: values are (S, M, ...), read for each span by itself. row_origin: int64 (S, N), which tokens of its span
     the last axis of `values` stands for, None where that is no axis of visual tokens.
     """
 
     values: Tensor
     index: Tensor | None = None
+    present: Tensor | None = None
     by_span: bool = False
     row_origin: Tensor | None = None
 
@@ -46,6 +49,19 @@ class Reading:
         place = self._then(prefill, found.table.sample, place).to(self.values.device)
         rows = torch.tensor(found.rows, device=place.device) if self.by_span else found.table.sample.to(place.device)
         return self.values[rows[:, None], place]
+
+    def whole(self, found: Found) -> Tensor:
+        """Return (S, M, ...), of all tokens that were there when this was read."""
+        return self.values[found.table.sample.to(self.values.device)]
+
+    def among(self, prefill: Prefill, found: Found) -> Among:
+        """Return where the visual tokens stood among all."""
+        sample = found.table.sample
+        width = self.values.shape[1]
+        there = None if self.present is None else self.present[sample]
+        if there is None:
+            there = torch.ones(len(sample), width, dtype=torch.bool, device=sample.device)
+        return Among(there, self._then(prefill, sample, found.place))
 
     def _then(self, prefill: Prefill, sample: Tensor, place: Tensor) -> Tensor:
         """Return where the tokens that stand at `place` now stood when this was read."""
@@ -110,7 +126,9 @@ class Source(ABC):
         return replace(self, need=need)
 
     def answer(self, prefill: Prefill, reading: Reading, found: Found, side: str) -> Tensor:
-        """Return the signal (S, N, ...) of the wanted visual tokens, or (S, T, ...) of the words."""
+        """Return the signal (S, N, ...) of the wanted visual tokens, (S, T, ...) of the words, (S, M, ...) of all."""
+        if side == "all":
+            return reading.whole(found)
         return reading.at(prefill, found, found.of(side, prefill))
 
 

@@ -42,7 +42,7 @@ class StatesSource(Source):
         batch = prefill.text_place.shape[0]
         if states.ndim == 2:
             states = states.reshape(batch, -1, states.shape[-1])
-        return Reading(states, prefill.index)
+        return Reading(states, prefill.index, prefill.present)
 
 
 def module_of(where: str, layer: nn.Module) -> nn.Module | None:

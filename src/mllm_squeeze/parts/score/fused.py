@@ -13,7 +13,7 @@ from mllm_squeeze.reducers.base import VisualTokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-Scale = Literal["none", "minmax", "zscore", "softmax", "rank"]
+Scale = Literal["none", "minmax", "zscore", "softmax", "share", "rank"]
 
 
 class Term(Written):
@@ -23,7 +23,7 @@ class Term(Written):
     weight: what it counts; the exponent in a product.
     sign: -1 turns it round before it is normalised.
     normalise: the scale that it is brought to, span by span: "minmax" to [0, 1], "zscore" to mean 0 and deviation 1,
-        "softmax" to a sum of 1, "rank" to 1 for the best and 1 / n for the last.
+        "softmax" and "share" to a sum of 1, "share" by division, "rank" to 1 for the best and 1 / n for the last.
     """
 
     score: AScore
