@@ -13,7 +13,7 @@ from golden.case import Case
 from golden.readings import reads
 from mllm_squeeze import ops
 from mllm_squeeze.recipe.recipe import load_recipe
-from mllm_squeeze.reducers.needs import Attention, Need, States
+from mllm_squeeze.reducers.needs import Attention, Need, Projection, States
 
 
 def attention_of(method: str | Mapping[str, Any], rows: Tensor, at: str | None = None) -> dict[Need | str, Tensor]:
@@ -120,3 +120,25 @@ def transprune(case: Case) -> dict[str, Any]:
         found[f"s{stage}_keep"] = kept
         left = [place[case[f"s{stage}_keep"]] for place in left] + [torch.arange(len(case[f"s{stage}_keep"]))]
     return found
+
+
+@reads("pact")
+def pact(case: Case) -> dict[str, Any]:
+    start, count = case["start"], case["count"]
+    visual = slice(start, start + count)
+    heads, groups = case["heads"], case["kv_heads"]
+    signals: dict[Need | str, Tensor] = {
+        Projection("query", of="all", block="next", rope=False, heads="each"): case["query"].unflatten(1, (heads, -1)),
+        Projection("key", of="all", block="next", rope=False, heads="each"): case["key"].unflatten(1, (groups, -1)),
+        Projection("key", block="next"): case["key_rotated"][visual],
+    }
+    choice = squeeze.choose(
+        "pact",
+        features=case["hidden"][visual],
+        signals=signals,
+        among=start,
+        looked_at=case["keep_fraction"],
+        cutoff=case["cutoff"],
+        reach=1.5 * case["cutoff"],
+    )
+    return {"keep": choice.kept, "assign": choice.assign, "merged": choice.features}

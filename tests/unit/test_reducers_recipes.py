@@ -31,6 +31,7 @@ TABLE = {
     "mob": (64, ["layer 2"], "keep", True, True),
     "nuwa": (16, ["projector", "layer 0.5"], "keep", True, True),
     "otprune": (56, ["projector"], "repack", False, True),
+    "pact": (None, ["layer 4"], "keep", True, False),
     "priortr": (192, ["layer 3"], "keep", True, True),
     "prumerge": (None, ["projector"], "repack", False, False),
     "prumerge_plus": (None, ["projector"], "repack", False, False),

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import *  # noqa: F403
+    from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .elbow import *  # noqa: F403
+    from .global_query import *  # noqa: F403
     from .gravity import *  # noqa: F403
     from .greedy import *  # noqa: F403
     from .grid_neighbours import *  # noqa: F403
@@ -59,6 +61,8 @@ _MODULES = {
         "stage_counts",
         "stage_fractions",
     ),
+    "bounded_peaks": ("bounded_peaks",),
+    "global_query": ("global_query_attention",),
     "elbow": ("above_elbow",),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
     "greedy": (

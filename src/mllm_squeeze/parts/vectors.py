@@ -7,10 +7,19 @@ from typing import Literal
 from mllm_squeeze.reducers.needs import EncoderProjection, EncoderStates, Features, Need, Normed, Projection
 
 # features: states at the place of the cut. normed: those behind the final norm of the language model. keys, values,
-# queries: of the block before the cut, heads side by side. encoder_keys: of the encoder's feature layer, mean over
-# heads. encoder_states: its output. encoder_last_keys: of the encoder's last layer, heads side by side.
+# queries: of the block before the cut, heads side by side. next_keys: of the block behind it. encoder_keys: of the
+# encoder's feature layer, mean over heads. encoder_states: its output. encoder_last_keys: of the encoder's last layer,
+# heads side by side.
 Vectors = Literal[
-    "features", "normed", "keys", "values", "queries", "encoder_keys", "encoder_states", "encoder_last_keys"
+    "features",
+    "normed",
+    "keys",
+    "values",
+    "queries",
+    "next_keys",
+    "encoder_keys",
+    "encoder_states",
+    "encoder_last_keys",
 ]
 
 
@@ -22,6 +31,7 @@ def need_of(by: Vectors) -> Need:
         "keys": Projection("key"),
         "values": Projection("value"),
         "queries": Projection("query"),
+        "next_keys": Projection("key", block="next"),
         "encoder_keys": EncoderProjection(),
         "encoder_states": EncoderStates(),
         "encoder_last_keys": EncoderProjection(block=-1, heads="concat"),

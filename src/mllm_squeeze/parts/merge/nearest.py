@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
 from mllm_squeeze import ops
 from mllm_squeeze.parts.base import Groups, Merge, Picks
 from mllm_squeeze.parts.vectors import Vectors, need_of
@@ -24,6 +26,7 @@ class Nearest(Merge):
     into: all survivors, or only those of the last turn of a selection in turns.
     weights: "mean" is the plain mean of a survivor and what goes into it; "size" the mean weighted by how many tokens
         each stands for; "added_mean" the survivor plus the mean of the others.
+    within: the largest distance, 1 - cosine, over which a token is merged; one that is farther is dropped.
     """
 
     main: ClassVar[str | None] = "by"
@@ -31,6 +34,7 @@ class Nearest(Merge):
     by: Vectors = "features"
     into: Literal["all", "last"] = "all"
     weights: Literal["mean", "size", "added_mean"] = "mean"
+    within: float | None = Field(default=None, ge=0, le=2)
 
     def needs(self) -> tuple[Need, ...]:
         """Return the vectors, and the sizes where they weigh."""
@@ -48,6 +52,9 @@ class Nearest(Merge):
             assign = ops.nearest_target(x, targets, members, self._slots(picks, x.shape[1]))
         else:
             assign = ops.nearest_in_group(x, targets, members, groups.label)
+        if self.within is not None:
+            far = (1 - ops.paired_cosine(x, assign)).clamp(min=0) > self.within
+            assign = assign.masked_fill(far, -1)
         assign = ops.positions(assign).where(picks.keep, assign)
         return Reduction(picks.keep, assign, self._weights(tokens, assign))
 
