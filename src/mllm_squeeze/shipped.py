@@ -60,6 +60,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "select.drop_alike": "mllm_squeeze.parts.select.drop_alike:DropAlike",
     "select.density_peaks": "mllm_squeeze.parts.select.density_peaks:DensityPeaks",
     "select.bounded_peaks": "mllm_squeeze.parts.select.bounded_peaks:BoundedPeaks",
+    "select.balanced": "mllm_squeeze.parts.select.balanced:Balanced",
     "select.pivots": "mllm_squeeze.parts.select.pivots:Pivots",
     "select.cover": "mllm_squeeze.parts.select.cover:Cover",
     "select.weighted_cover": "mllm_squeeze.parts.select.cover:WeightedCover",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Case(Mapping[str, Any]):
 def cases(path: Path) -> Iterator[tuple[str, Case]]:
     """Return the cases of a file, ("c0", ...), in order."""
     with np.load(path, allow_pickle=False) as stored:
-        names = [name for name in stored.files if name != "meta"]
+        names = [name for name in stored.files if re.match(r"c\d+_", name)]
         numbers = sorted({int(name[1:].split("_", 1)[0]) for name in names})
         for number in numbers:
             prefix = f"c{number}_"

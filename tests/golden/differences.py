@@ -98,6 +98,20 @@ def _vscan(case: Case) -> Case:
     return case.with_expected(keep=keep, local=local.sort().values, merged=sums / torch.bincount(into)[:, None])
 
 
+def _btp(case: Case) -> Case:
+    """Return a case in which what several pick counts once: the rest is filled up by the farthest tokens."""
+    filled = {}
+    for name in [name for name in case if name.endswith("_keep") and name.replace("keep", "features") in case]:
+        unit = torch.nn.functional.normalize(case[name.replace("keep", "features")], dim=1)
+        keep = case[name].unique().tolist()
+        while len(keep) < len(case[name]):
+            far = (1 - unit @ unit[keep].T).amin(1)
+            far[keep] = -1
+            keep.append(int(far.argmax()))
+        filled[name] = torch.tensor(sorted(keep))
+    return case.with_expected(**filled)
+
+
 def _nuwa(case: Case) -> Case:
     """Return a case with the budget kept where the code would need four tokens of a cell, and keeps all instead."""
     number, count = len(case["features"]), case["n"]
@@ -134,6 +148,7 @@ def _transprune(case: Case) -> Case:
 
 
 DIFFERENCES = {
+    "btp": Difference("a token that several pick counts once, where the code's second cut keeps it twice", _btp),
     "fastv": Difference("kept counts round half up instead of half to even", _fastv),
     "hiprune": Difference("on Qwen2.5-VL the code picks anchors and neighbours twice, and loses as many", _hiprune),
     "mob": Difference(

@@ -142,3 +142,27 @@ def pact(case: Case) -> dict[str, Any]:
         reach=1.5 * case["cutoff"],
     )
     return {"keep": choice.kept, "assign": choice.assign, "merged": choice.features}
+
+
+@reads("btp")
+def btp(case: Case) -> dict[str, Any]:
+    """The file holds the picks of the grid as the code has them, for 24 x 24 cells; Qwen2.5-VL asks for none."""
+    number = len(case["s1_features"])
+    llava = number == 576
+    kept = {}
+    for stage in (1, 2, 3):
+        rows = case[f"s{stage}_attention"].mean(0)
+        name = ("first", "second", "ratio")[stage - 1]
+        count = number // 2**stage if not llava else (288, 144, 48)[stage - 1]
+        choice = squeeze.choose(
+            "btp",
+            at=("layer 0.09375", "layer 0.1875", "layer 0.4375")[stage - 1],
+            features=case.get(f"s{stage}_features", torch.zeros(len(rows), 1)),
+            signals={"attention": rows},
+            grid=(24, 24) if llava and stage == 1 else None,
+            before=number,
+            variant="llava" if llava else "qwen",
+            **{name: 1 - count / number},
+        )
+        kept[f"s{stage}_keep"] = choice.kept
+    return kept

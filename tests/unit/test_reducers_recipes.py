@@ -15,6 +15,7 @@ TABLE = {
     "adaptinfer": (None, ["layers 0.0625, 0.34375, 0.65625"], "repack", True, True),
     "avgpool": (144, ["projector"], "repack", False, True),
     "bilinear": (144, ["projector"], "repack", False, True),
+    "btp": (48, ["layer 0.09375", "layer 0.1875", "layer 0.4375"], "keep", True, True),
     "cdpruner": (64, ["projector"], "repack", True, True),
     "corematching": (None, ["layer 0.1875"], "keep", True, False),
     "dart": (128, ["layer 2"], "keep", True, True),

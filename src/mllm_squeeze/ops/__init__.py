@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .select import *  # noqa: F403
     from .share import *  # noqa: F403
     from .similarity import *  # noqa: F403
+    from .spread_on_grid import *  # noqa: F403
     from .stride import *  # noqa: F403
     from .surroundings import *  # noqa: F403
     from .transition import *  # noqa: F403
@@ -147,6 +148,7 @@ _MODULES = {
         "relevant_words",
         "text_similarity",
     ),
+    "spread_on_grid": ("spread_cells",),
     "stride": (
         "grid_pattern",
         "grid_size",
