@@ -155,6 +155,8 @@ def _shallow(recipe: Recipe) -> dict[str, Any]:
             out[name] = LAYERS - 2
         elif isinstance(value, (list, tuple)) and any(isinstance(v, int) and v >= LAYERS for v in value):
             out[name] = [n * (LAYERS - 1) // len(value) + 1 for n in range(len(value))]
+        elif isinstance(value, (list, tuple)) and len(value) >= LAYERS:
+            out[name] = list(range(1, LAYERS))
     return out
 
 

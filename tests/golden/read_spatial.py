@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
@@ -28,3 +30,44 @@ def nuwa(case: Case) -> dict[str, Any]:
         radius=math.sqrt(case["distance_sq"]) / max(grid),
     )
     return {"keep": choice.kept, "tokens": choice.features}
+
+
+@reads("mustdrop")
+def mustdrop(case: Case) -> dict[str, Any]:
+    recipe = load_recipe("mustdrop")
+    layers = str(recipe.steps[1].at)
+    if case["kind"] == "llm":
+        rows, keys = case["text_attention"], case["key_set"]
+        marks = torch.zeros(rows.shape[1])
+        marks[keys] = 1
+        signals = dict(zip(recipe.steps[1].built.needs(), (rows.sum(0), rows.amax(0), marks), strict=True))
+        share = len(keys) / rows.shape[1]
+        # The two thresholds, the one for all words first, whatever the file calls them.
+        together, alone = (case[name] for name in case if isinstance(case[name], float))
+        given = {"together": together, "alone": alone}
+        choice = squeeze.choose("mustdrop", at=layers, signals=signals, protected=share, **given)
+        after = torch.isin(choice.kept, keys).nonzero().flatten()
+        return {"keep": choice.kept, "key_set_after": after}
+    height, width = case["grid"].tolist()
+    side = case["window"].tolist()[0]
+    choice = squeeze.choose(
+        "mustdrop",
+        at="projector",
+        features=case["features"],
+        signals={"encoder_states": case["features"]},
+        grid=(height, width),
+        similarity=case["threshold"],
+    )
+    # A square stands at its last place in the file, and at its first one here.
+    place = case["place"] - (case["size"] > 1).long() * (side - 1) * (width + 1)
+    order = torch.searchsorted(choice.kept, place.long())
+    size = torch.bincount(choice.assign, minlength=height * width)[choice.kept]
+    row = case["cls_attention"].mean(0)
+    silent = dict(zip(recipe.steps[1].built.needs(), (torch.ones_like(row), torch.ones_like(row), row), strict=True))
+    marked = squeeze.choose("mustdrop", at=layers, signals=silent, together=1e9, alone=1e9).kept
+    return {
+        "merged": choice.features[order],
+        "size": size[order].float(),
+        "place": choice.kept[order] + case["place"] - place,
+        "key_set": marked,
+    }

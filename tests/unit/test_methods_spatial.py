@@ -155,3 +155,89 @@ def test_nuwa_keeps_everything_as_it_is_at_ratio_0():
     choice = nuwa(noise(48, seed=1).abs(), states, (6, 8), 48)
     assert choice.kept.tolist() == list(range(48))
     assert torch.equal(choice.features, states)
+
+
+# MustDrop
+
+
+def squares(states: torch.Tensor, grid: Any, features: torch.Tensor | None = None, **params: Any) -> Any:
+    return squeeze.choose(
+        "mustdrop",
+        at="projector",
+        features=states if features is None else features,
+        signals={"encoder_states": states},
+        grid=grid,
+        **params,
+    )
+
+
+def windows_by_loops(states: torch.Tensor, height: int, width: int, threshold: float) -> list[list[int]]:
+    """Return the squares of 3 x 3 that are alike, each as its tokens."""
+    out = []
+    for top in range(0, height, 3):
+        for left in range(0, width, 3):
+            square = [
+                r * width + c for r in range(top, min(top + 3, height)) for c in range(left, min(left + 3, width))
+            ]
+            pairs = [(a, b) for a in square for b in square if a != b]
+            if pairs:
+                alike = [float(torch.cosine_similarity(states[a], states[b], dim=0)) for a, b in pairs]
+                out += [square] if sum(alike) / len(alike) >= threshold else []
+    return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("grid", [(6, 9), (7, 8)])
+def test_mustdrop_merges_squares_that_are_alike(seed, grid):
+    height, width = grid
+    states = noise(height * width, 4, seed=seed)
+    for square in windows_by_loops(states, height, width, -1)[::2]:
+        states[square] = noise(1, 4, seed=seed + 7) + 0.2 * states[square]
+    features = noise(height * width, 5, seed=seed + 20)
+    choice = squares(states, grid, features)
+    alike = windows_by_loops(states, height, width, 0.8)
+    assert alike
+    dropped = {token for square in alike for token in square[1:]}
+    assert choice.kept.tolist() == [token for token in range(height * width) if token not in dropped]
+    for square in alike:
+        mean = features[square].mean(0)
+        assert torch.allclose(choice.features[choice.kept.tolist().index(square[0])], mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [54, 50, 39, 20, 6, 5, 1])
+def test_squares_meet_a_budget_that_is_asked_for(keep):
+    """The most alike are left with one token first; the last one of these with what the budget leaves."""
+    states = noise(54, 4)
+    recipe = load_recipe("mustdrop").to_dict()
+    recipe["steps"] = [recipe["steps"][0] | {"keep": keep}]
+    recipe["params"] = {"similarity": 0.8}
+    choice = squeeze.choose(recipe, features=states, signals={"encoder_states": states}, grid=(6, 9))
+    assert len(choice.kept) == keep
+
+
+def heard(total: Any, most: Any, marks: Any = None, **params: Any) -> list[int]:
+    total, most = torch.as_tensor(total), torch.as_tensor(most)
+    marks = torch.zeros_like(total) if marks is None else torch.as_tensor(marks)
+    recipe = load_recipe("mustdrop")
+    signals = dict(zip(recipe.steps[1].built.needs(), (total, most, marks), strict=True))
+    return squeeze.choose("mustdrop", at=str(recipe.steps[1].at), signals=signals, **params).kept.tolist()
+
+
+def test_mustdrop_by_hand():
+    """Sums .06 .003 .0208 .0014 and largest .04 .002 .02 .0009: 1 and 3 go; where 3 is marked it stays."""
+    rows = torch.tensor([[0.04, 0.001, 0.02, 0.0005], [0.02, 0.002, 0.0008, 0.0009]])
+    given = {"together": 0.05, "alone": 0.01}
+    assert heard(rows.sum(0), rows.amax(0), protected=0.0, **given) == [0, 2]
+    assert heard(rows.sum(0), rows.amax(0), [0.0, 0, 0, 1], protected=0.25, **given) == [0, 2, 3]
+    # One of the two is enough to stay, and one token always does.
+    assert heard([0.5, 0.5], [0.9, 0.1], protected=0.0, together=0.6, alone=0.5) == [0]
+    assert heard([0.4, 0.6], [0.1, 0.2], protected=0.0, together=0.7, alone=0.5) == [1]
+
+
+def test_mustdrop_keeps_a_budget_that_is_asked_for():
+    total = noise(40).abs()
+    kept = heard(total, total, -total, keep=9, protected=0.05, stage=3, before=40)
+    marked = (-total).argsort(descending=True)[:2].tolist()
+    assert len(kept) == 9
+    assert set(marked) <= set(kept)
+    assert set(kept) - set(marked) == set(total.argsort(descending=True)[:7].tolist())

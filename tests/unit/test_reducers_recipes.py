@@ -30,6 +30,7 @@ TABLE = {
     "hired": (115, ["projector"], "repack", False, False),
     "m3": (144, ["projector"], "repack", False, True),
     "mob": (64, ["layer 2"], "keep", True, True),
+    "mustdrop": (None, ["projector", "layers 0.09375, 0.21875, 0.34375, 0.46875"], "repack", True, False),
     "nuwa": (16, ["projector", "layer 0.5"], "keep", True, True),
     "otprune": (56, ["projector"], "repack", False, True),
     "pact": (None, ["layer 4"], "keep", True, False),

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .alike_groups import *  # noqa: F403
     from .attention import *  # noqa: F403
     from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
@@ -62,6 +63,7 @@ _MODULES = {
         "stage_counts",
         "stage_fractions",
     ),
+    "alike_groups": ("group_likeness", "without_the_alike"),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
     "elbow": ("above_elbow",),

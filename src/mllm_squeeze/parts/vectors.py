@@ -9,7 +9,7 @@ from mllm_squeeze.reducers.needs import EncoderProjection, EncoderStates, Featur
 # features: states at the place of the cut. normed: those behind the final norm of the language model. keys, values,
 # queries: of the block before the cut, heads side by side. next_keys: of the block behind it. encoder_keys: of the
 # encoder's feature layer, mean over heads. encoder_states: its output. encoder_last_keys: of the encoder's last layer,
-# heads side by side.
+# heads side by side. encoder_first_states: the output of its first layer.
 Vectors = Literal[
     "features",
     "normed",
@@ -20,6 +20,7 @@ Vectors = Literal[
     "encoder_keys",
     "encoder_states",
     "encoder_last_keys",
+    "encoder_first_states",
 ]
 
 
@@ -34,6 +35,7 @@ def need_of(by: Vectors) -> Need:
         "next_keys": Projection("key", block="next"),
         "encoder_keys": EncoderProjection(),
         "encoder_states": EncoderStates(),
+        "encoder_first_states": EncoderStates(block=0),
         "encoder_last_keys": EncoderProjection(block=-1, heads="concat"),
     }
     return needs[by]
