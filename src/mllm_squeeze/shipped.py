@@ -63,6 +63,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "select.bounded_peaks": "mllm_squeeze.parts.select.bounded_peaks:BoundedPeaks",
     "select.balanced": "mllm_squeeze.parts.select.balanced:Balanced",
     "select.looked_at": "mllm_squeeze.parts.select.looked_at:LookedAt",
+    "select.principal_groups": "mllm_squeeze.parts.select.principal_groups:PrincipalGroups",
     "select.pivots": "mllm_squeeze.parts.select.pivots:Pivots",
     "select.cover": "mllm_squeeze.parts.select.cover:Cover",
     "select.weighted_cover": "mllm_squeeze.parts.select.cover:WeightedCover",

@@ -10,6 +10,7 @@ import torch
 import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
+from mllm_squeeze import ops
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.needs import EncoderStates
 
@@ -71,3 +72,21 @@ def mustdrop(case: Case) -> dict[str, Any]:
         "place": choice.kept[order] + case["place"] - place,
         "key_set": marked,
     }
+
+
+@reads("prunesid")
+def prunesid(case: Case) -> dict[str, Any]:
+    """From the principal parts of the file on, which come from a random decomposition."""
+    hidden, parts = case["hidden"], case["components"]
+    if hidden.ndim == 2:
+        hidden, parts = hidden[None], parts[None]
+    marked = "cls_attention" in case
+    x = hidden[:, hidden.shape[1] - parts.shape[1] :]
+    score = case["cls_attention"].sum(1) if marked else None
+    number = x.shape[1]
+    count = case["need"] - 1 if marked else max(round(number * case["need"] / 576), 16)
+    total = torch.full((len(x),), min(count, number))
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    keep = ops.picked_of_parts(parts, x, score, mask, total, torch.full_like(total, parts.shape[2]))
+    kept = keep.nonzero()[:, 1].view(len(x), -1)
+    return {"keep_patches": kept.view(case["keep_patches"].shape)}

@@ -115,3 +115,82 @@ def test_pact_takes_a_batch_as_singles():
         one = pact(query[row, :width], key[row, :width], moved[row, :width], features[row, :width])
         assert both.kept[row].tolist() == one.kept.tolist()
         assert torch.allclose(both.features[row], one.features, atol=1e-6)
+
+
+# PruneSID
+
+
+def test_quotas_by_hand():
+    """Leaders 3 1 2 of 5 1 4: one each, the other four by leaders, and the one that rounding leaves to the first."""
+    leaders, members = torch.tensor([[3, 1, 2]]), torch.tensor([[5, 1, 4]])
+    assert ops.group_quotas(leaders, members, torch.tensor([8]), 1).tolist() == [[4, 1, 2]]
+
+
+def sid_by_loops(parts, x, score, total, groups) -> list[int]:
+    """Groups, leaders and quotas as the spec words them, token by token."""
+    count = len(x)
+    unit = x / x.norm(dim=1, keepdim=True)
+    alike = unit @ unit.T
+    group = parts[:, :groups].argmax(1).tolist()
+    upper = sum(float(alike[i, j]) for i in range(count) for j in range(i, count))
+    if score is None:
+        asked, score = total, parts[:, :groups].amax(1)
+        lead, bar = 0, max(18 * total / count, 1) * upper / count**2
+    else:
+        asked, lead = total + 1, 1
+        bar = asked / 32 * (upper - count) / (count * (count - 1) / 2)
+    order, leaders, members = [], [], []
+    for number in range(groups):
+        mine = sorted((i for i in range(count) if group[i] == number), key=lambda i: -float(score[i]))
+        first: list[int] = []
+        for token in mine:
+            if score[token] > 0 and all(float(alike[token, other]) <= bar for other in first):
+                first.append(token)
+        order.append([*first, *(token for token in mine if token not in first)])
+        leaders.append(len(first))
+        members.append(len(mine))
+    low = [min(1, n) for n in members]
+    most = [min(5 * -(-asked // 64), n, k) for n, k in zip(members, leaders, strict=True)]
+    while sum(most) < min(asked, sum(members)):
+        most = [min(up + 1, n) for up, n in zip(most, members, strict=True)]
+    rest = max(0, asked - sum(low) - lead)
+    reached = ((torch.tensor(leaders).float() / sum(leaders)).cumsum(0) * rest).round().tolist()
+    steps = [int(b - a) for a, b in zip([0, *reached], reached, strict=False)]
+    quota = [min(step + one, up) for step, one, up in zip(steps, low, most, strict=True)]
+    for number in sorted(range(groups), key=lambda g: -leaders[g]):
+        while quota[number] < most[number] and sum(quota) < rest + sum(low):
+            quota[number] += 1
+    return sorted(token for mine, n in zip(order, quota, strict=True) for token in mine[:n])
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("scored", [True, False])
+def test_prunesid_is_its_loops(seed, scored):
+    x, score, total = noise(60, 5, seed=seed), noise(60, seed=seed + 9).abs() + 0.1, 16
+    groups = (total + int(scored)) // 4
+    parts = ops.principal_parts(x[None], torch.ones(1, 60, dtype=torch.bool), groups)[0]
+    variant = {"variant": "llava"} if scored else {"variant": "qwen", "features": x}
+    signals = {"encoder_attention": score} | ({"encoder_states": x} if scored else {})
+    choice = squeeze.choose("prunesid", signals=signals, keep=total, **variant)
+    assert choice.kept.tolist() == sid_by_loops(parts, x, score if scored else None, total, groups)
+    assert len(choice.kept) == total
+
+
+def test_principal_parts_are_eigenvectors():
+    x, there = noise(1, 20, 6), torch.ones(1, 20, dtype=torch.bool)
+    z = x[0].double().sigmoid()
+    z = z - z.mean(1, keepdim=True)
+    u, _, _ = torch.linalg.svd(z, full_matrices=False)
+    assert torch.allclose(ops.principal_parts(x, there, 4)[0], u[:, :4].abs(), atol=1e-9)
+    padded = torch.cat([x, torch.ones(1, 5, 6)], 1)
+    there = torch.cat([there, torch.zeros(1, 5, dtype=torch.bool)], 1)
+    assert torch.allclose(ops.principal_parts(padded, there, 4)[0, :20], u[:, :4].abs(), atol=1e-9)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 4, 17, 39, 40])
+@pytest.mark.parametrize("variant", ["llava", "qwen"])
+def test_prunesid_keeps_its_budget(keep, variant):
+    x, score = noise(40, 5), noise(40, seed=1).abs()
+    signals = {"encoder_attention": score} | ({"encoder_states": x} if variant == "llava" else {})
+    choice = squeeze.choose("prunesid", features=x, signals=signals, keep=keep, variant=variant)
+    assert len(choice.kept) == keep

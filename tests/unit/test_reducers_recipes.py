@@ -37,6 +37,7 @@ TABLE = {
     "priortr": (192, ["layer 3"], "keep", True, True),
     "prumerge": (None, ["projector"], "repack", False, False),
     "prumerge_plus": (None, ["projector"], "repack", False, False),
+    "prunesid": (64, ["projector"], "repack", False, True),
     "pyramiddrop": (72, ["layers 0.25, 0.5, 0.75"], "repack", True, True),
     "random": (288, ["layer 0"], "keep", False, True),
     "scope": (64, ["projector"], "repack", False, True),

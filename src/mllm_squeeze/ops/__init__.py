@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
+    from .principal_groups import *  # noqa: F403
     from .prompt_cover import *  # noqa: F403
     from .query_key import *  # noqa: F403
     from .resample import *  # noqa: F403
@@ -104,6 +105,7 @@ _MODULES = {
         "on_device",
         "selection",
     ),
+    "principal_groups": ("group_quotas", "picked_of_parts", "principal_parts", "unlike_first"),
     "prompt_cover": ("cover_of_both", "farthest_from", "nearest_to_words"),
     "query_key": ("query_key_products", "weighted_heads"),
     "resample": ("resampled_cells", "resampling"),
