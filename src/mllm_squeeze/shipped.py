@@ -22,6 +22,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "score.query_key": "mllm_squeeze.parts.score.query_key:QueryKey",
     "score.transition": "mllm_squeeze.parts.score.transition:Transition",
     "score.global_query": "mllm_squeeze.parts.score.global_query:GlobalQuery",
+    "score.frame_change": "mllm_squeeze.parts.score.frame_change:FrameChange",
     "score.random": "mllm_squeeze.parts.score.random:Random",
     "score.text_similarity": "mllm_squeeze.parts.score.text_similarity:TextSimilarity",
     "score.uniqueness": "mllm_squeeze.parts.score.uniqueness:Uniqueness",

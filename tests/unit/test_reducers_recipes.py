@@ -22,6 +22,7 @@ TABLE = {
     "deco": (144, ["projector"], "repack", False, True),
     "divprune": (56, ["projector"], "repack", False, True),
     "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
+    "evs": (144, ["projector"], "keep", False, True),
     "fastervlm": (58, ["projector"], "repack", False, True),
     "fastv": (288, ["layer 2"], "keep", True, True),
     "fourier_vlm": (144, ["projector"], "repack", False, True),

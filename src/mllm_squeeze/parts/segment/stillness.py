@@ -43,7 +43,7 @@ class Stillness(Segment):
 
     def segment(self, tokens: VisualTokens) -> Groups:
         """Return the groups 2 * window for what is static, 2 * window + 1 for what is dynamic."""
-        height, width = self._size(tokens)
+        height, width = size_of_frames(tokens)
         frame, count = frames_of(tokens)
         window = self.frames or count
         within = (frame % window).masked_fill(frame < 0, -1)
@@ -68,11 +68,17 @@ class Stillness(Segment):
         several = ops.segment_count(place, cells) > 1
         return ((share >= 1) & several).gather(1, place.clamp(min=0)) & piece
 
-    def _size(self, tokens: VisualTokens) -> tuple[int, int]:
-        shapes = {(tile.height, tile.width) for tiles in tokens.tiles for tile in tiles}
-        if not shapes or any(len({(tile.height, tile.width) for tile in tiles}) != 1 for tiles in tokens.tiles):
-            raise UnsupportedInputError(
-                "What stands still is found by comparing frames of one size place by place; here the grid of a video "
-                f"is {tokens.tiles or 'not known'}. Use segment: frame instead."
-            )
-        return max(height for height, _ in shapes), max(width for _, width in shapes)
+
+def size_of_frames(tokens: VisualTokens) -> tuple[int, int]:
+    """Return the largest height and width of the frames, all of one size in a video.
+
+    Raises:
+        UnsupportedInputError: the frames are not known, or not of one size.
+    """
+    shapes = {(tile.height, tile.width) for tiles in tokens.tiles for tile in tiles}
+    if not shapes or any(len({(tile.height, tile.width) for tile in tiles}) != 1 for tiles in tokens.tiles):
+        raise UnsupportedInputError(
+            "What stands still is found by comparing frames of one size place by place; here the grid of a video "
+            f"is {tokens.tiles or 'not known'}. Use segment: frame instead."
+        )
+    return max(height for height, _ in shapes), max(width for _, width in shapes)

@@ -1,0 +1,18 @@
+"""Golden cases of methods for videos that act in front of the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mllm_squeeze as squeeze
+from golden.case import Case
+from golden.readings import reads
+
+
+@reads("evs")
+def evs(case: Case) -> dict[str, Any]:
+    frames = case["features"]
+    choice = squeeze.choose(
+        "evs", features=frames.flatten(0, 1), grid=case["grid"].tolist(), modality="video", keep=case["kept_count"]
+    )
+    return {"keep": choice.kept}
