@@ -8,6 +8,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "pipeline": "mllm_squeeze.reducers.pipeline:Pipeline",
     "text_rank_recycle": "mllm_squeeze.reducers.text_rank_recycle:TextRankRecycle",
     "temporal_windows": "mllm_squeeze.reducers.temporal_windows:TemporalWindows",
+    "recover_by_text": "mllm_squeeze.reducers.recover_by_text:RecoverByText",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }
 

@@ -130,6 +130,27 @@ def _nuwa(case: Case) -> Case:
     return case.with_expected(keep=keep, tokens=tokens)
 
 
+def _recoverable(case: Case) -> Case:
+    """Return a case with the keys of the rest's own: in the code its places count from the first of all keys."""
+    centres = case["centres_order"].tolist()
+    if not centres:
+        return case
+    x, weight, said = case["features"], case["cls_attention"], case["text_similarity"].clone()
+    seen = weight.argsort(descending=True, stable=True)[: case["n_visual"]]
+    said[seen] = said.min()
+    unit = torch.nn.functional.normalize(case["keys"], dim=1)
+    rest = sorted(set(range(len(x))) - set(case["keep"].tolist()))
+    merged = [x[case["keep"]]]
+    for centre in centres:
+        others = [token for token in rest if token != centre]
+        alike = unit[others] @ unit[centre] + 50 * said[others]
+        near = torch.tensor(others)[alike.argsort(descending=True, stable=True)[:32]]
+        merged.append((x[centre] + (weight[near, None] * x[near]).sum(0))[None])
+    left = torch.tensor([token for token in rest if token not in centres])
+    merged.append((weight[left, None] * x[left]).sum(0, keepdim=True))
+    return case.with_expected(merged=torch.cat(merged))
+
+
 def _transprune(case: Case) -> Case:
     """Return a case with counts rounded half up: the scores are sums of shares, of changes and of attention."""
     kept, changes = {}, []
@@ -158,6 +179,7 @@ DIFFERENCES = {
     "nuwa": Difference("the budget is kept where a cell would have to give all its four tokens", _nuwa),
     "priortr": Difference("a ratio is turned into a count by rounding half up instead of down", _priortr),
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
+    "recoverable-compression": Difference("the rest is compared by its own keys, not by those of others", _recoverable),
     "transprune": Difference("the count of a stage is rounded half up, where the code truncates it", _transprune),
     "vscan": Difference("the budget is kept to the token, where the code loses what no window gets", _vscan),
     "v2drop": Difference("the count of a cut is rounded half up, from the original number of tokens", _v2drop),

@@ -185,3 +185,34 @@ def vscan(case: Case) -> dict[str, Any]:
         first=1 - count / len(case["features"]),
     )
     return {"keep": choice.kept, "merged": choice.features}
+
+
+@reads("recoverable-compression")
+def recoverable_compression(case: Case) -> dict[str, Any]:
+    recipe = load_recipe("recoverable_compression").to_dict()
+    # The attention of the CLS token is given, and not what it is made of.
+    recipe["steps"][0]["score"] = "encoder_attention"
+    alike = case["text_similarity"] * math.sqrt(2)
+    choice = squeeze.choose(
+        recipe,
+        features=case["features"],
+        signals={
+            "encoder_attention": case["cls_attention"],
+            EncoderProjection("key", -1, "concat"): case["keys"],
+            Embedding("visual", "clip"): torch.stack([alike, (1 - alike.square()).clamp(min=0).sqrt()], 1),
+            Embedding("text", "clip"): torch.tensor([[1.0, 0.0]]),
+        },
+        text=torch.zeros(1, 1),
+    )
+    assert isinstance(choice.kept, Tensor)
+    assert isinstance(choice.features, Tensor)
+    rest = torch.ones(len(alike), dtype=torch.bool)
+    rest[case["keep"]] = False
+    rest[case["centres"]] = False
+    extra = case["cls_attention"].masked_fill(~rest, -1).argmax()[None] if len(case["centres"]) else case["centres"]
+    order = torch.cat([case["keep"], case["centres_order"], extra])
+    place = torch.searchsorted(choice.kept, order)
+    return {
+        "keep": choice.kept[~torch.isin(choice.kept, torch.cat([case["centres"], extra]))],
+        "merged": choice.features[place.clamp(max=len(choice.kept) - 1)],
+    }

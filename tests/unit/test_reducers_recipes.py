@@ -41,6 +41,7 @@ TABLE = {
     "prunesid": (64, ["projector"], "repack", False, True),
     "pyramiddrop": (72, ["layers 0.25, 0.5, 0.75"], "repack", True, True),
     "random": (288, ["layer 0"], "keep", False, True),
+    "recoverable_compression": (None, ["projector"], "repack", True, False),
     "scope": (64, ["projector"], "repack", False, True),
     "score_kcenter": (64, ["projector"], "repack", False, True),
     "sparsevlm": (109, ["layers 0.09375, 0.21875, 0.5"], "repack", True, True),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .greedy import *  # noqa: F403
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
+    from .local_outliers import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
     from .neurons import *  # noqa: F403
@@ -75,6 +76,7 @@ _MODULES = {
         "farthest_point",
         "least_alike_in_turns",
         "log_det",
+        "picks_from",
     ),
     "grid_neighbours": ("beside_on_grid",),
     "information": ("beyond_prior", "spectral_weight"),
@@ -96,6 +98,7 @@ _MODULES = {
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
+    "local_outliers": ("local_outlier_factors",),
     "outliers": ("group_quantiles", "outlier_counts"),
     "overview": ("crop_shown", "overview_split"),
     "pivots": ("pivots_and_dissimilar",),
