@@ -69,7 +69,8 @@ def choose(
         "projection.text") where the step has one of that name. `docs/signals.md` has names and shapes; leave out the
         axis S for one span.
     text: states of the words, (T, D) or (S, T, D).
-    grid: (T, H, W) or (H, W), or the tiles of the span; rules that look at frames or neighbours need it.
+    grid: (T, H, W) or (H, W), or the tiles of the span, whose separators stand among the tokens or not; rules that look
+        at frames or neighbours need it.
     mask: bool (S, N) for a batch, False at padding.
     at: the place of the step ("projector", "layer 2"), where the recipe has several.
     stage: which cut of a step at several layers.
@@ -169,8 +170,10 @@ def _tokens(
     asked = _asked(step, lengths, current, stage)
     text_mask = _text_mask(given)
     cells = torch.full((*mask.shape, 4), -1)
-    if tiles and sum(tile.cells for tile in tiles) == mask.shape[1]:
-        cells[:] = torch.tensor([(n, *cell) for n, tile in enumerate(tiles) for cell in tile.coordinates()])
+    if tiles and mask.shape[1] in (sum(tile.cells for tile in tiles), sum(tile.length for tile in tiles)):
+        placed = [(n, *cell) for n, tile in enumerate(tiles) for cell in tile.coordinates()]
+        separators = len(placed) == mask.shape[1]
+        cells[:] = torch.tensor([cell if cell[1] >= 0 else (-1,) * 4 for cell in placed if separators or cell[1] >= 0])
     kinds = [kind for kind in ("image", "video", "audio") if kind in step.built.facts.modalities]
     return VisualTokens(
         mask=mask,

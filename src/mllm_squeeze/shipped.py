@@ -79,5 +79,6 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "merge.pool": "mllm_squeeze.parts.merge.pool:Pool",
     "merge.resample": "mllm_squeeze.parts.merge.resample:Resample",
     "merge.surroundings": "mllm_squeeze.parts.merge.surroundings:Surroundings",
+    "merge.recycle": "mllm_squeeze.parts.merge.recycle:Recycle",
     "merge.into_best": "mllm_squeeze.parts.merge.into_best:IntoBest",
 }

@@ -291,3 +291,24 @@ def test_signals_of_a_tower_that_another_step_shortens_are_refused() -> None:
     merging = {"at": {"encoder": "all"}, "ratio": 0.25, "merge": "bipartite"}
     with pytest.raises(UnsupportedModelError, match=r"reads EncoderAttention\(\) there for a later step"):
         squeeze.apply(tiny.load("llava").model, {"method": "both", "steps": [merging, *RECIPE["steps"]]})
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.02, 1e6])
+@pytest.mark.parametrize("family", ["llava", "llava_onevision"])
+def test_what_outliers_look_at(family: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of the rows of those tokens that receive more than so many times the average; of all where none does."""
+    t = tiny.load(family)
+    inputs = t.inputs["image"]
+    dense = Dense(t, inputs, monkeypatch)
+    need = EncoderAttention(block=1, rows="outliers", heads="mean", factor=factor)
+    found = []
+    for call in dense.calls[1]:
+        for one in call[3].mean(1):
+            outliers = one.sum(0) > factor
+            rows = one[outliers] if bool(outliers.any()) else one
+            found.append(rows.mean(0)[dense.lead :])
+    theirs = dense.makers @ torch.cat(found) / dense.makers.sum(1)
+    (ours,) = (signals[need] for signals in read(t, inputs, [need]))
+    there = ours.isfinite()
+    assert int(there.sum()) == int((dense.makers.sum(1) > 0).sum())
+    oracle.assert_close(ours[there], theirs[dense.makers.sum(1) > 0], str(need))

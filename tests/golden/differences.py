@@ -168,6 +168,12 @@ def _transprune(case: Case) -> Case:
     return case.with_expected(**kept)
 
 
+def _vflowopt(case: Case) -> Case:
+    if case["kind"] != "importance":
+        return case
+    return case.with_expected(importance=case["importance"] - case["entropy_weight"] * case["entropy"].softmax(0))
+
+
 DIFFERENCES = {
     "btp": Difference("a token that several pick counts once, where the code's second cut keeps it twice", _btp),
     "fastv": Difference("kept counts round half up instead of half to even", _fastv),
@@ -181,6 +187,7 @@ DIFFERENCES = {
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
     "recoverable-compression": Difference("the rest is compared by its own keys, not by those of others", _recoverable),
     "transprune": Difference("the count of a stage is rounded half up, where the code truncates it", _transprune),
+    "vflowopt": Difference("the entropy of pixels is left out", _vflowopt),
     "vscan": Difference("the budget is kept to the token, where the code loses what no window gets", _vscan),
     "v2drop": Difference("the count of a cut is rounded half up, from the original number of tokens", _v2drop),
 }

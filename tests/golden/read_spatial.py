@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
 from mllm_squeeze import ops
+from mllm_squeeze.engine.encoder.read import read_attention
+from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import load_recipe
-from mllm_squeeze.reducers.needs import EncoderStates
+from mllm_squeeze.reducers.needs import EncoderAttention, EncoderStates
+from mllm_squeeze.upstream.attention_call import AttentionCall
 
 
 @reads("nuwa")
@@ -90,3 +94,32 @@ def prunesid(case: Case) -> dict[str, Any]:
     keep = ops.picked_of_parts(parts, x, score, mask, total, torch.full_like(total, parts.shape[2]))
     kept = keep.nonzero()[:, 1].view(len(x), -1)
     return {"keep_patches": kept.view(case["keep_patches"].shape)}
+
+
+@reads("vflowopt")
+def vflowopt(case: Case) -> dict[str, Any]:
+    if case["kind"] == "importance":
+        # Queries and keys that give the attention of the file: its logarithm, and the identity.
+        rows = case["attention"][None].clamp(min=1e-38).log()
+        keys = torch.eye(rows.shape[-1]).expand_as(rows)
+        call = AttentionCall(torch.nn.Identity(), rows, keys, keys, None, scaling=1.0)
+        need = EncoderAttention(rows="outliers", heads="mean", factor=case["outlier_factor"])
+        return {"importance": read_attention(need, call, SimpleNamespace(has_cls=False, cls_place=0))[0]}
+    side = case["base_side"]
+    rows, columns = case["crop_grid"].tolist()
+    tiles = [Tile(1, side, side), Tile(1, rows, columns - 1, row_separators=1)]
+    recipe = load_recipe("vflowopt")
+    need = recipe.steps[0].built.needs()[0]
+    score = case["importance"].clone()
+    place = torch.tensor([cell for tile in tiles for cell in tile.coordinates()])
+    score[place[:, 1] < 0] = -torch.inf
+    choice = squeeze.choose(
+        "vflowopt",
+        at="projector",
+        features=case["features"],
+        signals={need: score},
+        grid=tiles,
+        first=round(len(score) * (1 - case["ratio_kept"])) / len(score),
+        cell=case["m"],
+    )
+    return {"keep": choice.kept, "merged": choice.features}

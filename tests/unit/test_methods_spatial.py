@@ -241,3 +241,62 @@ def test_mustdrop_keeps_a_budget_that_is_asked_for():
     assert len(kept) == 9
     assert set(marked) <= set(kept)
     assert set(kept) - set(marked) == set(total.argsort(descending=True)[:7].tolist())
+
+
+# VFlowOpt
+
+
+def recycle(score: torch.Tensor, features: torch.Tensor, grid: Any, count: int, cell: float) -> Any:
+    step = {"at": "projector", "keep": count, "score": "encoder_attention", "merge": {"recycle": cell}}
+    recipe = {"method": "recycling", "steps": [step]}
+    return squeeze.choose(recipe, features=features, signals={"encoder_attention": score}, grid=grid)
+
+
+def test_recycling_by_hand():
+    """Two of four go, and one more as there is one cell of four: 0 stays alone in its cell, 2 goes into 3."""
+    features = torch.tensor([[1.0], [5.0], [2.0], [4.0]])
+    choice = recycle(torch.tensor([0.1, 0.4, 0.2, 0.3]), features, (1, 4), 2, 2.0)
+    assert choice.kept.tolist() == [0, 1, 3]
+    assert choice.features.flatten().tolist() == pytest.approx([1.0, 5.0, (0.2 * 2 + 0.3 * 4) / 0.5])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("cell", [2.0, 2.5, 3.7])
+def test_recycling_is_its_loops(seed, cell):
+    tiles = [Tile(1, 6, 6), Tile(1, 6, 8, row_separators=1)]
+    place = [(n, *cell_) for n, tile in enumerate(tiles) for cell_ in tile.coordinates()]
+    features = noise(len(place), 4, seed=seed)
+    score = noise(len(place), seed=seed + 9).abs()
+    score[[n for n, at in enumerate(place) if at[2] < 0]] = -torch.inf
+    choice = recycle(score, features, tiles, 30, cell)
+    pieces = [n for n, at in enumerate(place) if at[2] >= 0]
+    fewer = len(place) - 30 + int(len(place) / cell**2)
+    low = sorted(pieces, key=lambda n: (float(score[n]), n))[:fewer]
+    cells: dict[Any, list[int]] = {}
+    for n in low:
+        tile, _, row, column = place[n]
+        cells.setdefault((tile, int(row / cell), int(column / cell)), []).append(n)
+    kept, states = [n for n in range(len(place)) if n not in low], {}
+    for members in cells.values():
+        best = max(members, key=lambda n: float(score[n]))
+        kept.append(best)
+        states[best] = sum(score[n] * features[n] for n in members) / sum(score[n] for n in members)
+    assert choice.kept.tolist() == sorted(kept)
+    for row, n in zip(choice.features, sorted(kept), strict=True):
+        assert torch.allclose(row, states.get(n, features[n]), atol=1e-5)
+
+
+def test_recycling_keeps_all_where_all_are_asked_for():
+    features = noise(36, 3)
+    choice = recycle(noise(36).abs(), features, (6, 6), 36, 2.0)
+    assert choice.kept.tolist() == list(range(36))
+    assert torch.equal(choice.features, features)
+
+
+def test_recycling_takes_a_batch_as_singles():
+    score, features = noise(2, 36).abs(), noise(2, 36, 3, seed=1)
+    both = recycle(score, features, (6, 6), 12, 2.5)
+    for row in range(2):
+        one = recycle(score[row], features[row], (6, 6), 12, 2.5)
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-6)

@@ -52,6 +52,7 @@ TABLE = {
     "trim": (None, ["projector"], "repack", True, False),
     "uniform": (288, ["layer 0"], "keep", False, True),
     "v2drop": (None, ["layers 0.09375, 0.53125, 0.6875"], "keep", False, True),
+    "vflowopt": (132, ["projector", "layer 0.322", "layer 0.643"], "repack", False, False),
     "vidcom2": (144, ["projector"], "repack", False, False),
     "visionzip": (64, ["projector"], "repack", False, True),
     "vispruner": (64, ["projector"], "repack", False, True),

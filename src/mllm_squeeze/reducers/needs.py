@@ -197,15 +197,18 @@ class EncoderAttention(EncoderNeed):
         negative one from the last; a fraction (a float between 0 and 1) is of the depth, rounded down.
     rows: "cls" the row of the CLS token, "all" the sum over all rows that see the key, "cls_or_all" the first where the
         encoder has a CLS token, else the second, "probe" the pooling head's query, on the states that the block gives,
-        where the tower has such a head.
+        where the tower has such a head, "outliers" the mean over those tokens that receive more than `factor` times the
+        average themselves, over all where there is none.
     heads: how heads are joined, behind the sum over rows; "each" leaves an axis: (S, H, N).
+    factor: of outliers.
     """
 
     phrase: ClassVar[str] = "the attention of the vision encoder"
 
     block: EncoderBlock = "feature"
-    rows: Literal["cls", "all", "cls_or_all", "probe"] = "cls_or_all"
+    rows: Literal["cls", "all", "cls_or_all", "probe", "outliers"] = "cls_or_all"
     heads: Heads = "sum"
+    factor: float = 0.0
 
 
 @dataclass(frozen=True)

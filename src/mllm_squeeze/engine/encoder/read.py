@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze import ops
-from mllm_squeeze.engine.signals.rows import AttentionCall, score_rows
+from mllm_squeeze.engine.signals.rows import AttentionCall, score_joined, score_rows
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.reducers.needs import EncoderAttention, EncoderProjection, EncoderStates, Heads, HeadsOfStates
 from mllm_squeeze.upstream import masks, pooling_head
@@ -19,6 +19,8 @@ def read_attention(need: EncoderAttention, call: AttentionCall, parts: ModelPart
     of_cls = need.rows == "cls" or (need.rows == "cls_or_all" and parts.has_cls)
 
     def score(one: AttentionCall) -> Tensor:
+        if need.rows == "outliers":
+            return _from_outliers(one, need.factor)
         return _from_cls(one, parts.cls_place) if of_cls else received(one)
 
     return _over_heads(score, call, need.heads)
@@ -95,6 +97,20 @@ def _from_cls(call: AttentionCall, place: int) -> Tensor:
     # The sum over heads, as `received` gives it.
     weights = torch.full_like(row, heads, dtype=torch.float32)
     return score_rows(call, row, weights, causal=False)
+
+
+def _from_outliers(call: AttentionCall, factor: float) -> Tensor:
+    """Return the mean attention from the tokens that receive more than `factor` times the average, else from all."""
+    # Each query gives 1 in all, so that a key of a picture receives 1 on average, whatever is packed beside it.
+    outliers = received(call) > factor * call.query.shape[1]
+    real = real_keys(call)
+    everyone = torch.ones_like(outliers) if real is None else real
+
+    def mean_of(rows: Tensor) -> Tensor:
+        return score_joined(call, None, rows, causal=False, heads="sum", per_key=True)
+
+    marked = mean_of(outliers)
+    return torch.where(marked > 0, marked, mean_of(everyone))
 
 
 def _over_heads(score: Callable[[AttentionCall], Tensor], call: AttentionCall, heads: Heads) -> Tensor:
