@@ -66,6 +66,8 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "select.balanced": "mllm_squeeze.parts.select.balanced:Balanced",
     "select.looked_at": "mllm_squeeze.parts.select.looked_at:LookedAt",
     "select.principal_groups": "mllm_squeeze.parts.select.principal_groups:PrincipalGroups",
+    "select.coordinates": "mllm_squeeze.parts.select.coordinates:Coordinates",
+    "select.coordinates_and_best": "mllm_squeeze.parts.select.coordinates:CoordinatesAndBest",
     "select.pivots": "mllm_squeeze.parts.select.pivots:Pivots",
     "select.cover": "mllm_squeeze.parts.select.cover:Cover",
     "select.weighted_cover": "mllm_squeeze.parts.select.cover:WeightedCover",

@@ -13,7 +13,7 @@ from golden.case import Case
 from golden.readings import reads
 from mllm_squeeze import ops
 from mllm_squeeze.recipe.recipe import load_recipe
-from mllm_squeeze.reducers.needs import Attention, Need, Projection, States
+from mllm_squeeze.reducers.needs import Attention, Need, Projection, Rotary, States
 
 
 def attention_of(method: str | Mapping[str, Any], rows: Tensor, at: str | None = None) -> dict[Need | str, Tensor]:
@@ -166,3 +166,23 @@ def btp(case: Case) -> dict[str, Any]:
         )
         kept[f"s{stage}_keep"] = choice.kept
     return kept
+
+
+@reads("ivc-prune")
+def ivc_prune(case: Case) -> dict[str, Any]:
+    """Tables of three axes are averaged over them, as the code does."""
+    values, start, count = case["values"], case["start"], case["n_visual"]
+    visual = slice(start, start + count)
+    tables = [case[name] if case[name].ndim == 2 else case[name].mean(0) for name in ("cos", "sin")]
+    signals: dict[Need | str, Tensor] = {
+        Projection("value", heads="each"): values[visual],
+        Projection("value", of="text", heads="each"): values[start + count + 2 :],
+        Rotary(): torch.cat(tables, 1)[visual],
+    }
+    if case["variant"][0] == "qwen":
+        return {"keep": squeeze.choose("ivc_prune", signals=signals, keep=round(count / 2)).kept}
+    signals[Projection("value", of="all", heads="each")] = values
+    recipe = load_recipe("ivc_prune").to_dict()
+    recipe["params"]["ratio"] = None
+    choice = squeeze.choose(recipe, signals=signals, among=start, variant="llava", axis=0.05)
+    return {"keep": choice.kept}

@@ -13,7 +13,7 @@ import mllm_squeeze as squeeze
 from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.recipe.recipe import load_recipe
-from mllm_squeeze.reducers.needs import Features, Normed, Projection
+from mllm_squeeze.reducers.needs import Features, Normed, Projection, Rotary
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -224,3 +224,89 @@ def test_hawk_takes_a_batch_as_singles_and_words_by_their_mask():
 def test_hawk_wants_a_weight_per_head():
     with pytest.raises(UnsupportedInputError, match="3 weights are given, and the layer has 4 heads"):
         hawk(noise(5, 4, 6), noise(20, 2, 6), keep=3, weights=[1.0, 1.0, 1.0])
+
+
+# IVC-Prune
+
+
+def ivc(values: torch.Tensor, start: int, count: int, turned: torch.Tensor, **params: Any) -> Any:
+    """Run it on values (M, H, d) of a prompt with the picture at `start`, and cosines and sines (N, 2 d)."""
+    signals: dict[Any, Any] = {
+        Projection("value", heads="each"): values[start : start + count],
+        Projection("value", of="text", heads="each"): values[start + count :],
+        Rotary(): turned,
+    }
+    if params.get("variant") == "llava":
+        signals[Projection("value", of="all", heads="each")] = values
+        params["among"] = start
+    recipe: Any = "ivc_prune"
+    if params.pop("counts", False):
+        recipe = load_recipe("ivc_prune").to_dict()
+        recipe["params"]["ratio"] = None
+    return squeeze.choose(recipe, signals=signals, **params)
+
+
+def turned(count: int, start: int = 0, width: int = 4) -> torch.Tensor:
+    angle = torch.arange(start, start + count)[:, None] * 10000.0 ** -(torch.arange(0, width, 2) / width)
+    angle = torch.cat([angle, angle], 1)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def test_coordinates_by_hand():
+    """Of eight places those of largest mean cosine are 0 and 6, of largest mean sine 2 and 1."""
+    tables = turned(8)
+    assert tables[:, :4].mean(1).tolist() == pytest.approx(
+        [1, 0.770, 0.292, 0.005, 0.173, 0.641, 0.979, 0.876], abs=1e-3
+    )
+    values = torch.zeros(9, 1, 2)
+    values[4, 0, 0] = values[8, 0, 0] = 1.0
+    # The seed is 4, the one token that is like the word; of the others the first is next.
+    choice = ivc(values, 0, 8, tables, keep=6, axis=0.25)
+    # A fifth of six is one coordinate of each kind.
+    assert choice.kept.tolist() == [0, 1, 2, 3, 4, 5]
+    assert ivc(values, 0, 8, tables, keep=3, axis=0.25).kept.tolist() == [0, 2, 4]
+
+
+def ivc_by_loops(values, start, count, tables, target, axis, seeds, over_all, best) -> list[int]:
+    visual, text = values[start : start + count], values[start + count :]
+    heads, width = values.shape[1], values.shape[2]
+
+    def rows(of: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(of), count)
+        for n, row in enumerate(of):
+            for head in range(heads):
+                others = values[:, head] if over_all else visual[:, head]
+                share = (others @ row[head] / width**0.5).softmax(0)
+                out[n] += (share[start : start + count] if over_all else share) / heads
+        return out
+
+    asked = rows(text)
+    chosen = asked.mean(0).argsort(descending=True, stable=True)[: max(1, round(seeds * count))]
+    likeness = torch.cat([asked, rows(visual[chosen])]).mean(0)
+    half = tables.shape[1] // 2
+    number = round(axis * count) if target is None else min(round(axis * count), round(0.2 * target))
+    marks = set()
+    for table in (tables[:, :half], tables[:, half:]):
+        marks |= set(table.mean(1).argsort(descending=True, stable=True)[:number].tolist())
+    order = likeness.argsort(descending=True, stable=True).tolist()
+    if target is None:
+        return sorted(marks | set(order[: round(best * count)]))
+    first = [*chosen.tolist(), *sorted(marks, key=order.index)]
+    return sorted(list(dict.fromkeys([*first, *order]))[:target])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("target", [32, 12, 5])
+def test_ivc_prune_is_its_loops(seed, target):
+    values, tables = noise(76, 3, 4, seed=seed) * 2, turned(64, start=4)
+    choice = ivc(values, 4, 64, tables, keep=target)
+    assert choice.kept.tolist() == ivc_by_loops(values, 4, 64, tables, target, 0.1, 0.01, False, 0.2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ivc_prune_for_llava_is_its_loops(seed):
+    values, tables = noise(76, 3, 4, seed=seed) * 2, turned(64, start=4)
+    choice = ivc(values, 4, 64, tables, variant="llava", counts=True, axis=0.05)
+    assert choice.kept.tolist() == ivc_by_loops(values, 4, 64, tables, None, 0.05, 0.01, True, 0.2)
+    asked = ivc(values, 4, 64, tables, variant="llava", keep=20, axis=0.05)
+    assert len(asked.kept) == 20

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .surroundings import *  # noqa: F403
     from .transition import *  # noqa: F403
     from .undivided import *  # noqa: F403
+    from .value_likeness import *  # noqa: F403
     from .words import *  # noqa: F403
 
 _MODULES = {
@@ -166,6 +167,7 @@ _MODULES = {
     "surroundings": ("surrounding_entries",),
     "transition": ("transition",),
     "undivided": ("undivided_attention",),
+    "value_likeness": ("value_likeness",),
     "words": ("guided_by_words",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
