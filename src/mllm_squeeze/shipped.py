@@ -9,6 +9,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "text_rank_recycle": "mllm_squeeze.reducers.text_rank_recycle:TextRankRecycle",
     "temporal_windows": "mllm_squeeze.reducers.temporal_windows:TemporalWindows",
     "recover_by_text": "mllm_squeeze.reducers.recover_by_text:RecoverByText",
+    "link_components": "mllm_squeeze.reducers.link_components:LinkComponents",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }
 

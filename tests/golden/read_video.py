@@ -16,3 +16,13 @@ def evs(case: Case) -> dict[str, Any]:
         "evs", features=frames.flatten(0, 1), grid=case["grid"].tolist(), modality="video", keep=case["kept_count"]
     )
     return {"keep": choice.kept}
+
+
+@reads("llava-scissor")
+def llava_scissor(case: Case) -> dict[str, Any]:
+    frames = case["features"]
+    grid = (len(frames), 1, frames.shape[1])
+    choice = squeeze.choose(
+        "llava_scissor", features=frames.flatten(0, 1), grid=grid, modality="video", above=case["tau"]
+    )
+    return {"merged": choice.features}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.build import circle
 
 import mllm_squeeze as squeeze
 from mllm_squeeze.errors import UnsupportedInputError
@@ -64,3 +65,96 @@ def test_evs_takes_a_batch_as_singles():
 def test_evs_needs_frames():
     with pytest.raises(UnsupportedInputError, match="frames of one size"):
         squeeze.choose("evs", features=noise(20, 4), modality="video", keep=9)
+
+
+# LLaVA-Scissor
+
+
+def test_scissor_by_hand():
+    """Tokens at 0, 10 and 20 degrees hang together by the middle one, which stands for them; the one at 90 is alone."""
+    frame = circle(0, 10, 20, 90)[None]
+    choice = clip("llava_scissor", frame, above=0.95)
+    assert choice.kept.tolist() == [1, 3]
+    assert choice.features.flatten().tolist() == pytest.approx([0.97483, 0.17189, 0.0, 1.0], abs=1e-4)
+    assert clip("llava_scissor", frame, above=0.98).kept.tolist() == [1, 3]
+    assert clip("llava_scissor", frame, above=0.99).kept.tolist() == [0, 1, 2, 3]
+
+
+def components(x: torch.Tensor, above: float) -> list[tuple[int, list[int]]]:
+    """Return (who stands for it, members) of each component, in the order of those that stand for them."""
+    unit = x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    links = [[j for j in range(len(x)) if i == j or float(unit[i] @ unit[j]) > above] for i in range(len(x))]
+    left, found = set(range(len(x))), []
+    while left:
+        members, open_ = set(), [min(left)]
+        while open_:
+            token = open_.pop()
+            if token not in members:
+                members.add(token)
+                open_ += links[token]
+        left -= members
+        found.append((min(members, key=lambda i: (-len(links[i]), i)), sorted(members)))
+    return sorted(found)
+
+
+def scissor(frames: torch.Tensor, above: float) -> tuple[list[int], torch.Tensor]:
+    nodes, place = [], []
+    for t, frame in enumerate(frames):
+        for stands, members in components(frame, above):
+            nodes.append(frame[members].mean(0))
+            place.append(t * len(frame) + stands)
+    found = components(torch.stack(nodes), above)
+    means = torch.stack([torch.stack([nodes[n] for n in members]).mean(0) for _, members in found])
+    x = frames.flatten(0, 1)
+    into = (torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(means, dim=1).T).argmax(1)
+    states = [(mean + x[into == n].sum(0)) / (1 + int((into == n).sum())) for n, mean in enumerate(means)]
+    return [place[stands] for stands, _ in found], torch.stack(states)
+
+
+def smooth(seed: int, frames: int = 4, count: int = 15) -> torch.Tensor:
+    """Return frames (T, N, 4) whose tokens are near to a few directions."""
+    kinds = noise(5, 4, seed=seed)
+    which = torch.randint(0, 5, (frames, count), generator=torch.Generator().manual_seed(seed + 1))
+    return kinds[which] + 0.3 * noise(frames, count, 4, seed=seed + 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("above", [0.8, 0.9, 0.97])
+def test_scissor_is_its_loops(seed, above):
+    frames = smooth(seed)
+    choice = clip("llava_scissor", frames, above=above)
+    place, states = scissor(frames, above)
+    assert choice.kept.tolist() == place
+    assert torch.allclose(choice.features, states, atol=1e-4)
+
+
+def test_long_chains_hang_together():
+    frame = circle(*(2.0 * n for n in range(80)))[None]
+    choice = clip("llava_scissor", frame, above=0.999)
+    assert choice.kept.tolist() == [1]
+    assert torch.allclose(choice.features, frame[0].mean(0)[None], atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 7, 30, 59, 60])
+def test_scissor_keeps_a_budget_that_is_asked_for(keep):
+    frames = smooth(3)
+    choice = clip("llava_scissor", frames, keep=keep)
+    assert len(choice.kept) == keep
+    if keep == 60:
+        assert torch.allclose(choice.features, frames.flatten(0, 1))
+
+
+@pytest.mark.parametrize("frames", [torch.zeros(3, 6, 4), torch.ones(3, 6, 4), torch.ones(1, 6, 4)])
+def test_scissor_of_a_still_video(frames):
+    choice = clip("llava_scissor", frames)
+    assert len(choice.kept) == (len(frames) * 6 if not frames.any() else 1)
+    assert torch.isfinite(choice.features).all()
+
+
+def test_scissor_takes_a_batch_as_singles():
+    frames = torch.stack([smooth(1), smooth(2)])
+    both = squeeze.choose("llava_scissor", features=frames.flatten(1, 2), grid=(4, 1, 15), modality="video")
+    for row in range(2):
+        one = clip("llava_scissor", frames[row])
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-5)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .attention import *  # noqa: F403
     from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
+    from .components import *  # noqa: F403
     from .elbow import *  # noqa: F403
     from .global_query import *  # noqa: F403
     from .gravity import *  # noqa: F403
@@ -69,6 +70,7 @@ _MODULES = {
     "alike_groups": ("group_likeness", "without_the_alike"),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
+    "components": ("components_in_turn", "linked_components", "remerged"),
     "elbow": ("above_elbow",),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
     "greedy": (
