@@ -10,6 +10,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "temporal_windows": "mllm_squeeze.reducers.temporal_windows:TemporalWindows",
     "recover_by_text": "mllm_squeeze.reducers.recover_by_text:RecoverByText",
     "link_components": "mllm_squeeze.reducers.link_components:LinkComponents",
+    "still_segments": "mllm_squeeze.reducers.still_segments:StillSegments",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
+from mllm_squeeze.recipe.recipe import load_recipe
 
 
 @reads("evs")
@@ -26,3 +27,32 @@ def llava_scissor(case: Case) -> dict[str, Any]:
         "llava_scissor", features=frames.flatten(0, 1), grid=grid, modality="video", above=case["tau"]
     )
     return {"merged": choice.features}
+
+
+@reads("holitom")
+def holitom(case: Case) -> dict[str, Any]:
+    steps = load_recipe("holitom").steps
+    if "hidden" in case:
+        choice = squeeze.choose(
+            "holitom",
+            at=str(steps[1].at),
+            features=case["hidden"],
+            signals={"attention": case["row"]},
+            modality="video",
+            keep=len(case["keep"]),
+        )
+        return {"keep": choice.kept, "merged": choice.features}
+    frames = case["features"]
+    choice = squeeze.choose(
+        "holitom",
+        at="projector",
+        features=frames.flatten(0, 1),
+        signals={"encoder_attention": case["attention"].flatten()},
+        grid=(len(frames), 1, frames.shape[1]),
+        modality="video",
+        retain=case["ratio_kept"],
+        still=case["tau"],
+        own=case["beta"],
+    )
+    order = case["representative"].argsort()
+    return {"keep": choice.kept, "merged": choice.features[order.argsort()]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from reference.build import circle
 
 import mllm_squeeze as squeeze
+from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
 
 
@@ -156,5 +158,101 @@ def test_scissor_takes_a_batch_as_singles():
     both = squeeze.choose("llava_scissor", features=frames.flatten(1, 2), grid=(4, 1, 15), modality="video")
     for row in range(2):
         one = clip("llava_scissor", frames[row])
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-5)
+
+
+# HoliTom
+
+
+def test_runs_by_hand():
+    """Places {0, 1} stand still from 0 to 1, {0, 2} from 1 to 2, {0} in all: ties keep the first two together."""
+    calm = torch.tensor([[True, True, False], [True, False, True]])
+    counts = ops.still_counts(calm)
+    assert counts.tolist() == [[0, 2, 1], [0, 0, 2], [0, 0, 0]]
+    assert ops.most_still(counts.tolist(), 1024) == ([(0, 1), (2, 2)], 2)
+    assert ops.most_still(counts.tolist(), 1) == ([(0, 0), (1, 1), (2, 2)], 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_are_the_best_of_all(seed):
+    """No other cut of the video saves more."""
+    calm = torch.rand(6, 9, generator=torch.Generator().manual_seed(seed)) > 0.3
+    counts = ops.still_counts(calm).tolist()
+    runs, saved = ops.most_still(counts, 1024)
+    assert [frame for first, last in runs for frame in range(first, last + 1)] == list(range(7))
+    most = 0
+    for cuts in itertools.product((False, True), repeat=6):
+        edges = [0, *(n + 1 for n, cut in enumerate(cuts) if cut), 7]
+        most = max(most, sum(counts[a][b - 1] * (b - 1 - a) for a, b in itertools.pairwise(edges)))
+    assert saved == most == sum(counts[first][last] * (last - first) for first, last in runs)
+
+
+def holitom(frames: torch.Tensor, seen: torch.Tensor, **params: Any) -> Any:
+    return clip("holitom", frames, at="projector", signals={"encoder_attention": seen.flatten()}, **params)
+
+
+def test_holitom_by_hand():
+    """Runs (0, 1) and (2): one cluster of what stands still, one moving token per frame there, two in the last."""
+    frames = torch.zeros(3, 3, 2)
+    angles = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 90.0], [0.0, 90.0, 90.0]]).deg2rad()
+    frames[..., 0], frames[..., 1] = angles.cos(), angles.sin()
+    choice = holitom(frames, torch.tensor([[0.1, 0.2, 0.3]] * 3), retain=0.5)
+    assert choice.kept.tolist() == [0, 2, 5, 7, 8]
+    # The centre of two alike ones is the first of them; the states of what stands still are their mean.
+    assert choice.features[0].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+
+
+def test_holitom_averages_in_turn_by_hand():
+    """4 with 8 is 6, and that with 0 is 3, where a plain mean would be 4."""
+    assign = torch.tensor([[0, 0, 0, -1, 4]])
+    weights = ops.running_mean_weights(assign)
+    assert weights.tolist() == [[0.25, 0.25, 0.5, 0.0, 1.0]]
+    assert ops.merge_tokens(torch.tensor([[[4.0], [8.0], [0.0], [9.0], [7.0]]]), assign, weights)[0, 0].item() == 3.0
+
+
+def test_what_stands_still_goes_into_clusters():
+    """Every token of a still place counts with its cluster's weight, shared over the frames of the run."""
+    still, moving = noise(1, 12, 4, seed=3), noise(4, 4, 4, seed=4)
+    frames = torch.cat([still.expand(4, -1, -1), moving], 1)
+    choice = holitom(frames, noise(4, 16, seed=5).abs(), retain=0.25)
+    clusters = [n for n in choice.kept.tolist() if n < 12]
+    assert choice.kept.tolist()[: len(clusters)] == clusters
+    into, weight = ops.cluster_weights(
+        still, torch.ones(1, 12, dtype=torch.bool), torch.tensor([len(clusters)]), 7, 0.6
+    )
+    for row, centre in zip(choice.features, clusters, strict=False):
+        mine = into[0] == centre
+        assert torch.allclose(row, (weight[0, mine, None] * still[0, mine]).sum(0), atol=1e-5)
+        assert float(weight[0, mine].sum()) == pytest.approx(1.0)
+    others = [n for n in choice.kept.tolist() if n >= 16]
+    assert all(n % 16 >= 12 for n in others)
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3), noise(2, 6, 3), noise(5, 6, 3)]
+)
+def test_holitom_of_any_video(frames):
+    for params in ({}, {"first": 0.5}, {"first": 0.9}):
+        choice = holitom(frames, torch.ones(frames.shape[:2]), **params)
+        assert len(choice.kept) >= 1
+        assert torch.isfinite(choice.features).all()
+    whole = holitom(frames, torch.ones(frames.shape[:2]), first=0.0, ratio=0.0)
+    assert torch.equal(whole.features, frames.flatten(0, 1))
+
+
+def test_holitom_takes_a_batch_as_singles():
+    frames = torch.stack([smooth(1), smooth(2)])
+    seen = noise(2, 60).abs()
+    both = squeeze.choose(
+        "holitom",
+        at="projector",
+        features=frames.flatten(1, 2),
+        signals={"encoder_attention": seen},
+        grid=(4, 1, 15),
+        modality="video",
+    )
+    for row in range(2):
+        one = holitom(frames[row], seen[row])
         assert both.kept[row].tolist() == one.kept.tolist()
         assert torch.allclose(both.features[row], one.features, atol=1e-5)

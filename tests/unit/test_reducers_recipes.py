@@ -29,6 +29,7 @@ TABLE = {
     "hawk": (115, ["layer 0"], "keep", True, True),
     "hiprune": (64, ["projector"], "repack", False, True),
     "hired": (115, ["projector"], "repack", False, False),
+    "holitom": (72, ["projector", "layer 0.643"], "repack", True, False),
     "ivc_prune": (288, ["layer 0.5"], "keep", True, True),
     "llava_scissor": (None, ["projector"], "repack", False, False),
     "m3": (144, ["projector"], "repack", False, True),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .share import *  # noqa: F403
     from .similarity import *  # noqa: F403
     from .spread_on_grid import *  # noqa: F403
+    from .still_segments import *  # noqa: F403
     from .stride import *  # noqa: F403
     from .surroundings import *  # noqa: F403
     from .transition import *  # noqa: F403
@@ -96,6 +97,7 @@ _MODULES = {
         "mix_tokens",
         "mixed_size",
         "nearest_target",
+        "running_mean_weights",
         "strongest_target",
     ),
     "neighbours": ("group_sum_entries", "neighbour_entries"),
@@ -159,6 +161,7 @@ _MODULES = {
         "text_similarity",
     ),
     "spread_on_grid": ("spread_cells",),
+    "still_segments": ("cluster_weights", "most_still", "still_counts"),
     "stride": (
         "grid_pattern",
         "grid_size",

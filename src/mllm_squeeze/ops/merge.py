@@ -12,7 +12,7 @@ from .kernels import available
 from .precision import at_least_float32, selection
 from .score import cosine, unit
 from .segment import segment_sum
-from .select import compact_indices, local_index, positions, put_back, take, top_k_mask
+from .select import compact_indices, local_index, positions, put_back, rank_within, take, top_k_mask
 
 
 def merge_tokens(x: Tensor, assign: Tensor, weights: Tensor) -> Tensor:
@@ -102,6 +102,20 @@ def added_mean_weights(assign: Tensor) -> Tensor:
     own = assign == positions(assign)
     others = torch.where(own, -1, assign)
     return own.float() + mean_weights(others)
+
+
+def running_mean_weights(assign: Tensor) -> Tensor:
+    """Return float32 (S, N), the weights of a target that is averaged with each of its tokens in turn; 0 at dropped.
+
+    Of n tokens the last counts a half, the one before a quarter, and so on; the target what is left.
+    """
+    own = assign == positions(assign)
+    others = (assign >= 0) & ~own
+    behind = rank_within(positions(assign).expand_as(assign).float(), assign, others)
+    counts = torch.zeros(assign.shape, device=assign.device).scatter_add(1, assign.clamp(min=0), others.float())
+    half = torch.full(assign.shape, 0.5, device=assign.device)
+    weight = torch.where(own, half**counts, half ** (behind + 1).float())
+    return weight.masked_fill(assign < 0, 0)
 
 
 def merged_size(assign: Tensor, size: Tensor) -> Tensor:
@@ -205,20 +219,21 @@ def closest_survivor(x: Tensor, keep: Tensor, label: Tensor) -> Tensor:
 
 
 @selection
-def density_peaks(x: Tensor, mask: Tensor, clusters: Tensor, neighbours: int | None = None) -> Tensor:
+def density_peaks(x: Tensor, mask: Tensor, clusters: Tensor, neighbours: int | Tensor | None = None) -> Tensor:
     """Return assign (S, M): each token's cluster centre by density-peak clustering over nearest neighbours.
 
     Distance d is Euclidean / sqrt(D). Density = exp(-mean of the squared `neighbours` smallest d, its own 0 included);
     of equal ones the lower index is denser. Separation = smallest d to a denser token, for the densest the largest d
     of all. Centres are the `clusters` tokens of largest density * separation; the others join the nearest centre.
 
-    x: (S, M, D). mask: bool (S, M). clusters: int64 (S,). neighbours: None takes as many as clusters. Memory
-    O(S * M * M).
+    x: (S, M, D). mask: bool (S, M). clusters: int64 (S,). neighbours: one number, or int64 (S,); None takes as many as
+    clusters. Memory O(S * M * M).
     """
     distance = _squared_distances(x, mask)
     real = mask[:, :, None] & mask[:, None]
     near = distance.masked_fill(~real, torch.inf).sort(dim=2).values
-    looked_at = torch.minimum(clusters if neighbours is None else torch.full_like(clusters, neighbours), mask.sum(1))
+    neighbours = clusters if neighbours is None else neighbours
+    looked_at = torch.as_tensor(neighbours, device=mask.device).expand_as(clusters).minimum(mask.sum(1))
     counted = positions(mask)[:, None] < looked_at[:, None, None]
     # The logarithm orders alike, and does not underflow where features are far apart.
     density = -near.masked_fill(~counted, 0).sum(2) / looked_at.clamp(min=1)[:, None]

@@ -25,7 +25,8 @@ class Nearest(Merge):
     by: the vectors that are compared, see `mllm_squeeze.parts.vectors`.
     into: all survivors, or only those of the last turn of a selection in turns.
     weights: "mean" is the plain mean of a survivor and what goes into it; "size" the mean weighted by how many tokens
-        each stands for; "added_mean" the survivor plus the mean of the others.
+        each stands for; "added_mean" the survivor plus the mean of the others; "running" averages the survivor with
+        one of the others after the other, in raster order, so that later ones count more.
     within: the largest distance, 1 - cosine, over which a token is merged; one that is farther is dropped.
     """
 
@@ -33,7 +34,7 @@ class Nearest(Merge):
 
     by: Vectors = "features"
     into: Literal["all", "last"] = "all"
-    weights: Literal["mean", "size", "added_mean"] = "mean"
+    weights: Literal["mean", "size", "added_mean", "running"] = "mean"
     within: float | None = Field(default=None, ge=0, le=2)
 
     def needs(self) -> tuple[Need, ...]:
@@ -65,4 +66,6 @@ class Nearest(Merge):
     def _weights(self, tokens: VisualTokens, assign: Tensor) -> Tensor | None:
         if self.weights == "mean":
             return None
+        if self.weights == "running":
+            return ops.running_mean_weights(assign)
         return ops.mean_weights(assign, tokens[Size()]) if self.weights == "size" else ops.added_mean_weights(assign)
