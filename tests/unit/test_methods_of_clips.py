@@ -233,7 +233,7 @@ def test_what_stands_still_goes_into_clusters():
     "frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3), noise(2, 6, 3), noise(5, 6, 3)]
 )
 def test_holitom_of_any_video(frames):
-    for params in ({}, {"first": 0.5}, {"first": 0.9}):
+    for params in ({}, {"first": 0.5}, {"first": 0.9, "ratio": 0.9}):
         choice = holitom(frames, torch.ones(frames.shape[:2]), **params)
         assert len(choice.kept) >= 1
         assert torch.isfinite(choice.features).all()
