@@ -15,12 +15,12 @@ from typing import Any
 
 from mllm_squeeze.family.refused import REASONS
 from mllm_squeeze.family.table import TABLE
+from mllm_squeeze.upstream.model_types import multimodal_types
 
 HERE = Path(__file__).parent
 PAGE = HERE / "families.md"
 RESULTS = HERE / "results" / "families.json"
 TRIED = HERE / "results" / "types.json"
-MAPPINGS = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
 SHOWS = ("image", "video", "audio")
 COLUMNS = (*SHOWS, "encoder", "scores", "keys", "projector", "layer", "layers", "cache", "batch", "turns")
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -84,16 +84,9 @@ def render(results: Results) -> str:
     return "\n".join([*lines, *rows, "", *_notes(names, results)]) + "\n" + _refused() + _others() + UNKNOWN
 
 
-def types_of_the_release() -> set[str]:
-    """Return the model types that the installed transformers names in its mappings of multimodal models."""
-    from transformers.models.auto import modeling_auto
-
-    return {name for mapping in MAPPINGS for name in getattr(modeling_auto, mapping, {})}
-
-
 def without_a_line() -> set[str]:
     """Return the types of the installed transformers that the page does not name."""
-    return types_of_the_release() - set(TABLE) - set(REASONS) - set(json.loads(TRIED.read_text())["types"])
+    return multimodal_types() - set(TABLE) - set(REASONS) - set(json.loads(TRIED.read_text())["types"])
 
 
 def verdict(name: str) -> str:
@@ -114,7 +107,7 @@ def try_types() -> None:
     """Write what the self-check says of each type that has neither a row nor a reason."""
     import transformers
 
-    others = sorted(types_of_the_release() - set(TABLE) - set(REASONS))
+    others = sorted(multimodal_types() - set(TABLE) - set(REASONS))
     tried = {"release": transformers.__version__, "types": {name: verdict(name) for name in others}}
     TRIED.write_text(json.dumps(tried, indent=1) + "\n")
 

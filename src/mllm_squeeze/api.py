@@ -20,7 +20,7 @@ from mllm_squeeze.engine.text_encoder import bind
 from mllm_squeeze.engine.trace import Cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_parts
-from mllm_squeeze.family.table import TABLE
+from mllm_squeeze.family.table import TABLE, UNCUTTABLE
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.planning.closest import naming_others
 from mllm_squeeze.planning.fit import make_plan, why_not
@@ -241,7 +241,7 @@ def _handle_of(inner: nn.Module) -> Handle | None:
 
 def families() -> list[str]:
     """Return the HuggingFace model types that can be squeezed."""
-    return sorted({**TABLE, **family_plugins()})
+    return sorted({**TABLE, **family_plugins()}.keys() - set(UNCUTTABLE))
 
 
 def check(model: nn.Module, *, run: bool = False) -> dict[str, Any]:

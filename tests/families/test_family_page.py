@@ -60,7 +60,7 @@ def test_every_type_of_the_release_has_a_line() -> None:
     missing = maker.without_a_line()
     said = "\n".join(f"{name}: {maker.verdict(name)}" for name in sorted(missing))
     assert not missing, f"python docs/make_families.py --types; a row or a reason is better:\n{said}"
-    assert all(f"\n| {name} |" in page for name in maker.types_of_the_release())
+    assert all(f"\n| {name} |" in page for name in maker.multimodal_types())
 
 
 def test_a_type_without_a_line_is_told_with_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -451,3 +451,35 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 )
 def test_demo_refuses_before_it_starts(words: list[str], says: str) -> None:
     assert says in call("demo", "--methods", "fastv", *words, code=2).stderr
+
+
+def test_families_has_every_type_with_its_status() -> None:
+    from mllm_squeeze.family.refused import REASONS
+    from mllm_squeeze.family.table import TABLE
+    from mllm_squeeze.upstream.model_types import multimodal_types
+
+    rows = {row["type"]: row for row in json.loads(call("families", "--json").stdout)}
+    assert set(rows) >= set(REASONS) | {row.model_type for row in TABLE.values()} | multimodal_types()
+    assert rows["llava"]["status"] == "listed" and rows["llava"]["takes"] == ["image"]
+    assert rows["git"] == {"type": "git", "status": "refused", "takes": [], "note": REASONS["git"]}
+    assert list(rows) == sorted(rows)
+
+
+def test_families_are_filtered() -> None:
+    def listed(*words: str) -> set[str]:
+        return {row["type"] for row in json.loads(call("families", "--json", *words).stdout)}
+
+    assert listed("llava_next") == {"llava_next", "llava_next_video"}
+    assert "git" in listed("--status", "refused") and "llava" not in listed("--status", "refused")
+    assert {"qwen2_audio", "voxtral"} <= listed("--modality", "audio")
+    assert "llava" not in listed("--modality", "audio")
+    assert "No model type is all of that" in call("families", "no_such_type").output
+    assert "llava_onevision" in call("families", "llava").output
+
+
+def test_a_type_without_a_row_is_checked_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mllm_squeeze.family import table
+
+    monkeypatch.setattr(table, "TABLE", {name: row for name, row in table.TABLE.items() if name != "llava"})
+    row = next(row for row in json.loads(call("families", "llava", "--json").stdout) if row["type"] == "llava")
+    assert row["status"] == "self-check" and "mllm-squeeze check llava" in row["note"]

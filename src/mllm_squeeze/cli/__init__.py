@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from mllm_squeeze import __version__
-from mllm_squeeze.cli import bench, look, methods, models, output
+from mllm_squeeze.cli import bench, families, look, methods, models, output
 from mllm_squeeze.errors import SqueezeError
 
 
@@ -51,6 +51,7 @@ def _options(
 
 
 app.command("methods")(methods.methods)
+app.command("families")(families.families)
 app.command("describe")(look.describe)
 app.command("check")(look.check)
 app.command("demo")(models.demo)

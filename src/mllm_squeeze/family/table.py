@@ -94,7 +94,7 @@ _KEYS_NOTE = (
 
 _PICKED_NOTE = "Served where layers attend to all keys or to those near by; layers that pick their keys are refused."
 # Whatever their config says, some of their layers cannot be cut exactly; `upstream/layer_kinds.py` says why.
-_REFUSED = (
+UNCUTTABLE = (
     "diffusion_gemma",
     "glm5_next",
     "hy_v4_vl",
@@ -140,7 +140,7 @@ _ROWS = (
     FamilyRow("apertus1p5", ("image", "audio"), grid="unknown", tower_to_llm="overlap"),
     replace(_QWEN, model_type="minimax_m3_vl", note=_PICKED_NOTE),
     replace(_QWEN, model_type="dots3_note", modalities=_OMNI, note=_PICKED_NOTE),
-    *(FamilyRow(name, verified=False) for name in _REFUSED),
+    *(FamilyRow(name, verified=False) for name in UNCUTTABLE),
     FamilyRow("kimi_k25", _BOTH, grid="thw", tower_to_llm="cells", tower="packed"),
     FamilyRow("internvl", tower_to_llm="pool", cls=True, grouped=("image",)),
     _POOLED,
