@@ -11,6 +11,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "recover_by_text": "mllm_squeeze.reducers.recover_by_text:RecoverByText",
     "link_components": "mllm_squeeze.reducers.link_components:LinkComponents",
     "still_segments": "mllm_squeeze.reducers.still_segments:StillSegments",
+    "dynamic_density": "mllm_squeeze.reducers.dynamic_density:DynamicDensity",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }
 

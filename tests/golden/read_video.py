@@ -56,3 +56,28 @@ def holitom(case: Case) -> dict[str, Any]:
     )
     order = case["representative"].argsort()
     return {"keep": choice.kept, "merged": choice.features[order.argsort()]}
+
+
+@reads("fastvid")
+def fastvid(case: Case) -> dict[str, Any]:
+    frames = case["features"]
+    recipe = load_recipe("fastvid").to_dict()
+    # What describes a frame is given by itself.
+    recipe["steps"][0]["frames_by"] = "encoder_states"
+    choice = squeeze.choose(
+        recipe,
+        features=frames.flatten(0, 1),
+        signals={
+            "encoder_attention": case["attention"].flatten(),
+            "encoder_states": case["frame_descriptor"].repeat_interleave(frames.shape[1], 0),
+        },
+        grid=(len(frames), 1, frames.shape[1]),
+        modality="video",
+        retain=case["ratio_kept"],
+        runs=case["c"],
+        unlike=case["tau"],
+        context=case["context_share"],
+        period=case["anchor_period"],
+        own=case["beta"],
+    )
+    return {"keep": choice.kept, "merged": choice.features}

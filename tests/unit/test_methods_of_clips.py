@@ -256,3 +256,105 @@ def test_holitom_takes_a_batch_as_singles():
         one = holitom(frames[row], seen[row])
         assert both.kept[row].tolist() == one.kept.tolist()
         assert torch.allclose(both.features[row], one.features, atol=1e-5)
+
+
+# FastVID
+
+
+def test_segments_by_hand():
+    """Of .95 .85 .97 one is cut as the least alike, and below the bar; the anchors stand in the last frame."""
+    assert ops.alike_runs([0.95, 0.85, 0.97], 2, 0.9) == [(0, 1), (2, 3)]
+    assert ops.alike_runs([0.95, 0.85, 0.97], 1, 0.9) == [(0, 1), (2, 3)]
+    assert ops.alike_runs([0.95, 0.85, 0.97], 3, 0.0) == [(0, 0), (1, 1), (2, 3)]
+    assert ops.alike_runs([], 8, 0.9) == [(0, 0)]
+    assert ops.anchors_per_frame([(0, 1), (2, 3)], 2, 4) == [0, 4, 0, 4]
+    assert ops.anchors_per_frame([(0, 5)], 3, 4) == [0, 9, 0, 0, 0, 9]
+
+
+def fastvid(frames: torch.Tensor, seen: torch.Tensor, **params: Any) -> Any:
+    return clip("fastvid", frames, signals={"encoder_attention": seen.flatten()}, **params)
+
+
+def fastvid_by_loops(frames, seen, share, least, bar, part, period, own) -> tuple[list[int], dict[int, torch.Tensor]]:
+    length, places, width = frames.shape
+    means = torch.nn.functional.normalize(frames.mean(1), dim=1)
+    runs = ops.alike_runs([float(means[t] @ means[t + 1]) for t in range(length - 1)], least, bar)
+    each = int(places * share)
+    context = int(each * part)
+    kept, states, rest = [], {}, []
+    for t in range(length):
+        order = seen[t].argsort(descending=True, stable=True).tolist()
+        kept += [t * places + n for n in order[: each - context]]
+        rest.append(sorted(order[each - context :]))
+    counts = ops.anchors_per_frame(runs, context, period)
+    for first, last in runs:
+        pool = [(t, n) for t in range(first, last + 1) for n in rest[t]]
+        for t in range(first, last + 1):
+            if not counts[t]:
+                continue
+            x = frames[t][rest[t]]
+            far = torch.cdist(x, x) / width**0.5
+            density = torch.exp(-far.sort(1).values[:, :4].square().mean(1))
+            gap = torch.tensor(
+                [
+                    min((float(far[i, j]) for j in range(len(x)) if density[j] > density[i]), default=float(far.max()))
+                    for i in range(len(x))
+                ]
+            )
+            best = (density * gap).argsort(descending=True, stable=True)[: counts[t]].sort().values
+            anchors = [rest[t][i] for i in best.tolist()]
+            unit = torch.nn.functional.normalize(frames[t][anchors], dim=1)
+            members: dict[int, list[Any]] = {n: [] for n in anchors}
+            for u, n in pool:
+                members[anchors[int((unit @ torch.nn.functional.normalize(frames[u, n], dim=0)).argmax())]].append(
+                    (u, n)
+                )
+            for n, them in members.items():
+                weight = max(1 / (len(them) + 1), own)
+                mean = torch.stack([frames[u, m] for u, m in them]).mean(0)
+                states[t * places + n] = weight * frames[t, n] + (1 - weight) * mean
+    return sorted([*kept, *states]), states
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("params", [{}, {"retain": 0.5, "runs": 2, "unlike": 0.0, "period": 2, "own": 0.1}])
+def test_fastvid_is_its_loops(seed, params):
+    frames, seen = noise(9, 24, 6, seed=seed), noise(9, 24, seed=seed + 20).abs()
+    given = {"retain": 0.25, "runs": 8, "unlike": 0.9, "context": 0.4, "period": 4, "own": 0.6} | params
+    choice = fastvid(frames, seen, **given)
+    kept, states = fastvid_by_loops(frames, seen, *given.values())
+    assert choice.kept.tolist() == kept
+    for row, token in zip(choice.features, kept, strict=True):
+        assert torch.allclose(row, states.get(token, frames.flatten(0, 1)[token]), atol=1e-5)
+
+
+def test_anchors_count_by_hand():
+    """An anchor of 1 and another of 3: both go into it, .6 * 1 + .4 * 2 = 1.4."""
+    from mllm_squeeze.reducers.dynamic_density import DynamicDensity
+
+    x = torch.tensor([[1.0, 1.0], [3.0, 3.0]])
+    into, source, weight = DynamicDensity()._into(x, torch.tensor([0]), torch.tensor([0, 1]))
+    assert into.tolist() == [0, 0, 0] and source.tolist() == [0, 0, 1]
+    assert (weight[:, None] * x[source]).sum(0).tolist() == pytest.approx([1.4, 1.4])
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3), noise(2, 6, 3), noise(5, 6, 3)]
+)
+def test_fastvid_of_any_video(frames):
+    seen = torch.ones(frames.shape[:2])
+    for params in ({}, {"ratio": 0.5}, {"ratio": 0.95}, {"retain": 1.0}):
+        choice = fastvid(frames, seen, **params)
+        assert len(choice.kept) >= 1
+        assert torch.isfinite(choice.features).all()
+    assert torch.equal(fastvid(frames, seen, ratio=0.0).features, frames.flatten(0, 1))
+
+
+def test_fastvid_takes_a_batch_as_singles():
+    frames, seen = torch.stack([smooth(1), smooth(2)]), noise(2, 60).abs()
+    signals = {"encoder_attention": seen}
+    both = squeeze.choose("fastvid", features=frames.flatten(1, 2), signals=signals, grid=(4, 1, 15), modality="video")
+    for row in range(2):
+        one = fastvid(frames[row], seen[row])
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-5)

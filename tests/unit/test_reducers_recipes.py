@@ -24,6 +24,7 @@ TABLE = {
     "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
     "evs": (144, ["projector"], "keep", False, True),
     "fastervlm": (58, ["projector"], "repack", False, True),
+    "fastvid": (None, ["projector"], "keep", False, False),
     "fastv": (288, ["layer 2"], "keep", True, True),
     "fourier_vlm": (144, ["projector"], "repack", False, True),
     "hawk": (115, ["layer 0"], "keep", True, True),

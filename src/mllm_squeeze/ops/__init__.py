@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .components import *  # noqa: F403
+    from .dynamic_segments import *  # noqa: F403
     from .elbow import *  # noqa: F403
     from .global_query import *  # noqa: F403
     from .gravity import *  # noqa: F403
@@ -72,6 +73,7 @@ _MODULES = {
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
     "components": ("components_in_turn", "linked_components", "remerged"),
+    "dynamic_segments": ("alike_runs", "anchors_per_frame"),
     "elbow": ("above_elbow",),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
     "greedy": (

@@ -11,8 +11,7 @@ from pydantic import Field
 from mllm_squeeze import ops
 from mllm_squeeze.parts.base import Groups
 from mllm_squeeze.parts.score.encoder_attention import EncoderAttention
-from mllm_squeeze.parts.segment.frame import frames_of
-from mllm_squeeze.parts.segment.stillness import size_of_frames
+from mllm_squeeze.parts.segment.frame import frame_tables
 from mllm_squeeze.reducers.base import Mix, Reducer, Reduction, VisualTokens
 from mllm_squeeze.reducers.needs import Features, Need, Place
 
@@ -74,21 +73,13 @@ class StillSegments(Reducer):
         import torch
 
         seen = _SEEN.score(tokens, Groups(torch.zeros_like(tokens.origin), 1))
-        height, width = size_of_frames(tokens)
-        frame, count = frames_of(tokens)
-        cell = tokens.grid[..., 2] * width + tokens.grid[..., 3]
         keep, entries = tokens.mask.clone(), []
-        for span, (number, budget) in enumerate(zip(tokens.current, tokens.counts, strict=True)):
-            share = budget / number if tokens.asked else self.retain
+        for span, token in enumerate(frame_tables(tokens)):
+            share = tokens.counts[span] / tokens.current[span] if tokens.asked else self.retain
             if share >= 1:
                 continue
-            pieces = tokens.mask[span] & (tokens.grid[span, :, 2] >= 0)
-            token = torch.full((count * height * width,), -1, device=keep.device)
-            token[(frame[span] * height * width + cell[span])[pieces]] = pieces.nonzero().flatten()
-            token = token.view(count, -1)
-            token = token[(token >= 0).any(1)][:, (token >= 0).any(0)]
             kept, mixed = self._clip(_Clip(token, tokens.features[span].float(), seen[span]), share)
-            keep[span] = (tokens.mask[span] & ~pieces).index_fill(0, kept, True)
+            keep[span] = keep[span].index_fill(0, token.flatten(), False).index_fill(0, kept, True)
             entries += [(torch.full_like(into, span), into, source, weight) for into, source, weight in mixed]
         if not entries:
             return Reduction(keep)

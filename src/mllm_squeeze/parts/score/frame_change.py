@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from mllm_squeeze import ops
 from mllm_squeeze.parts.base import Groups, Score
-from mllm_squeeze.parts.segment.frame import frames_of
-from mllm_squeeze.parts.segment.stillness import size_of_frames
+from mllm_squeeze.parts.segment.frame import frames_of, size_of_frames
 from mllm_squeeze.parts.vectors import Vectors, need_of
 from mllm_squeeze.reducers.base import VisualTokens
 from mllm_squeeze.reducers.needs import Need

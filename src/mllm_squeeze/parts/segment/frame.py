@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mllm_squeeze import ops
+from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.parts.base import Groups, Segment
 from mllm_squeeze.reducers.base import VisualTokens
 
@@ -20,6 +21,42 @@ def frames_of(tokens: VisualTokens) -> tuple[Tensor, int]:
     per_tile = [[tile.frames for tile in tiles] for tiles in tokens.tiles] or [[]] * len(tokens.current)
     count = max(1, *(sum(frames) for frames in per_tile))
     return ops.frame_ids(tokens.grid, per_tile).clamp(min=0).masked_fill(~tokens.mask, -1), count
+
+
+def size_of_frames(tokens: VisualTokens) -> tuple[int, int]:
+    """Return the largest height and width of the frames, all of one size in a video.
+
+    Raises:
+        UnsupportedInputError: the frames are not known, or not of one size.
+    """
+    shapes = {(tile.height, tile.width) for tiles in tokens.tiles for tile in tiles}
+    if not shapes or any(len({(tile.height, tile.width) for tile in tiles}) != 1 for tiles in tokens.tiles):
+        raise UnsupportedInputError(
+            "What stands still is found by comparing frames of one size place by place; here the grid of a video "
+            f"is {tokens.tiles or 'not known'}. Use segment: frame instead."
+        )
+    return max(height for height, _ in shapes), max(width for _, width in shapes)
+
+
+def frame_tables(tokens: VisualTokens) -> list[Tensor]:
+    """Return int64 (T, P) for each span, the token at each place of each frame, without separators.
+
+    Raises:
+        UnsupportedInputError: the frames are not known, or not of one size.
+    """
+    import torch
+
+    height, width = size_of_frames(tokens)
+    frame, count = frames_of(tokens)
+    pieces = tokens.mask & (tokens.grid[..., 2] >= 0)
+    place = (frame * height + tokens.grid[..., 2]) * width + tokens.grid[..., 3]
+    tables = []
+    for span in range(len(frame)):
+        table = torch.full((count * height * width,), -1, device=frame.device)
+        table[place[span][pieces[span]]] = pieces[span].nonzero().flatten()
+        table = table.view(count, -1)
+        tables.append(table[(table >= 0).any(1)][:, (table >= 0).any(0)])
+    return tables
 
 
 class Frame(Segment):

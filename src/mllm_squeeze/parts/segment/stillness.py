@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from mllm_squeeze import ops
-from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.parts.base import Groups, Segment
-from mllm_squeeze.parts.segment.frame import frames_of
+from mllm_squeeze.parts.segment.frame import frames_of, size_of_frames
 from mllm_squeeze.reducers.base import VisualTokens
 from mllm_squeeze.reducers.needs import Features, Need
 
@@ -67,18 +66,3 @@ class Stillness(Segment):
         share = ops.segment_mean(calm.float(), place, cells)
         several = ops.segment_count(place, cells) > 1
         return ((share >= 1) & several).gather(1, place.clamp(min=0)) & piece
-
-
-def size_of_frames(tokens: VisualTokens) -> tuple[int, int]:
-    """Return the largest height and width of the frames, all of one size in a video.
-
-    Raises:
-        UnsupportedInputError: the frames are not known, or not of one size.
-    """
-    shapes = {(tile.height, tile.width) for tiles in tokens.tiles for tile in tiles}
-    if not shapes or any(len({(tile.height, tile.width) for tile in tiles}) != 1 for tiles in tokens.tiles):
-        raise UnsupportedInputError(
-            "What stands still is found by comparing frames of one size place by place; here the grid of a video "
-            f"is {tokens.tiles or 'not known'}. Use segment: frame instead."
-        )
-    return max(height for height, _ in shapes), max(width for _, width in shapes)
