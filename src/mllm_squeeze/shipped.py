@@ -85,5 +85,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "merge.resample": "mllm_squeeze.parts.merge.resample:Resample",
     "merge.surroundings": "mllm_squeeze.parts.merge.surroundings:Surroundings",
     "merge.recycle": "mllm_squeeze.parts.merge.recycle:Recycle",
+    "merge.adjacent": "mllm_squeeze.parts.merge.adjacent:Adjacent",
+    "merge.adjacent_pairs": "mllm_squeeze.parts.merge.adjacent:AdjacentPairs",
     "merge.into_best": "mllm_squeeze.parts.merge.into_best:IntoBest",
 }

@@ -12,6 +12,7 @@ from mllm_squeeze.recipe.recipe import describe, load_recipe
 
 # method: (tokens of 576 kept by default, None without one ratio, where, positions, reads the text, known count)
 TABLE = {
+    "a_tome": (346, ["projector"], "keep", False, False),
     "adaptinfer": (None, ["layers 0.0625, 0.34375, 0.65625"], "repack", True, True),
     "avgpool": (144, ["projector"], "repack", False, True),
     "bilinear": (144, ["projector"], "repack", False, True),
@@ -23,6 +24,7 @@ TABLE = {
     "divprune": (56, ["projector"], "repack", False, True),
     "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
     "evs": (144, ["projector"], "keep", False, True),
+    "fastadasp": (288, ["layer 3"], "keep", True, True),
     "fastervlm": (58, ["projector"], "repack", False, True),
     "fastvid": (None, ["projector"], "keep", False, False),
     "fastv": (288, ["layer 2"], "keep", True, True),

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adjacent import *  # noqa: F403
     from .alike_groups import *  # noqa: F403
     from .attention import *  # noqa: F403
     from .bounded_peaks import *  # noqa: F403
@@ -69,6 +70,7 @@ _MODULES = {
         "stage_counts",
         "stage_fractions",
     ),
+    "adjacent": ("adjacent_sites", "every_other_site", "joined_runs"),
     "alike_groups": ("group_likeness", "without_the_alike"),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
