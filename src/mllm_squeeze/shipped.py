@@ -71,6 +71,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "select.principal_groups": "mllm_squeeze.parts.select.principal_groups:PrincipalGroups",
     "select.coordinates": "mllm_squeeze.parts.select.coordinates:Coordinates",
     "select.coordinates_and_best": "mllm_squeeze.parts.select.coordinates:CoordinatesAndBest",
+    "select.unlike_before": "mllm_squeeze.parts.select.unlike_before:UnlikeBefore",
     "select.pivots": "mllm_squeeze.parts.select.pivots:Pivots",
     "select.cover": "mllm_squeeze.parts.select.cover:Cover",
     "select.weighted_cover": "mllm_squeeze.parts.select.cover:WeightedCover",

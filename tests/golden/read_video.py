@@ -81,3 +81,18 @@ def fastvid(case: Case) -> dict[str, Any]:
         own=case["beta"],
     )
     return {"keep": choice.kept, "merged": choice.features}
+
+
+@reads("timechat-online")
+def timechat_online(case: Case) -> dict[str, Any]:
+    if case["method"][0] != "feature":
+        raise NotImplementedError("pixels are not compared")
+    choice = squeeze.choose(
+        "timechat_online",
+        features=case["features"].flatten(0, 1),
+        grid=case["grid"].tolist(),
+        modality="video",
+        alike=case["threshold"],
+        per_frame=not case["absolute"],
+    )
+    return {"keep": choice.kept}

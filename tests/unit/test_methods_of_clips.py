@@ -358,3 +358,47 @@ def test_fastvid_takes_a_batch_as_singles():
         one = fastvid(frames[row], seen[row])
         assert both.kept[row].tolist() == one.kept.tolist()
         assert torch.allclose(both.features[row], one.features, atol=1e-5)
+
+
+# TimeChat-Online
+
+
+def test_timechat_by_hand():
+    """Likeness .9 .4 .5 and .3 .6 .51 to the frame before: above .5 one, then two leave; a third of a frame is one."""
+    turns = torch.tensor([[0.0, 0, 0], [0.9, 0.4, 0.4999], [0.3, 0.6, 0.51]])
+    angle = torch.cat([torch.zeros(1, 3), turns[1:].arccos()]).cumsum(0)
+    frames = torch.stack([angle.cos(), angle.sin()], -1)
+    assert clip("timechat_online", frames).kept.tolist() == [0, 1, 2, 4, 5, 6]
+    assert clip("timechat_online", frames, alike=0.34, per_frame=True).kept.tolist() == [0, 1, 2, 4, 5, 6, 8]
+    assert clip("timechat_online", frames, keep=4).kept.tolist() == [0, 1, 2, 6]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_timechat_is_its_loop(seed, per_frame):
+    frames = noise(5, 12, 6, seed=seed)
+    frames[2] = frames[1]
+    kept = list(range(12))
+    for t in range(1, 5):
+        alike = torch.cosine_similarity(frames[t], frames[t - 1], dim=1)
+        if per_frame:
+            gone = set(alike.argsort(descending=True, stable=True)[: int(12 * 0.3)].tolist())
+            # Of tokens that are all the same rounding says which is most alike.
+            gone = set(range(3)) if t == 2 else gone
+        else:
+            gone = {n for n in range(12) if float(alike[n]) > 0.3}
+        kept += [12 * t + n for n in range(12) if n not in gone]
+    choice = clip("timechat_online", frames, (5, 3, 4), alike=0.3, per_frame=per_frame)
+    if per_frame:
+        assert len(choice.kept) == len(kept)
+        kept, mine = ([n for n in found if not 24 <= n < 36] for found in (kept, choice.kept.tolist()))
+        assert mine == kept
+    else:
+        assert choice.kept.tolist() == kept
+
+
+@pytest.mark.parametrize("frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3)])
+def test_timechat_of_a_still_video(frames):
+    kept = clip("timechat_online", frames).kept.tolist()
+    # Black has no direction, so nothing says that it is alike.
+    assert kept == list(range(6 if frames.any() else len(frames) * 6))

@@ -40,9 +40,21 @@ class FrameChange(Score):
 
     def score(self, tokens: VisualTokens, groups: Groups) -> Tensor:
         """Return how much changed."""
-        height, width = size_of_frames(tokens)
-        frame, count = frames_of(tokens)
-        earlier = (frame - 1).masked_fill(frame < 1, -1)
-        before = ops.same_place(tokens.grid, frame, earlier, (count, height, width))
-        change = (1 - ops.paired_cosine(tokens[need_of(self.by)], before)).masked_fill(before < 0, _NEW)
+        alike, before = likeness_before(tokens, need_of(self.by))
+        change = (1 - alike).masked_fill(before < 0, _NEW)
         return change.masked_fill(tokens.grid[..., 1] < 0, -float("inf"))
+
+
+def likeness_before(tokens: VisualTokens, need: Need) -> tuple[Tensor, Tensor]:
+    """Return float32 (S, N), the cosine to the token at the same place one frame before, and int64 (S, N), which it is.
+
+    need: the vectors. Where there is none before the cosine is 0 and the token -1.
+
+    Raises:
+        UnsupportedInputError: the frames are not known, or not of one size.
+    """
+    height, width = size_of_frames(tokens)
+    frame, count = frames_of(tokens)
+    earlier = (frame - 1).masked_fill(frame < 1, -1)
+    before = ops.same_place(tokens.grid, frame, earlier, (count, height, width))
+    return ops.paired_cosine(tokens[need], before), before
