@@ -30,6 +30,8 @@ PREFERRED = ("divprune", "fastv", "pyramiddrop", "sparsevlm", "visionzip", "rand
 _PROBE = (Tile(8, 4, 4),)
 # Methods of several cuts leave some tokens for the last of them.
 ONE_CUT, SEVERAL_CUTS = 0.5, 0.75
+# Of a first step that could decide by itself.
+FIRST_CUT = 0.2
 
 
 @dataclass(frozen=True, order=True)
@@ -112,6 +114,9 @@ def _method(name: str, source: str) -> Method:
     budgeted = bool({"ratio", "keep"} & set(recipe.params))
     cuts = sum(len(step.at.layers or (0,)) for step in recipe.steps if _cuts(step))
     params: dict[str, Any] = _shallow(recipe)
+    if recipe.params.get("first", 0) is None:
+        # Where the first step says itself how much it leaves, it might leave nothing to a later one.
+        params["first"] = FIRST_CUT
     if budgeted:
         params = _with_ratio(name, params, SEVERAL_CUTS if cuts > 1 else ONE_CUT)
     recipe = load_recipe(name, **params)

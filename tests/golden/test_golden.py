@@ -28,14 +28,18 @@ def test_every_reading_has_its_file_and_every_difference_its_reading() -> None:
     assert set(DIFFERENCES) <= set(load_all())
 
 
+# A file whose first case says what is kept.
+KEPT = next(path for path in FILES if path.stem == "fastv")
+
+
 def altered(path: Path, **changes: np.ndarray) -> None:
-    with np.load(FILES[0]) as stored:
+    with np.load(KEPT) as stored:
         np.savez(path, **{**{name: stored[name] for name in stored.files}, **changes})
 
 
 def test_another_expectation_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / FILES[0].name
-    with np.load(FILES[0]) as stored:
+    path = tmp_path / KEPT.name
+    with np.load(KEPT) as stored:
         kept = stored["c0_keep"]
     altered(path, c0_keep=np.arange(len(kept)))
     assert main([str(path)]) == 1

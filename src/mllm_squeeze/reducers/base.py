@@ -190,6 +190,7 @@ class Reducer(BaseModel):
     why_more: what messages say where the rule leaves clearly more than its budget.
     least: the fraction of the tokens that it leaves at least, whatever the budget.
     separators: tokens that stand for no piece of a picture compete with the others, are all kept, or all dropped.
+    modality: what it reduces of what it could, None for all of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -203,6 +204,11 @@ class Reducer(BaseModel):
     least: ClassVar[float] = 0.0
 
     separators: Literal["compete", "keep", "drop"] = "compete"
+    modality: Literal["image", "video", "audio"] | None = None
+
+    def of_its_modality(self, modalities: frozenset[str]) -> frozenset[str]:
+        """Return what it reduces, of what it could."""
+        return modalities if self.modality is None else modalities & {self.modality}
 
     @property
     def facts(self) -> Facts:
@@ -214,7 +220,7 @@ class Reducer(BaseModel):
             self.decides,
             self.merges,
             any(need.reads_text for need in self.needs()),
-            self.modalities,
+            self.of_its_modality(self.modalities),
             self.why_more,
         )
 

@@ -29,7 +29,8 @@ class DynamicDensity(Reducer):
     share a part is context: every `period`-th frame of a run, counted from its last, has anchors for all of it, the
     density peaks of the tokens that are not kept. Each other token of the run goes, once for each frame with anchors,
     into the one that it is most like; an anchor counts `own` at least, and what went into it, itself included, the rest
-    evenly. How many stay follows from the runs, about as many as asked for, as shares round down.
+    evenly. How many stay follows from the runs, about as many as asked for, as shares round down; it waits for the
+    device.
 
     retain: the share that stays, where the step asks for no budget.
     runs: how many there are at least.

@@ -26,7 +26,8 @@ class LinkComponents(Reducer):
     each token of the span is added to the mean that it is most like, and all are divided by how many that are, the mean
     itself included. A component stands at the token of most links, in its frame, of most links of all. What stays
     follows from the content. A budget that is asked for lowers the number until no more stay, and sets the tokens free
-    that are least like what they went into, until as many do. Memory O(n * n) for the means of a span.
+    that are least like what they went into, until as many do. Memory O(n * n) for the means of a span;
+    it waits for the device.
 
     above: the cosine above which two tokens are linked.
 

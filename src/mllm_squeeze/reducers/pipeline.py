@@ -62,7 +62,7 @@ class Pipeline(Reducer):
             decides=decides,
             merges=any(merge is not None for merge in merges),
             reads_text=any(need.reads_text for need in needs),
-            modalities=self.modalities.intersection(*(part.modalities for part in parts)),
+            modalities=self.of_its_modality(self.modalities.intersection(*(part.modalities for part in parts))),
             why_more=next((part.why_more for part in parts if part.why_more), self.why_more),
         )
 

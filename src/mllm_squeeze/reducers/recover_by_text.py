@@ -91,7 +91,8 @@ class RecoverByText(Reducer):
 
         rest, centres, others, more = parts
         bonus = self.text_weight * question / tokens[self._asked.needs()[0]].shape[-1] ** 0.5
-        slots = max(1, int(centres.sum(1).max()))
+        slots = max(1, max(tokens.counts) if tokens.asked else int(centres.sum(1).max()))
+        slots = min(slots, centres.shape[1])
         entries = (
             ops.neighbour_entries(tokens[_KEYS], weight, centres, rest.long() - 1, self.most, slots, bonus.float()),
             ops.group_sum_entries(weight, others, more, rest.long() - 1, 1),

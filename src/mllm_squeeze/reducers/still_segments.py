@@ -38,7 +38,7 @@ class StillSegments(Reducer):
     has more than this cosine to the one of the frame before; runs are cut so that what stands still saves most. What is
     saved raises the share that stays. Of what stands still a run keeps the mean over its frames as density-peak
     clusters; of the rest each frame keeps that share, rounded up, of largest attention from the last block of the
-    vision encoder. How many stay follows from the video, about as many as asked for.
+    vision encoder. How many stay follows from the video, about as many as asked for; it waits for the device.
 
     retain: the share that stays, where the step asks for no budget.
     still: the cosine above which a place stands still.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.base import Signals, VisualTokens
+from mllm_squeeze.reducers.base import Among, Signals, VisualTokens
 from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Need
 
 
@@ -27,13 +27,15 @@ def visual_tokens(
     tiles: Sequence[tuple[Tile, ...]] | None = None,
     signals: Mapping[Need, Sequence[Tensor]] | None = None,
     text: Mapping[Need, Sequence[Tensor]] | None = None,
+    whole: Mapping[Need, Sequence[Tensor]] | None = None,
+    lead: int = 0,
     special_tokens: int = 0,
     width: int | None = None,
 ) -> VisualTokens:
     """Return the padded batch of spans; `width` pads further.
 
     signals: of the visual tokens, which come first also where attention has axes of heads and rows. text: of the words,
-    `Features("text")` too.
+    `Features("text")` too. whole: of all tokens, `lead` of which stand in front of the visual ones.
     """
     lengths = tuple(len(f) for f in features)
     width = width or max(lengths)
@@ -44,6 +46,12 @@ def visual_tokens(
             grid[i, : lengths[i]] = torch.tensor(cells[: lengths[i]])  # a cut before leaves fewer tokens than cells
     visual = {need: turned(need, padded(evened(need, rows), width)) for need, rows in (signals or {}).items()}
     words = {need: turned(need, padded(evened(need, rows))) for need, rows in (text or {}).items()}
+    every = {need: padded(rows) for need, rows in (whole or {}).items()}
+    place = torch.arange(width).expand(len(lengths), width)
+    among = {}
+    for need, rows in (whole or {}).items():
+        present = there([len(row) for row in rows])
+        among[need] = Among(present, (lead + place).clamp(max=present.shape[1] - 1))
     return VisualTokens(
         mask=pad([torch.ones(n, dtype=torch.bool) for n in lengths], width, False),
         budget=torch.tensor(budgets),
@@ -55,7 +63,8 @@ def visual_tokens(
         tiles=tuple(tiles or ((),) * len(lengths)),
         special_tokens=special_tokens,
         sample=tuple(range(len(lengths))),
-        signals=Signals({Features(): padded(features, width), **visual, **words}),
+        signals=Signals({Features(): padded(features, width), **visual, **words, **every}),
+        among=among,
         text_mask=there([len(row) for row in next(iter(text.values()))]) if text else None,
     )
 

@@ -13,6 +13,8 @@ TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),),
 LENGTHS = [sum(tile.cells for tile in tiles) for tiles in TILES]
 WORDS = [9, 2, 5, 4, 1]
 HEADS = 3
+# Tokens in front of the visual ones, where a signal speaks of all.
+LEAD = 2
 
 
 def spans_with(needs, seed=0, dtype=torch.float32):
@@ -28,10 +30,13 @@ def spans_with(needs, seed=0, dtype=torch.float32):
 
     signals = {need: drawn(need, LENGTHS) for need in needs}
     words = {need: drawn(need, WORDS) for need in needs}
+    whole = {need: drawn(need, [LEAD + n + w for n, w in zip(LENGTHS, WORDS, strict=True)]) for need in needs}
+    own = {need: rows for need, rows in signals.items() if not of_text(need) and need != Features()}
     return {
         "features": noise(LENGTHS, 12),
-        "signals": {need: rows for need, rows in signals.items() if not of_text(need) and need != Features()},
+        "signals": {need: rows for need, rows in own.items() if not of_all(need)},
         "text": {need: rows for need, rows in words.items() if of_text(need)},
+        "whole": {need: rows for need, rows in whole.items() if of_all(need)},
     }
 
 
@@ -48,6 +53,8 @@ def one(need, n, words):
         heads = [HEADS] if need.heads == "each" else []
         rows = [words] if getattr(need, "over_rows", "") == "each" else []
         return torch.rand(n, *heads, *rows)
+    if getattr(need, "heads", "") == "each":
+        return torch.randn(n, HEADS, 8)
     return torch.randn(n, 8 if "Projection" in type(need).__name__ else 12)
 
 
@@ -63,8 +70,14 @@ def batch(data, budgets, rows=range(5), width=None):
         tiles=[TILES[i] for i in rows],
         signals=pick(data["signals"]),
         text=pick(data["text"]),
+        whole=pick(data["whole"]),
+        lead=LEAD,
         width=width,
     )
+
+
+def of_all(need):
+    return getattr(need, "of", "visual") == "all"
 
 
 def of_text(need):

@@ -41,8 +41,12 @@ class Adjacent(Merge):
         """Return the first of each run, and what goes into it."""
         mask = groups.label >= 0
         number = (mask.sum(1) - limit[:, 0]).clamp(min=0)
-        sites = self._sites(ops.adjacent_sites(tokens[need_of(self.by)], groups.label, number))
-        assign = ops.joined_runs(sites, mask)
+        # Neighbours are so whatever stands between them that is not to be chosen from.
+        index, filled = ops.compact_indices(mask, mask.shape[1])
+        label = ops.take(groups.label, index).masked_fill(~filled, -1)
+        sites = self._sites(ops.adjacent_sites(ops.take(tokens[need_of(self.by)], index), label, number))
+        first = ops.take(index, ops.joined_runs(sites, filled).clamp(min=0))
+        assign = ops.put_back(mask.long() * 0 - 1, index, filled, first)
         keep = assign == ops.positions(assign)
         if self.weights == "mean" or score is None:
             return Reduction(keep, assign)
@@ -61,6 +65,9 @@ class AdjacentPairs(Adjacent):
 
     Where several in a row are joined every other one is, from the first on, so that more tokens stay than are asked
     for. arXiv 2306.16009.
+
+    by: the vectors that are compared by their cosine, see `mllm_squeeze.parts.vectors`.
+    weights: "mean", or "score" for the mean weighted by the score of the step (negative numbers count as 0).
     """
 
     known_count: ClassVar[bool] = False

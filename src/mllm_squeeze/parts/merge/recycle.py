@@ -51,31 +51,25 @@ class Recycle(Merge):
         fewer = (number - limit[:, 0]).clamp(min=0)
         more = (number.double() / self.cell**2).floor().long().where(fewer > 0, 0)
         low = ops.top_k_mask(-score.nan_to_num(neginf=0), pieces, fewer + more)
-        cell = self._cells(tokens).masked_fill(~low, -1)
+        cell, count = self._cells(tokens)
+        cell = cell.masked_fill(~low, -1)
         best = low & (ops.rank_within(score, cell, low) == 0)
         place = ops.positions(cell).expand_as(cell)
-        target = self._target(place, best, cell)
+        at = torch.zeros(len(cell), count + 1, dtype=torch.int64, device=cell.device)
+        target = at.scatter(1, torch.where(best, cell, count), place).gather(1, cell.clamp(min=0))
         assign = torch.where(low, target, torch.where(there, place, -1))
         weight = score.clamp(min=0).masked_fill(~low, 1)
         total = torch.zeros_like(weight).scatter_add(1, assign.clamp(min=0), weight.masked_fill(assign < 0, 0))
         share = weight / total.gather(1, assign.clamp(min=0)).clamp(min=torch.finfo(weight.dtype).tiny)
         return Reduction((there & ~low) | best, assign, share)
 
-    def _target(self, place: Tensor, best: Tensor, cell: Tensor) -> Tensor:
-        """Return int64 (S, N), the best token of the cell of each."""
-        import torch
-
-        width = int(cell.max()) + 2 if cell.numel() else 1
-        of = torch.zeros(len(cell), width, dtype=torch.int64, device=cell.device)
-        of = of.scatter(1, torch.where(best, cell, width - 1), place)
-        return of.gather(1, cell.clamp(min=0))
-
-    def _cells(self, tokens: VisualTokens) -> Tensor:
-        """Return int64 (S, N), the cell of each token, different in different tiles and frames."""
+    def _cells(self, tokens: VisualTokens) -> tuple[Tensor, int]:
+        """Return int64 (S, N), the cell of each token, different in different tiles and frames, and their number."""
         sides = [max(tile.height, tile.width) for tiles in tokens.tiles for tile in tiles]
         across = int(max(sides) / self.cell) + 1
         frames = max(tile.frames for tiles in tokens.tiles for tile in tiles)
         tile, frame, row, column = tokens.grid.clamp(min=0).unbind(-1)
         down = (row.double() / self.cell).floor().long()
         right = (column.double() / self.cell).floor().long()
-        return ((tile * frames + frame) * across + down) * across + right
+        most = max(len(tiles) for tiles in tokens.tiles)
+        return ((tile * frames + frame) * across + down) * across + right, most * frames * across**2

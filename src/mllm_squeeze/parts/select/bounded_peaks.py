@@ -21,7 +21,7 @@ class BoundedPeaks(Select):
 
     So every token of the best is near one that was picked; how many that are follows from the picture. A budget that
     the step asks for takes the densest of those picked, and then the densest of the others. arXiv 2504.08966; distance
-    is 1 - cosine, memory O(tokens * tokens).
+    is 1 - cosine, memory O(tokens * tokens); it waits for the device.
 
     cutoff: the largest distance that is near.
     share: of all tokens, rounded down, that are looked at, those of largest score; at least one.

@@ -91,6 +91,9 @@ class CoordinatesAndBest(Coordinates):
 
     A budget that the step asks for is kept instead.
 
+    axis: the share of all tokens that are coordinates by cosine, and by sine.
+    seeds: the share of all tokens that are seeds, at least one.
+    among: "visual" compares a row with the visual tokens only, "all" with all tokens of the prompt.
     best: the share of all tokens.
     """
 

@@ -66,6 +66,9 @@ class WeightedCover(Cover):
     authors' code of arXiv 2505.10118 does. A word of length l among w words of length L together has the larger of its
     number and ceil(number * w * l / L); a token is worth its cosine plus l, in the L1 norm.
 
+    by: the states that are compared, "normed" behind the final norm of the language model.
+    share: of the budget, that the prompt gets before words count by their length.
+    nearest: how many tokens a word has at least, a fraction of that share; at least one.
     words: how many words count.
     """
 

@@ -20,7 +20,7 @@ class PrincipalGroups(Select):
 
     A quarter as many parts as tokens are asked for; a token belongs to the part that it has most of. In a group those
     come first that are like none before them, by falling rank, and groups share the budget by how many these are.
-    arXiv 2603.09480. One decomposition of N x N per group of the step.
+    arXiv 2603.09480. One decomposition of N x N per group of the step; it waits for the device.
 
     by: the vectors, see `mllm_squeeze.parts.vectors`.
     rank: "score" ranks by the score of the step, and two tokens are alike above n / 32 times the mean cosine of all
