@@ -402,3 +402,164 @@ def test_timechat_of_a_still_video(frames):
     kept = clip("timechat_online", frames).kept.tolist()
     # Black has no direction, so nothing says that it is alike.
     assert kept == list(range(6 if frames.any() else len(frames) * 6))
+
+
+# FlashVID
+
+
+def flashvid(frames: torch.Tensor, seen: torch.Tensor, **params: Any) -> Any:
+    return clip("flashvid", frames, at="projector", signals={"encoder_attention": seen.flatten()}, **params)
+
+
+def test_trees_by_hand():
+    """2, 4 and 6 in a row: 12 handed on to the first, over 2 is 6; a mean of them is 4."""
+    place = torch.tensor([[-1, -1], [0, -1], [0, 1]])
+    root, weight = ops.tree_weights(place, False)
+    assert root.tolist() == [[0, 1], [0, 3], [0, 3]]
+    x = torch.tensor([[2.0, 7.0], [4.0, 8.0], [6.0, 2.0]])
+    sums = torch.zeros(6).index_add(0, root.flatten(), (weight * x).flatten())
+    assert sums.tolist() == [6.0, 7.0, 0.0, 5.0, 0.0, 0.0]
+    root, weight = ops.tree_weights(place, True)
+    sums = torch.zeros(6).index_add(0, root.flatten(), (weight * x).flatten())
+    assert sums.tolist() == pytest.approx([4.0, 7.0, 0.0, 5.0, 0.0, 0.0])
+
+
+def test_flashvid_budget_by_hand():
+    """196 tokens of a frame, a quarter, expanded: 62, of which 44 are picked; in runs of one frame exactly so many."""
+    frames, seen = noise(8, 196, 6), noise(8, 196, seed=1).abs()
+    choice = flashvid(frames, seen)
+    assert len(choice.kept) == 62 * 8
+    untouched = (choice.features[:, None] == frames.flatten(0, 1)[choice.kept][:, None]).all(-1).sum()
+    assert untouched >= 44 * 8
+
+
+def tree_loops(x: torch.Tensor, picked: list[set[int]], above: float, least: int, mean: str) -> list[dict[int, Any]]:
+    """Return for each frame of a run the tokens that stay, beside those that are picked, and their states."""
+    length, places, _ = x.shape
+    likeness: dict[tuple[int, int], tuple[float, int]] = {}
+    for t in range(1, length):
+        for n in set(range(places)) - picked[t]:
+            options = [p for p in range(places) if p not in picked[t - 1]]
+            cosines = torch.cosine_similarity(x[t, n][None], x[t - 1][options])
+            likeness[t, n] = float(cosines.max()), options[int(cosines.argmax())]
+    values = sorted((value for value, _ in likeness.values()), reverse=True)
+    bar = above
+    if sum(value > above for value in values) > length * places - least:
+        bar = values[length * places - least - 1]
+    hung = {token: p for token, (value, p) in likeness.items() if value > bar}
+    members: dict[tuple[int, int], list[Any]] = {}
+    hanging: dict[tuple[int, int], int] = {}
+    for t in range(length):
+        for n in set(range(places)) - picked[t]:
+            root = (t, n)
+            if root in hung:
+                before = (t - 1, hung[root])
+                hanging[before] = hanging.get(before, 0) + 1
+            while root in hung:
+                root = (root[0] - 1, hung[root])
+            members.setdefault(root, []).append(x[t, n])
+    out: list[dict[int, Any]] = [{} for _ in range(length)]
+    for (t, n), states in members.items():
+        over = len(states) if mean == "tree" else 1 + hanging.get((t, n), 0)
+        out[t][n] = torch.stack(states).sum(0) / over
+    return out
+
+
+def peaks(states: dict[int, torch.Tensor], count: int) -> dict[int, torch.Tensor]:
+    """Return the centres of density-peak clusters, and the mean of each."""
+    names = sorted(states)
+    x = torch.stack([states[n] for n in names])
+    far = torch.cdist(x.double(), x.double()) / x.shape[1] ** 0.5
+    density = (-far.sort(1).values[:, : min(count, 7)].square().mean(1)).exp().tolist()
+    worth = []
+    for i in range(len(x)):
+        denser = [j for j in range(len(x)) if density[j] > density[i] or (density[j] == density[i] and j < i)]
+        worth.append(-density[i] * min((float(far[i, j]) for j in denser), default=float(far.max())))
+    centres = sorted(sorted(range(len(x)), key=lambda i: (worth[i], i))[:count])
+    into = [i if i in centres else min(centres, key=lambda c: (float(far[i, c]), c)) for i in range(len(x))]
+    return {names[c]: x[[i for i in range(len(x)) if into[i] == c]].mean(0) for c in centres}
+
+
+def picks_by_loop(x: torch.Tensor, worth: torch.Tensor, count: int, again: bool) -> set[int]:
+    unit = torch.nn.functional.normalize(x, dim=1)
+    far = (1 - unit @ unit.T).fill_diagonal_(0) * worth
+    picks = [int(far.sort(0).values[1].argmax())]
+    while len(picks) < count:
+        least = far[picks].amin(0)
+        if not again:
+            least[picks] = -torch.inf
+        picks.append(int(least.argmax()))
+    return set(picks)
+
+
+def flashvid_by_loops(frames, seen, each, best, runs, unlike, pick, again, hang, mean) -> dict[int, torch.Tensor]:
+    length, places, _ = frames.shape
+    means = torch.nn.functional.normalize(frames.mean(1), dim=1)
+    rows = {}
+    for first, last in ops.alike_runs([float(means[t] @ means[t + 1]) for t in range(length - 1)], runs, unlike):
+        x, size = frames[first : last + 1], last - first + 1
+        worth = seen[first : last + 1]
+        if pick == "run":
+            worth = worth * torch.stack([(x[t] @ x.mean(1).T).mean(1) for t in range(size)])
+        picked = [picks_by_loop(x[t], worth[t], best, again) for t in range(size)]
+        trees = tree_loops(x, picked, hang, each * size, mean)
+        total = sum(len(states) for states in trees)
+        for t, states in enumerate(trees):
+            count = -int(-len(states) * (each - best) * size // total)
+            found = peaks(states, count) if count else {}
+            found |= {n: x[t, n] for n in picked[t]}
+            rows |= {(first + t) * places + n: state for n, state in found.items()}
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("params", [{}, {"variant": "official", "pick": "seen", "hang": 0.3}, {"variant": "official"}])
+def test_flashvid_is_its_loops(seed, params):
+    frames = noise(1, 20, 6, seed=seed) + 0.6 * noise(6, 20, 6, seed=seed + 10)
+    seen = noise(6, 20, seed=seed + 20).abs()
+    choice = flashvid(frames, seen, runs=2, unlike=0.2, **params)
+    official = "variant" in params
+    mean, hang, pick = "handed" if official else "tree", params.get("hang", 0.8), params.get("pick", "run")
+    rows = flashvid_by_loops(frames, seen, 7, 5, 2, 0.2, pick, official and pick == "run", hang, mean)
+    assert choice.kept.tolist() == sorted(rows)
+    assert torch.allclose(choice.features, torch.stack([rows[n] for n in sorted(rows)]), atol=1e-4)
+
+
+def test_frames_that_repeat_become_one():
+    """Whatever is not picked hangs on the first frame, and its mean is what it was."""
+    frames = noise(1, 12, 6).expand(5, -1, -1)
+    choice = flashvid(frames, torch.ones(5, 12), runs=1, retain=0.1)
+    assert torch.allclose(choice.features[-1], frames[0, choice.kept[-1] % 12])
+    long = flashvid(frames, torch.ones(5, 12), runs=1, retain=0.1, best=0.0, variant="official")
+    mean = flashvid(frames, torch.ones(5, 12), runs=1, retain=0.1, best=0.0)
+    assert float(long.features.norm()) > 2 * float(mean.features.norm())
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3), noise(2, 6, 3), noise(5, 6, 3)]
+)
+@pytest.mark.parametrize("pick", ["run", "seen", "unlike", "score"])
+def test_flashvid_of_any_video(frames, pick):
+    seen = torch.ones(frames.shape[:2])
+    for params in ({}, {"first": 0.5, "ratio": 0.9}, {"first": 0.95, "ratio": 0.97}, {"variant": "official"}):
+        choice = flashvid(frames, seen, pick=pick, **params)
+        assert len(frames) <= len(choice.kept)
+        assert torch.isfinite(choice.features).all()
+    assert len(flashvid(frames, seen, first=0.5, ratio=0.9, runs=5, pick=pick).kept) == 3 * len(frames)
+    assert torch.equal(flashvid(frames, seen, first=0.0, ratio=0.0).features, frames.flatten(0, 1))
+
+
+def test_flashvid_takes_a_batch_as_singles():
+    frames, seen = torch.stack([smooth(1), smooth(2)]), noise(2, 60).abs()
+    both = squeeze.choose(
+        "flashvid",
+        at="projector",
+        features=frames.flatten(1, 2),
+        signals={"encoder_attention": seen},
+        grid=(4, 1, 15),
+        modality="video",
+    )
+    for row in range(2):
+        one = flashvid(frames[row], seen[row])
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-5)

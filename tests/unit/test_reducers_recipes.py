@@ -28,6 +28,7 @@ TABLE = {
     "fastervlm": (58, ["projector"], "repack", False, True),
     "fastvid": (None, ["projector"], "keep", False, False),
     "fastv": (288, ["layer 2"], "keep", True, True),
+    "flashvid": (54, ["projector", "layer 0.714"], "repack", True, False),
     "fourier_vlm": (144, ["projector"], "repack", False, True),
     "hawk": (115, ["layer 0"], "keep", True, True),
     "hiprune": (64, ["projector"], "repack", False, True),

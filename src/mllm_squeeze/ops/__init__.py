@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from .attention import *  # noqa: F403
     from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
+    from .calibrated_spread import *  # noqa: F403
     from .components import *  # noqa: F403
     from .dynamic_segments import *  # noqa: F403
     from .elbow import *  # noqa: F403
+    from .frame_trees import *  # noqa: F403
     from .global_query import *  # noqa: F403
     from .gravity import *  # noqa: F403
     from .greedy import *  # noqa: F403
@@ -74,9 +76,11 @@ _MODULES = {
     "alike_groups": ("group_likeness", "without_the_alike"),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
+    "calibrated_spread": ("calibrated_spread",),
     "components": ("components_in_turn", "linked_components", "remerged"),
     "dynamic_segments": ("alike_runs", "anchors_per_frame"),
     "elbow": ("above_elbow",),
+    "frame_trees": ("hung_on_frame_before", "tree_weights"),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
     "greedy": (
         "dpp_map",
