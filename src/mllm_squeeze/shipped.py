@@ -13,6 +13,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "still_segments": "mllm_squeeze.reducers.still_segments:StillSegments",
     "dynamic_density": "mllm_squeeze.reducers.dynamic_density:DynamicDensity",
     "frame_trees": "mllm_squeeze.reducers.frame_trees:FrameTrees",
+    "steady_clusters": "mllm_squeeze.reducers.steady_clusters:SteadyClusters",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }
 
@@ -51,6 +52,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "budget.overview": "mllm_squeeze.parts.budget.overview:Overview",
     "budget.softmax": "mllm_squeeze.parts.budget.softmax:Softmax",
     "budget.fixed": "mllm_squeeze.parts.budget.fixed:Fixed",
+    "budget.fraction": "mllm_squeeze.parts.budget.fraction:Fraction",
     "budget.alike": "mllm_squeeze.parts.budget.alike:Alike",
     "budget.mass": "mllm_squeeze.parts.budget.mass:Mass",
     "select.top_k": "mllm_squeeze.parts.select.top_k:TopK",

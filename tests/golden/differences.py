@@ -14,7 +14,7 @@ from torch import Tensor
 
 from golden.case import Case
 from golden.read_attention import pyramiddrop_row
-from golden.read_clips import FLASHVID_PICKS
+from golden.read_clips import FLASHVID_PICKS, in_pieces
 from mllm_squeeze import ops
 from mllm_squeeze.ops import kept_count
 from mllm_squeeze.recipe.recipe import load_recipe
@@ -210,6 +210,13 @@ def _flashvid(case: Case) -> Case:
     return case.with_expected(keep=torch.tensor(keep), merged=torch.stack([rows[n] for n in keep]))
 
 
+def _prunevid(case: Case) -> Case:
+    if "features" not in case:
+        return case
+    sizes = case["static_sizes"] + case["dynamic_sizes"]
+    return case.with_expected(merged=in_pieces(case["merged"], sizes.tolist()))
+
+
 def _clusters(x: Tensor, left: Tensor, number: int) -> list[tuple[int, Tensor]]:
     """Return centre and mean of the density-peak clusters of the tokens of a frame that are left."""
     if not number:
@@ -233,6 +240,7 @@ DIFFERENCES = {
     ),
     "nuwa": Difference("the budget is kept where a cell would have to give all its four tokens", _nuwa),
     "priortr": Difference("a ratio is turned into a count by rounding half up instead of down", _priortr),
+    "prunevid": Difference("tokens stay in raster order, where clusters follow their density in the code", _prunevid),
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
     "recoverable-compression": Difference("the rest is compared by its own keys, not by those of others", _recoverable),
     "transprune": Difference("the count of a stage is rounded half up, where the code truncates it", _transprune),

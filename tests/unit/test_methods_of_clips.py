@@ -465,17 +465,23 @@ def tree_loops(x: torch.Tensor, picked: list[set[int]], above: float, least: int
     return out
 
 
-def peaks(states: dict[int, torch.Tensor], count: int) -> dict[int, torch.Tensor]:
-    """Return the centres of density-peak clusters, and the mean of each."""
-    names = sorted(states)
-    x = torch.stack([states[n] for n in names])
+def peaks_of(x: torch.Tensor, count: int, neighbours: int) -> list[int]:
+    """Return the centres of density-peak clusters."""
     far = torch.cdist(x.double(), x.double()) / x.shape[1] ** 0.5
-    density = (-far.sort(1).values[:, : min(count, 7)].square().mean(1)).exp().tolist()
+    density = (-far.sort(1).values[:, :neighbours].square().mean(1)).exp().tolist()
     worth = []
     for i in range(len(x)):
         denser = [j for j in range(len(x)) if density[j] > density[i] or (density[j] == density[i] and j < i)]
         worth.append(-density[i] * min((float(far[i, j]) for j in denser), default=float(far.max())))
-    centres = sorted(sorted(range(len(x)), key=lambda i: (worth[i], i))[:count])
+    return sorted(range(len(x)), key=lambda i: (worth[i], i))[:count]
+
+
+def clustered(states: dict[int, torch.Tensor], count: int, neighbours: int) -> dict[int, torch.Tensor]:
+    """Return the centres of density-peak clusters, and the mean of each."""
+    names = sorted(states)
+    x = torch.stack([states[n] for n in names])
+    centres = sorted(peaks_of(x, count, neighbours))
+    far = torch.cdist(x.double(), x.double())
     into = [i if i in centres else min(centres, key=lambda c: (float(far[i, c]), c)) for i in range(len(x))]
     return {names[c]: x[[i for i in range(len(x)) if into[i] == c]].mean(0) for c in centres}
 
@@ -506,7 +512,7 @@ def flashvid_by_loops(frames, seen, each, best, runs, unlike, pick, again, hang,
         total = sum(len(states) for states in trees)
         for t, states in enumerate(trees):
             count = -int(-len(states) * (each - best) * size // total)
-            found = peaks(states, count) if count else {}
+            found = clustered(states, count, min(count, 7)) if count else {}
             found |= {n: x[t, n] for n in picked[t]}
             rows |= {(first + t) * places + n: state for n, state in found.items()}
     return rows
@@ -563,3 +569,153 @@ def test_flashvid_takes_a_batch_as_singles():
         one = flashvid(frames[row], seen[row])
         assert both.kept[row].tolist() == one.kept.tolist()
         assert torch.allclose(both.features[row], one.features, atol=1e-5)
+
+
+# PruneVid
+
+
+def test_whole_runs_by_hand():
+    """Labels 0 and 2 keep their longest run, 1 has none of two; frames 2 and 3 go to the longer side, 7 to the left."""
+    assert ops.whole_runs([0, 0, 1, 0, 2, 2, 2, 1]) == [0, 0, 2, 2, 2, 2, 2, 2]
+    assert ops.run_bounds([0, 0, 2, 2, 2, 2, 2, 2]) == [(0, 1), (2, 7)]
+    assert ops.whole_runs([0, 0, 1, 2, 2]) == [0, 0, 0, 2, 2]
+    assert ops.whole_runs([3, 1, 2]) == [0, 0, 0]
+    assert ops.whole_runs([5, 1, 1]) == [1, 1, 1]
+    assert ops.whole_runs([1, 1, 0, 1, 1]) == [1, 1, 1, 1, 1]
+    assert ops.whole_runs([]) == []
+
+
+def whole_runs_by_loops(labels: list[int]) -> list[int]:
+    found: list[int | None] = list(labels)
+    for label in set(labels):
+        places = [n for n, other in enumerate(labels) if other == label]
+        runs = [[places[0]]]
+        for n in places[1:]:
+            if n == runs[-1][-1] + 1:
+                runs[-1].append(n)
+            else:
+                runs.append([n])
+        longest = max(len(run) for run in runs)
+        for run in runs:
+            if len(run) < longest or longest == 1:
+                for n in run:
+                    found[n] = None
+    while None in found:
+        first = last = found.index(None)
+        while last + 1 < len(found) and found[last + 1] is None:
+            last += 1
+        left = right = 0
+        while first - left > 0 and found[first - left - 1] == found[first - 1]:
+            left += 1
+        while last + right + 1 < len(found) and found[last + right + 1] == found[last + 1]:
+            right += 1
+        label = found[last + 1] if right > left else found[first - 1] if left else 0
+        found[first : last + 1] = [label] * (last - first + 1)
+    return [label for label in found if label is not None]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_whole_runs_are_their_loops(count):
+    for labels in torch.randint(0, count, (40, 13), generator=torch.Generator().manual_seed(count)).tolist():
+        assert ops.whole_runs(labels) == whole_runs_by_loops(labels)
+
+
+def prunevid(frames: torch.Tensor, grid: Any = None, **params: Any) -> Any:
+    return clip("prunevid", frames, grid, at="projector", **params)
+
+
+def test_prunevid_by_hand():
+    """Place 0 turns by 10 degrees and is averaged, place 1 by 90: three tokens of four."""
+    frames = torch.stack([circle(0, 0), circle(10, 90)])
+    choice = prunevid(frames)
+    assert choice.kept.tolist() == [0, 1, 3]
+    assert torch.allclose(choice.features, torch.stack([frames[:, 0].mean(0), frames[0, 1], frames[1, 1]]))
+
+
+def prunevid_by_loops(frames, steady, pieces, clusters, few) -> dict[int, torch.Tensor]:
+    length, places, _ = frames.shape
+    means = frames.mean(1)
+    number = max(1, int(length * pieces))
+    centres = sorted(peaks_of(means, number, 7))
+    far = torch.cdist(means.double(), means.double())
+    labels = [t if t in centres else min(centres, key=lambda c: (float(far[t, c]), c)) for t in range(length)]
+    rows = {}
+    for first, last in ops.run_bounds(whole_runs_by_loops(labels)):
+        x, size = frames[first : last + 1], last - first + 1
+        pairs = list(itertools.permutations(range(size), 2))
+        alike = [
+            sum(float(torch.cosine_similarity(x[u, n], x[v, n], dim=0)) for u, v in pairs) / max(1, len(pairs))
+            for n in range(places)
+        ]
+        still = [n for n in range(places) if size > 1 and alike[n] > steady]
+        groups = [(first, {n: x[:, n].mean(0) for n in still})]
+        groups += [(first + t, {n: x[t, n] for n in range(places) if n not in still}) for t in range(size)]
+        for frame, states in groups:
+            if len(states) > few:
+                states = clustered(states, int(len(states) * clusters), 7)
+            rows |= {frame * places + n: state for n, state in states.items()}
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("given", [{}, {"steady": 0.6, "pieces": 0.5, "clusters": 0.3}])
+def test_prunevid_is_its_loops(seed, given):
+    frames = noise(1, 24, 6, seed=seed) + 0.5 * noise(9, 24, 6, seed=seed + 10)
+    choice = prunevid(frames, (9, 4, 6), **given)
+    params = {"steady": 0.8, "pieces": 0.25, "clusters": 0.5} | given
+    rows = prunevid_by_loops(frames, *params.values(), few=14)
+    assert choice.kept.tolist() == sorted(rows)
+    assert torch.allclose(choice.features, torch.stack([rows[n] for n in sorted(rows)]), atol=1e-5)
+
+
+def test_frames_that_repeat_are_one_frame():
+    choice = prunevid(noise(1, 12, 6).expand(8, -1, -1))
+    assert choice.kept.tolist() == list(range(12))
+    assert torch.allclose(choice.features, noise(1, 12, 6)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 20, 3), torch.ones(1, 6, 3), noise(1, 20, 3), noise(2, 15, 3)]
+)
+def test_prunevid_of_any_video(frames):
+    count = frames.shape[0] * frames.shape[1]
+    for params in ({}, {"first": 0.5, "ratio": 0.9}, {"first": 0.9, "ratio": 0.95}):
+        choice = prunevid(frames, **params)
+        assert 1 <= len(choice.kept) <= count
+        assert torch.isfinite(choice.features).all()
+    # Nothing is steady in black, or in a single frame.
+    if len(frames) == 1 or not frames.any():
+        assert len(prunevid(frames, first=0.5, ratio=0.9).kept) == count // 2
+    assert torch.equal(prunevid(frames, first=0.0, ratio=0.0).features, frames.flatten(0, 1))
+
+
+@pytest.mark.parametrize("keep", [9, 20, 33, 42, 50])
+def test_prunevid_shares_what_is_asked_for(keep):
+    """As many as asked for stay, but no more than there are when what is steady is averaged."""
+    frames = noise(1, 12, 6) + 0.5 * noise(6, 12, 6, seed=1)
+    assert len(prunevid(frames).kept) == 42
+    assert len(prunevid(frames, first=1 - keep / 72, ratio=0.95).kept) == min(keep, 42)
+
+
+def test_prunevid_takes_a_batch_as_singles():
+    frames = torch.stack([smooth(1), smooth(2)])
+    both = squeeze.choose("prunevid", at="projector", features=frames.flatten(1, 2), grid=(4, 1, 15), modality="video")
+    for row in range(2):
+        one = prunevid(frames[row])
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-5)
+
+
+def test_of_each_frame_a_fraction_stays():
+    """int(3 * .4) is one, int(2 * .4) none; where all are none the largest frame keeps one; a budget is shared."""
+    from mllm_squeeze.layout import Tile
+
+    def kept(sizes: list[int], scores: list[float], **params: Any) -> list[int]:
+        grid = [Tile(1, 1, size) for size in sizes]
+        signals = {"attention": torch.tensor(scores)}
+        return squeeze.choose("prunevid", at="layer 0.344", signals=signals, grid=grid, **params).kept.tolist()
+
+    assert kept([3], [0.9, 0.1, 0.5]) == [0]
+    assert kept([2, 3], [0.9, 0.8, 0.1, 0.5, 0.2]) == [3]
+    assert kept([1, 2], [0.9, 0.1, 0.2]) == [2]
+    assert kept([2, 4], [0.9, 0.8, 0.1, 0.5, 0.2, 0.3], ratio=0.5) == [0, 3, 5]

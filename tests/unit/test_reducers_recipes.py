@@ -46,6 +46,7 @@ TABLE = {
     "prumerge": (None, ["projector"], "repack", False, False),
     "prumerge_plus": (None, ["projector"], "repack", False, False),
     "prunesid": (64, ["projector"], "repack", False, True),
+    "prunevid": (None, ["projector", "layer 0.344"], "repack", True, False),
     "pyramiddrop": (72, ["layers 0.25, 0.5, 0.75"], "repack", True, True),
     "random": (288, ["layer 0"], "keep", False, True),
     "recoverable_compression": (None, ["projector"], "repack", True, False),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .greedy import *  # noqa: F403
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
+    from .label_runs import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
@@ -181,6 +182,7 @@ _MODULES = {
     "transition": ("transition",),
     "undivided": ("undivided_attention",),
     "value_likeness": ("value_likeness",),
+    "label_runs": ("run_bounds", "whole_runs"),
     "words": ("guided_by_words",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
