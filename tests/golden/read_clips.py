@@ -13,6 +13,7 @@ from golden.readings import reads
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.needs import Attention
 
 # How the authors' settings name what is picked of each frame.
 FLASHVID_PICKS = {"attn": "score", "div": "unlike", "attn_div": "seen", "attn_div_v2": "run"}
@@ -97,3 +98,39 @@ def _prunevid_in_the_model(case: Case) -> Tensor:
     )
     assert isinstance(choice.kept, Tensor)
     return choice.kept
+
+
+@reads("dytok")
+def dytok(case: Case) -> dict[str, Any]:
+    frames = case["features"]
+    number, places = frames.shape[:2]
+    weights = case["frame_weights"].mean(0).repeat_interleave(places)[None, None]
+    choice = squeeze.choose(
+        "dytok",
+        features=frames.flatten(0, 1),
+        signals={
+            Attention(-1, rows="last", heads="each"): weights[0],
+            "encoder_attention": case["attention"].flatten(),
+            "encoder_projection": case["metric"].flatten(0, 1),
+        },
+        grid=(number, 1, places),
+        modality="video",
+        keep=(case["dominant"] + case["contextual"]) * number,
+        blocks=1,
+        most=case["upper_limit"],
+    )
+    assert isinstance(choice.kept, Tensor) and isinstance(choice.features, Tensor)
+    budget = torch.bincount(choice.kept // places, minlength=number)
+    best = 6 * budget // 7
+    # Of what is kept in a frame the best are those that are looked at most.
+    received = case["attention"].flatten()[choice.kept]
+    dominant = ops.rank_within(received[None], (choice.kept // places)[None], received[None] == received[None])[0]
+    dominant = dominant < best[choice.kept // places]
+    order = (2 * (choice.kept // places) + (~dominant).long()).argsort(stable=True)
+    return {
+        "frame_budget": budget,
+        "dominant_num": best,
+        "contextual_num": budget - best,
+        "keep_dominant": choice.kept[dominant],
+        "merged": choice.features[order],
+    }

@@ -719,3 +719,144 @@ def test_of_each_frame_a_fraction_stays():
     assert kept([2, 3], [0.9, 0.8, 0.1, 0.5, 0.2]) == [3]
     assert kept([1, 2], [0.9, 0.1, 0.2]) == [2]
     assert kept([2, 4], [0.9, 0.8, 0.1, 0.5, 0.2, 0.3], ratio=0.5) == [0, 3, 5]
+
+
+# DyToK
+
+
+def test_a_budget_by_frames_by_hand():
+    """Of 40 the first of four frames would get 20, and has room for 15: five go round, two of them a second time."""
+    total, weights = torch.tensor([40]), torch.tensor([[0.5, 0.25, 0.15, 0.1]])
+    assert ops.dealt_out(total, weights, torch.full((1, 4), 15)).tolist() == [[15, 12, 8, 5]]
+    assert ops.dealt_out(total, weights, torch.full((1, 4), 20)).tolist() == [[20, 10, 6, 4]]
+    assert ops.dealt_out(total, weights, torch.full((1, 4), 9)).tolist() == [[9, 9, 9, 9]]
+    assert ops.dealt_out(total, weights * 0, torch.full((1, 4), 15)).tolist() == [[10, 10, 10, 10]]
+
+
+def dealt_by_loops(total: int, weights: list[float], limit: list[int]) -> list[int]:
+    exact = [total * w / sum(weights) for w in weights]
+    counts = [int(e + 1e-9) for e in exact]
+    for n in sorted(range(len(weights)), key=lambda n: (counts[n] - exact[n], n))[: total - sum(counts)]:
+        counts[n] += 1
+    counts = [min(pair) for pair in zip(counts, limit, strict=True)]
+    over = min(total, sum(limit)) - sum(counts)
+    while over:
+        for n in sorted(range(len(weights)), key=lambda n: (-weights[n], n)):
+            if over and counts[n] < limit[n]:
+                counts[n] += 1
+                over -= 1
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_budget_by_frames_is_its_loop(seed):
+    draw = torch.Generator().manual_seed(seed)
+    weights = torch.rand(6, 9, generator=draw) ** 4
+    limit = torch.randint(0, 12, (6, 9), generator=draw)
+    total = (limit.sum(1) * torch.rand(6, generator=draw)).long()
+    total[0], total[1] = 0, limit[1].sum()
+    dealt = ops.dealt_out(total, weights, limit)
+    for row in range(6):
+        assert dealt[row].tolist() == dealt_by_loops(int(total[row]), weights[row].tolist(), limit[row].tolist())
+
+
+def test_shares_of_attention_by_hand():
+    """Each head counts alike, whatever it gives to the span."""
+    received = torch.tensor([[[0.1, 0.3, 7.0], [0.001, 0.001, 7.0], [0.0, 0.0, 7.0]]])
+    shares = ops.attention_share(received, torch.tensor([[True, True, False]]))
+    assert shares.tolist() == [pytest.approx([0.25, 1.25 / 3, 0.0])]
+
+
+def dytok(frames: torch.Tensor, seen: torch.Tensor, given: list[torch.Tensor], **params: Any) -> Any:
+    from mllm_squeeze.reducers.needs import Attention
+
+    heads = {Attention(-n - 1, rows="last", heads="each"): row for n, row in enumerate(given)}
+    signals = {"encoder_attention": seen.flatten(), "encoder_projection": frames.flatten(0, 1), **heads}
+    return clip("dytok", frames, signals=signals, blocks=len(given), **params)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("most", [None, 9])
+def test_dytok_is_its_loops(seed, most):
+    frames, seen = noise(6, 20, 5, seed=seed), noise(6, 20, seed=seed + 10).abs()
+    given = [noise(3, 120, seed=seed + 20 + n).mul(2).exp() for n in range(2)]
+    choice = dytok(frames, seen, given, keep=40, most=most)
+    share = sum(row / row.sum(1, keepdim=True) for row in given).mean(0).view(6, 20).mean(1)
+    counts = dealt_by_loops(40, share.tolist(), [most or 20] * 6)
+    kept, states = [], []
+    for t, count in enumerate(counts):
+        best = seen[t].argsort(descending=True, stable=True)[: 6 * count // 7].tolist()
+        rest = [n for n in range(20) if n not in best]
+        few = count - len(best)
+        targets = rest[:: max(1, len(rest) // few)][:few] if few else []
+        members: dict[int, list[int]] = {n: [] for n in targets}
+        for n in (n for n in rest if n not in targets and targets):
+            members[max(targets, key=lambda m: float(torch.cosine_similarity(frames[t, n], frames[t, m], dim=0)))] += [
+                n
+            ]
+        for n in sorted(best + targets):
+            merged = frames[t, members[n]].mean(0) if members.get(n) else 0
+            kept.append(20 * t + n)
+            states.append(frames[t, n] + merged)
+    assert choice.kept.tolist() == kept
+    assert torch.allclose(choice.features, torch.stack(states), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3), noise(2, 6, 3), noise(5, 6, 3)]
+)
+@pytest.mark.parametrize("look", ["even", "one", "none"])
+def test_dytok_keeps_its_budget(frames, look):
+    number = frames.shape[0] * 6
+    row = torch.zeros(2, number) if look == "none" else torch.ones(2, number)
+    if look == "one":
+        row[:, 1:] = 0
+    for keep in (1, 5, number // 2, number):
+        for most in (None, 1, 4):
+            choice = dytok(frames, torch.ones(frames.shape[:2]), [row], keep=keep, most=most)
+            assert len(choice.kept) == min(keep, number)
+            assert torch.isfinite(choice.features).all()
+    assert torch.equal(dytok(frames, torch.ones(frames.shape[:2]), [row], ratio=0.0).features, frames.flatten(0, 1))
+
+
+def test_dytok_takes_a_batch_as_singles():
+    """The second video has one frame less, and its words look elsewhere."""
+    from mllm_squeeze.reducers.needs import Attention
+
+    frames, seen, row = noise(2, 5, 12, 4), noise(2, 5, 12, seed=1).abs(), noise(2, 3, 60, seed=2).exp()
+    mask = torch.ones(2, 60, dtype=torch.bool)
+    mask[1, 48:] = False
+    need = Attention(-1, rows="last", heads="each")
+    both = squeeze.choose(
+        "dytok",
+        features=frames.flatten(1, 2),
+        signals={need: row, "encoder_attention": seen.flatten(1), "encoder_projection": frames.flatten(1, 2)},
+        mask=mask,
+        grid=(5, 3, 4),
+        modality="video",
+        blocks=1,
+        ratio=0.5,
+    )
+    for n, length in enumerate((5, 4)):
+        one = dytok(frames[n, :length], seen[n, :length], [row[n, :, : 12 * length]], ratio=0.5)
+        assert both.kept[n].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[n], one.features, atol=1e-5)
+
+
+def test_any_rule_that_works_frame_by_frame_takes_such_a_budget():
+    """Frames are worth .25, .98 and 1 of the word: .8, 3.1 and 3.1 of seven, whatever picks in them."""
+    frames = torch.stack([circle(0, 10, 20, 30), circle(80, 80, 80, 80), circle(90, 90, 90, 90)])
+    recipe = {
+        "method": "asked",
+        "steps": [
+            {
+                "at": "projector",
+                "keep": 7,
+                "segment": "frame",
+                "budget": {"proportional": {"score": {"text_similarity": {"measure": "dot"}}}},
+                "select": "farthest_point",
+            }
+        ],
+    }
+    kept = squeeze.choose(recipe, features=frames.flatten(0, 1), text=circle(90), grid=(3, 1, 4), modality="video").kept
+    assert torch.bincount(kept // 4, minlength=3).tolist() == [1, 3, 3]
