@@ -860,3 +860,34 @@ def test_any_rule_that_works_frame_by_frame_takes_such_a_budget():
     }
     kept = squeeze.choose(recipe, features=frames.flatten(0, 1), text=circle(90), grid=(3, 1, 4), modality="video").kept
     assert torch.bincount(kept // 4, minlength=3).tolist() == [1, 3, 3]
+
+
+# All of them
+
+
+@pytest.mark.parametrize("method", ["fastvid", "flashvid", "holitom", "prunevid"])
+def test_a_frame_with_a_hole_is_refused(method):
+    """No other token is taken for one that is hidden; frames that are hidden whole are no part of the video."""
+    mask = torch.ones(2, 36, dtype=torch.bool)
+    mask[0, 20] = False
+    mask[1, 27:] = False
+    frames, seen = noise(2, 36, 6), noise(2, 36).abs()
+    signals = {} if method == "prunevid" else {"encoder_attention": seen}
+
+    def run(rows: slice) -> Any:
+        given = {name: value[rows] for name, value in signals.items()}
+        return squeeze.choose(
+            method,
+            at="projector",
+            features=frames[rows],
+            signals=given,
+            mask=mask[rows],
+            grid=(4, 3, 3),
+            modality="video",
+        )
+
+    with pytest.raises(UnsupportedInputError, match="1 of 36 places"):
+        run(slice(2))
+    first = {} if method == "prunevid" else {"signals": {"encoder_attention": seen[1, :27]}}
+    one = clip(method, frames[1, :27].view(3, 9, 6), (3, 3, 3), at="projector", **first)
+    assert run(slice(1, 2)).kept[0].tolist() == one.kept.tolist()
