@@ -87,8 +87,8 @@ class Method:
 
     @property
     def exact(self) -> bool:
-        """Say whether a span keeps its budget to the token."""
-        return self.way.counts == "budget" and "encoder" not in self.way.places
+        """Say whether a span keeps its budget to the token, and no separators beside it."""
+        return self.way.counts == "budget" and "encoder" not in self.way.places and self.way.separators != "keep"
 
     def recipe(self, **changes: Any) -> Recipe:
         """Return its recipe with the parameters of the tests, changed by `changes`."""

@@ -12,12 +12,15 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "link_components": "mllm_squeeze.reducers.link_components:LinkComponents",
     "still_segments": "mllm_squeeze.reducers.still_segments:StillSegments",
     "dynamic_density": "mllm_squeeze.reducers.dynamic_density:DynamicDensity",
+    "frame_trees": "mllm_squeeze.reducers.frame_trees:FrameTrees",
+    "steady_clusters": "mllm_squeeze.reducers.steady_clusters:SteadyClusters",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }
 
 # By kind. The entry points of other packages, and `register_part`, name a part "kind.name", like "score.attention".
 BUILTIN_PARTS: Mapping[str, str] = {
     "score.attention": "mllm_squeeze.parts.score.attention:Attention",
+    "score.attention_share": "mllm_squeeze.parts.score.attention_share:AttentionShare",
     "score.encoder_attention": "mllm_squeeze.parts.score.encoder_attention:EncoderAttention",
     "score.priority_attention": "mllm_squeeze.parts.score.priority_attention:PriorityAttention",
     "score.undivided_attention": "mllm_squeeze.parts.score.undivided_attention:UndividedAttention",
@@ -50,6 +53,8 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "budget.overview": "mllm_squeeze.parts.budget.overview:Overview",
     "budget.softmax": "mllm_squeeze.parts.budget.softmax:Softmax",
     "budget.fixed": "mllm_squeeze.parts.budget.fixed:Fixed",
+    "budget.fraction": "mllm_squeeze.parts.budget.fraction:Fraction",
+    "budget.proportional": "mllm_squeeze.parts.budget.proportional:Proportional",
     "budget.alike": "mllm_squeeze.parts.budget.alike:Alike",
     "budget.mass": "mllm_squeeze.parts.budget.mass:Mass",
     "select.top_k": "mllm_squeeze.parts.select.top_k:TopK",

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from golden.case import Case
 from golden.read_attention import pyramiddrop_row
+from golden.read_clips import FLASHVID_PICKS, in_pieces
+from mllm_squeeze import ops
 from mllm_squeeze.ops import kept_count
 from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.frame_trees import FrameTrees, _Run
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,62 @@ def _vflowopt(case: Case) -> Case:
     return case.with_expected(importance=case["importance"] - case["entropy_weight"] * case["entropy"].softmax(0))
 
 
+def _flashvid(case: Case) -> Case:
+    """Return a case in which what is picked stands for itself only, and of equal densities the first is denser.
+
+    What the code picks twice counts once. Densities of nearest neighbours are equal where they look at no more than
+    two; frames of more clusters, in runs of several frames, stay as they are.
+    """
+    x, seen, number = case["features"], case["attention"], case["adts_per_frame"]
+    places, others = x.shape[1], case["sttm_per_frame"]
+    rows = dict(zip(case["keep"].tolist(), case["merged"], strict=True))
+    rule = FrameTrees(pick=FLASHVID_PICKS[case["selection"][0]], again=True)
+    first = 0
+    for length in case["segment_lengths"].tolist():
+        run = x[first : first + length]
+        picked = rule._picked(_Run(run, seen[first : first + length]), number)
+        hung = ops.hung_on_frame_before(run, ~picked, case["temporal_threshold"], (number + others) * length)
+        stays = ~picked & (hung < 0)
+        root, weight = ops.tree_weights(hung, False)
+        trees = torch.zeros_like(run).flatten(0, 1)
+        trees.index_add_(0, root.flatten(), (run * weight[..., None]).flatten(0, 1))
+        for frame, left in enumerate(stays):
+            count = math.ceil(int(left.sum()) * (others * length / int(stays.sum())))
+            if count > 2 and length > 1:
+                continue
+            start = (first + frame) * places
+            for n in range(start, start + places):
+                rows.pop(n, None)
+            rows.update({start + n: run[frame, n] for n in picked[frame].nonzero().flatten().tolist()})
+            rows.update({start + n: row for n, row in _clusters(trees.view(run.shape)[frame], left, count)})
+        first += length
+    keep = sorted(rows)
+    return case.with_expected(keep=torch.tensor(keep), merged=torch.stack([rows[n] for n in keep]))
+
+
+def _prunevid(case: Case) -> Case:
+    if "features" not in case:
+        return case
+    sizes = case["static_sizes"] + case["dynamic_sizes"]
+    return case.with_expected(merged=in_pieces(case["merged"], sizes.tolist()))
+
+
+def _clusters(x: Tensor, left: Tensor, number: int) -> list[tuple[int, Tensor]]:
+    """Return centre and mean of the density-peak clusters of the tokens of a frame that are left."""
+    if not number:
+        return []
+    into = ops.density_peaks(x[None], left[None], torch.tensor([number]), min(number, 7))[0]
+    return [(n, x[into == n].mean(0)) for n in into[left].unique().tolist()]
+
+
 DIFFERENCES = {
     "btp": Difference("a token that several pick counts once, where the code's second cut keeps it twice", _btp),
     "fastv": Difference("kept counts round half up instead of half to even", _fastv),
+    "flashvid": Difference(
+        "a picked token stands for itself only, where the code also clusters it in single frames, and of equal "
+        "densities the first is denser",
+        _flashvid,
+    ),
     "hiprune": Difference("on Qwen2.5-VL the code picks anchors and neighbours twice, and loses as many", _hiprune),
     "mob": Difference(
         "a token is picked once only, where the code may pick copies of a picked one again",
@@ -184,6 +240,7 @@ DIFFERENCES = {
     ),
     "nuwa": Difference("the budget is kept where a cell would have to give all its four tokens", _nuwa),
     "priortr": Difference("a ratio is turned into a count by rounding half up instead of down", _priortr),
+    "prunevid": Difference("tokens stay in raster order, where clusters follow their density in the code", _prunevid),
     "pyramiddrop": Difference("the count of a stage is rounded half up, where the code truncates it", _pyramiddrop),
     "recoverable-compression": Difference("the rest is compared by its own keys, not by those of others", _recoverable),
     "transprune": Difference("the count of a stage is rounded half up, where the code truncates it", _transprune),

@@ -402,3 +402,492 @@ def test_timechat_of_a_still_video(frames):
     kept = clip("timechat_online", frames).kept.tolist()
     # Black has no direction, so nothing says that it is alike.
     assert kept == list(range(6 if frames.any() else len(frames) * 6))
+
+
+# FlashVID
+
+
+def flashvid(frames: torch.Tensor, seen: torch.Tensor, **params: Any) -> Any:
+    return clip("flashvid", frames, at="projector", signals={"encoder_attention": seen.flatten()}, **params)
+
+
+def test_trees_by_hand():
+    """2, 4 and 6 in a row: 12 handed on to the first, over 2 is 6; a mean of them is 4."""
+    place = torch.tensor([[-1, -1], [0, -1], [0, 1]])
+    root, weight = ops.tree_weights(place, False)
+    assert root.tolist() == [[0, 1], [0, 3], [0, 3]]
+    x = torch.tensor([[2.0, 7.0], [4.0, 8.0], [6.0, 2.0]])
+    sums = torch.zeros(6).index_add(0, root.flatten(), (weight * x).flatten())
+    assert sums.tolist() == [6.0, 7.0, 0.0, 5.0, 0.0, 0.0]
+    root, weight = ops.tree_weights(place, True)
+    sums = torch.zeros(6).index_add(0, root.flatten(), (weight * x).flatten())
+    assert sums.tolist() == pytest.approx([4.0, 7.0, 0.0, 5.0, 0.0, 0.0])
+
+
+def test_flashvid_budget_by_hand():
+    """196 tokens of a frame, a quarter, expanded: 62, of which 44 are picked; in runs of one frame exactly so many."""
+    frames, seen = noise(8, 196, 6), noise(8, 196, seed=1).abs()
+    choice = flashvid(frames, seen)
+    assert len(choice.kept) == 62 * 8
+    untouched = (choice.features[:, None] == frames.flatten(0, 1)[choice.kept][:, None]).all(-1).sum()
+    assert untouched >= 44 * 8
+
+
+def tree_loops(x: torch.Tensor, picked: list[set[int]], above: float, least: int, mean: str) -> list[dict[int, Any]]:
+    """Return for each frame of a run the tokens that stay, beside those that are picked, and their states."""
+    length, places, _ = x.shape
+    likeness: dict[tuple[int, int], tuple[float, int]] = {}
+    for t in range(1, length):
+        for n in set(range(places)) - picked[t]:
+            options = [p for p in range(places) if p not in picked[t - 1]]
+            cosines = torch.cosine_similarity(x[t, n][None], x[t - 1][options])
+            likeness[t, n] = float(cosines.max()), options[int(cosines.argmax())]
+    values = sorted((value for value, _ in likeness.values()), reverse=True)
+    bar = above
+    if sum(value > above for value in values) > length * places - least:
+        bar = values[length * places - least - 1]
+    hung = {token: p for token, (value, p) in likeness.items() if value > bar}
+    members: dict[tuple[int, int], list[Any]] = {}
+    hanging: dict[tuple[int, int], int] = {}
+    for t in range(length):
+        for n in set(range(places)) - picked[t]:
+            root = (t, n)
+            if root in hung:
+                before = (t - 1, hung[root])
+                hanging[before] = hanging.get(before, 0) + 1
+            while root in hung:
+                root = (root[0] - 1, hung[root])
+            members.setdefault(root, []).append(x[t, n])
+    out: list[dict[int, Any]] = [{} for _ in range(length)]
+    for (t, n), states in members.items():
+        over = len(states) if mean == "tree" else 1 + hanging.get((t, n), 0)
+        out[t][n] = torch.stack(states).sum(0) / over
+    return out
+
+
+def peaks_of(x: torch.Tensor, count: int, neighbours: int) -> list[int]:
+    """Return the centres of density-peak clusters."""
+    far = torch.cdist(x.double(), x.double()) / x.shape[1] ** 0.5
+    density = (-far.sort(1).values[:, :neighbours].square().mean(1)).exp().tolist()
+    worth = []
+    for i in range(len(x)):
+        denser = [j for j in range(len(x)) if density[j] > density[i] or (density[j] == density[i] and j < i)]
+        worth.append(-density[i] * min((float(far[i, j]) for j in denser), default=float(far.max())))
+    return sorted(range(len(x)), key=lambda i: (worth[i], i))[:count]
+
+
+def clustered(states: dict[int, torch.Tensor], count: int, neighbours: int) -> dict[int, torch.Tensor]:
+    """Return the centres of density-peak clusters, and the mean of each."""
+    names = sorted(states)
+    x = torch.stack([states[n] for n in names])
+    centres = sorted(peaks_of(x, count, neighbours))
+    far = torch.cdist(x.double(), x.double())
+    into = [i if i in centres else min(centres, key=lambda c: (float(far[i, c]), c)) for i in range(len(x))]
+    return {names[c]: x[[i for i in range(len(x)) if into[i] == c]].mean(0) for c in centres}
+
+
+def picks_by_loop(x: torch.Tensor, worth: torch.Tensor, count: int, again: bool) -> set[int]:
+    unit = torch.nn.functional.normalize(x, dim=1)
+    far = (1 - unit @ unit.T).fill_diagonal_(0) * worth
+    picks = [int(far.sort(0).values[1].argmax())]
+    while len(picks) < count:
+        least = far[picks].amin(0)
+        if not again:
+            least[picks] = -torch.inf
+        picks.append(int(least.argmax()))
+    return set(picks)
+
+
+def flashvid_by_loops(frames, seen, each, best, runs, unlike, pick, again, hang, mean) -> dict[int, torch.Tensor]:
+    length, places, _ = frames.shape
+    means = torch.nn.functional.normalize(frames.mean(1), dim=1)
+    rows = {}
+    for first, last in ops.alike_runs([float(means[t] @ means[t + 1]) for t in range(length - 1)], runs, unlike):
+        x, size = frames[first : last + 1], last - first + 1
+        worth = seen[first : last + 1]
+        if pick == "run":
+            worth = worth * torch.stack([(x[t] @ x.mean(1).T).mean(1) for t in range(size)])
+        picked = [picks_by_loop(x[t], worth[t], best, again) for t in range(size)]
+        trees = tree_loops(x, picked, hang, each * size, mean)
+        total = sum(len(states) for states in trees)
+        for t, states in enumerate(trees):
+            count = -int(-len(states) * (each - best) * size // total)
+            found = clustered(states, count, min(count, 7)) if count else {}
+            found |= {n: x[t, n] for n in picked[t]}
+            rows |= {(first + t) * places + n: state for n, state in found.items()}
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("params", [{}, {"variant": "official", "pick": "seen", "hang": 0.3}, {"variant": "official"}])
+def test_flashvid_is_its_loops(seed, params):
+    frames = noise(1, 20, 6, seed=seed) + 0.6 * noise(6, 20, 6, seed=seed + 10)
+    seen = noise(6, 20, seed=seed + 20).abs()
+    choice = flashvid(frames, seen, runs=2, unlike=0.2, **params)
+    official = "variant" in params
+    mean, hang, pick = "handed" if official else "tree", params.get("hang", 0.8), params.get("pick", "run")
+    rows = flashvid_by_loops(frames, seen, 7, 5, 2, 0.2, pick, official and pick == "run", hang, mean)
+    assert choice.kept.tolist() == sorted(rows)
+    assert torch.allclose(choice.features, torch.stack([rows[n] for n in sorted(rows)]), atol=1e-4)
+
+
+def test_frames_that_repeat_become_one():
+    """Whatever is not picked hangs on the first frame, and its mean is what it was."""
+    frames = noise(1, 12, 6).expand(5, -1, -1)
+    choice = flashvid(frames, torch.ones(5, 12), runs=1, retain=0.1)
+    assert torch.allclose(choice.features[-1], frames[0, choice.kept[-1] % 12])
+    long = flashvid(frames, torch.ones(5, 12), runs=1, retain=0.1, best=0.0, variant="official")
+    mean = flashvid(frames, torch.ones(5, 12), runs=1, retain=0.1, best=0.0)
+    assert float(long.features.norm()) > 2 * float(mean.features.norm())
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3), noise(2, 6, 3), noise(5, 6, 3)]
+)
+@pytest.mark.parametrize("pick", ["run", "seen", "unlike", "score"])
+def test_flashvid_of_any_video(frames, pick):
+    seen = torch.ones(frames.shape[:2])
+    for params in ({}, {"first": 0.5, "ratio": 0.9}, {"first": 0.95, "ratio": 0.97}, {"variant": "official"}):
+        choice = flashvid(frames, seen, pick=pick, **params)
+        assert len(frames) <= len(choice.kept)
+        assert torch.isfinite(choice.features).all()
+    assert len(flashvid(frames, seen, first=0.5, ratio=0.9, runs=5, pick=pick).kept) == 3 * len(frames)
+    assert torch.equal(flashvid(frames, seen, first=0.0, ratio=0.0).features, frames.flatten(0, 1))
+
+
+def test_flashvid_takes_a_batch_as_singles():
+    frames, seen = torch.stack([smooth(1), smooth(2)]), noise(2, 60).abs()
+    both = squeeze.choose(
+        "flashvid",
+        at="projector",
+        features=frames.flatten(1, 2),
+        signals={"encoder_attention": seen},
+        grid=(4, 1, 15),
+        modality="video",
+    )
+    for row in range(2):
+        one = flashvid(frames[row], seen[row])
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-5)
+
+
+# PruneVid
+
+
+def test_whole_runs_by_hand():
+    """Labels 0 and 2 keep their longest run, 1 has none of two; frames 2 and 3 go to the longer side, 7 to the left."""
+    assert ops.whole_runs([0, 0, 1, 0, 2, 2, 2, 1]) == [0, 0, 2, 2, 2, 2, 2, 2]
+    assert ops.run_bounds([0, 0, 2, 2, 2, 2, 2, 2]) == [(0, 1), (2, 7)]
+    assert ops.whole_runs([0, 0, 1, 2, 2]) == [0, 0, 0, 2, 2]
+    assert ops.whole_runs([3, 1, 2]) == [0, 0, 0]
+    assert ops.whole_runs([5, 1, 1]) == [1, 1, 1]
+    assert ops.whole_runs([1, 1, 0, 1, 1]) == [1, 1, 1, 1, 1]
+    assert ops.whole_runs([]) == []
+
+
+def whole_runs_by_loops(labels: list[int]) -> list[int]:
+    found: list[int | None] = list(labels)
+    for label in set(labels):
+        places = [n for n, other in enumerate(labels) if other == label]
+        runs = [[places[0]]]
+        for n in places[1:]:
+            if n == runs[-1][-1] + 1:
+                runs[-1].append(n)
+            else:
+                runs.append([n])
+        longest = max(len(run) for run in runs)
+        for run in runs:
+            if len(run) < longest or longest == 1:
+                for n in run:
+                    found[n] = None
+    while None in found:
+        first = last = found.index(None)
+        while last + 1 < len(found) and found[last + 1] is None:
+            last += 1
+        left = right = 0
+        while first - left > 0 and found[first - left - 1] == found[first - 1]:
+            left += 1
+        while last + right + 1 < len(found) and found[last + right + 1] == found[last + 1]:
+            right += 1
+        label = found[last + 1] if right > left else found[first - 1] if left else 0
+        found[first : last + 1] = [label] * (last - first + 1)
+    return [label for label in found if label is not None]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_whole_runs_are_their_loops(count):
+    for labels in torch.randint(0, count, (40, 13), generator=torch.Generator().manual_seed(count)).tolist():
+        assert ops.whole_runs(labels) == whole_runs_by_loops(labels)
+
+
+def prunevid(frames: torch.Tensor, grid: Any = None, **params: Any) -> Any:
+    return clip("prunevid", frames, grid, at="projector", **params)
+
+
+def test_prunevid_by_hand():
+    """Place 0 turns by 10 degrees and is averaged, place 1 by 90: three tokens of four."""
+    frames = torch.stack([circle(0, 0), circle(10, 90)])
+    choice = prunevid(frames)
+    assert choice.kept.tolist() == [0, 1, 3]
+    assert torch.allclose(choice.features, torch.stack([frames[:, 0].mean(0), frames[0, 1], frames[1, 1]]))
+
+
+def prunevid_by_loops(frames, steady, pieces, clusters, few) -> dict[int, torch.Tensor]:
+    length, places, _ = frames.shape
+    means = frames.mean(1)
+    number = max(1, int(length * pieces))
+    centres = sorted(peaks_of(means, number, 7))
+    far = torch.cdist(means.double(), means.double())
+    labels = [t if t in centres else min(centres, key=lambda c: (float(far[t, c]), c)) for t in range(length)]
+    rows = {}
+    for first, last in ops.run_bounds(whole_runs_by_loops(labels)):
+        x, size = frames[first : last + 1], last - first + 1
+        pairs = list(itertools.permutations(range(size), 2))
+        alike = [
+            sum(float(torch.cosine_similarity(x[u, n], x[v, n], dim=0)) for u, v in pairs) / max(1, len(pairs))
+            for n in range(places)
+        ]
+        still = [n for n in range(places) if size > 1 and alike[n] > steady]
+        groups = [(first, {n: x[:, n].mean(0) for n in still})]
+        groups += [(first + t, {n: x[t, n] for n in range(places) if n not in still}) for t in range(size)]
+        for frame, states in groups:
+            if len(states) > few:
+                states = clustered(states, int(len(states) * clusters), 7)
+            rows |= {frame * places + n: state for n, state in states.items()}
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("given", [{}, {"steady": 0.6, "pieces": 0.5, "clusters": 0.3}])
+def test_prunevid_is_its_loops(seed, given):
+    frames = noise(1, 24, 6, seed=seed) + 0.5 * noise(9, 24, 6, seed=seed + 10)
+    choice = prunevid(frames, (9, 4, 6), **given)
+    params = {"steady": 0.8, "pieces": 0.25, "clusters": 0.5} | given
+    rows = prunevid_by_loops(frames, *params.values(), few=14)
+    assert choice.kept.tolist() == sorted(rows)
+    assert torch.allclose(choice.features, torch.stack([rows[n] for n in sorted(rows)]), atol=1e-5)
+
+
+def test_frames_that_repeat_are_one_frame():
+    choice = prunevid(noise(1, 12, 6).expand(8, -1, -1))
+    assert choice.kept.tolist() == list(range(12))
+    assert torch.allclose(choice.features, noise(1, 12, 6)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 20, 3), torch.ones(1, 6, 3), noise(1, 20, 3), noise(2, 15, 3)]
+)
+def test_prunevid_of_any_video(frames):
+    count = frames.shape[0] * frames.shape[1]
+    for params in ({}, {"first": 0.5, "ratio": 0.9}, {"first": 0.9, "ratio": 0.95}):
+        choice = prunevid(frames, **params)
+        assert 1 <= len(choice.kept) <= count
+        assert torch.isfinite(choice.features).all()
+    # Nothing is steady in black, or in a single frame.
+    if len(frames) == 1 or not frames.any():
+        assert len(prunevid(frames, first=0.5, ratio=0.9).kept) == count // 2
+    assert torch.equal(prunevid(frames, first=0.0, ratio=0.0).features, frames.flatten(0, 1))
+
+
+@pytest.mark.parametrize("keep", [9, 20, 33, 42, 50])
+def test_prunevid_shares_what_is_asked_for(keep):
+    """As many as asked for stay, but no more than there are when what is steady is averaged."""
+    frames = noise(1, 12, 6) + 0.5 * noise(6, 12, 6, seed=1)
+    assert len(prunevid(frames).kept) == 42
+    assert len(prunevid(frames, first=1 - keep / 72, ratio=0.95).kept) == min(keep, 42)
+
+
+def test_prunevid_takes_a_batch_as_singles():
+    frames = torch.stack([smooth(1), smooth(2)])
+    both = squeeze.choose("prunevid", at="projector", features=frames.flatten(1, 2), grid=(4, 1, 15), modality="video")
+    for row in range(2):
+        one = prunevid(frames[row])
+        assert both.kept[row].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[row], one.features, atol=1e-5)
+
+
+def test_of_each_frame_a_fraction_stays():
+    """int(3 * .4) is one, int(2 * .4) none; where all are none the largest frame keeps one; a budget is shared."""
+    from mllm_squeeze.layout import Tile
+
+    def kept(sizes: list[int], scores: list[float], **params: Any) -> list[int]:
+        grid = [Tile(1, 1, size) for size in sizes]
+        signals = {"attention": torch.tensor(scores)}
+        return squeeze.choose("prunevid", at="layer 0.344", signals=signals, grid=grid, **params).kept.tolist()
+
+    assert kept([3], [0.9, 0.1, 0.5]) == [0]
+    assert kept([2, 3], [0.9, 0.8, 0.1, 0.5, 0.2]) == [3]
+    assert kept([1, 2], [0.9, 0.1, 0.2]) == [2]
+    assert kept([2, 4], [0.9, 0.8, 0.1, 0.5, 0.2, 0.3], ratio=0.5) == [0, 3, 5]
+
+
+# DyToK
+
+
+def test_a_budget_by_frames_by_hand():
+    """Of 40 the first of four frames would get 20, and has room for 15: five go round, two of them a second time."""
+    total, weights = torch.tensor([40]), torch.tensor([[0.5, 0.25, 0.15, 0.1]])
+    assert ops.dealt_out(total, weights, torch.full((1, 4), 15)).tolist() == [[15, 12, 8, 5]]
+    assert ops.dealt_out(total, weights, torch.full((1, 4), 20)).tolist() == [[20, 10, 6, 4]]
+    assert ops.dealt_out(total, weights, torch.full((1, 4), 9)).tolist() == [[9, 9, 9, 9]]
+    assert ops.dealt_out(total, weights * 0, torch.full((1, 4), 15)).tolist() == [[10, 10, 10, 10]]
+
+
+def dealt_by_loops(total: int, weights: list[float], limit: list[int]) -> list[int]:
+    exact = [total * w / sum(weights) for w in weights]
+    counts = [int(e + 1e-9) for e in exact]
+    for n in sorted(range(len(weights)), key=lambda n: (counts[n] - exact[n], n))[: total - sum(counts)]:
+        counts[n] += 1
+    counts = [min(pair) for pair in zip(counts, limit, strict=True)]
+    over = min(total, sum(limit)) - sum(counts)
+    while over:
+        for n in sorted(range(len(weights)), key=lambda n: (-weights[n], n)):
+            if over and counts[n] < limit[n]:
+                counts[n] += 1
+                over -= 1
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_budget_by_frames_is_its_loop(seed):
+    draw = torch.Generator().manual_seed(seed)
+    weights = torch.rand(6, 9, generator=draw) ** 4
+    limit = torch.randint(0, 12, (6, 9), generator=draw)
+    total = (limit.sum(1) * torch.rand(6, generator=draw)).long()
+    total[0], total[1] = 0, limit[1].sum()
+    dealt = ops.dealt_out(total, weights, limit)
+    for row in range(6):
+        assert dealt[row].tolist() == dealt_by_loops(int(total[row]), weights[row].tolist(), limit[row].tolist())
+
+
+def test_shares_of_attention_by_hand():
+    """Each head counts alike, whatever it gives to the span."""
+    received = torch.tensor([[[0.1, 0.3, 7.0], [0.001, 0.001, 7.0], [0.0, 0.0, 7.0]]])
+    shares = ops.attention_share(received, torch.tensor([[True, True, False]]))
+    assert shares.tolist() == [pytest.approx([0.25, 1.25 / 3, 0.0])]
+
+
+def dytok(frames: torch.Tensor, seen: torch.Tensor, given: list[torch.Tensor], **params: Any) -> Any:
+    from mllm_squeeze.reducers.needs import Attention
+
+    heads = {Attention(-n - 1, rows="last", heads="each"): row for n, row in enumerate(given)}
+    signals = {"encoder_attention": seen.flatten(), "encoder_projection": frames.flatten(0, 1), **heads}
+    return clip("dytok", frames, signals=signals, blocks=len(given), **params)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("most", [None, 9])
+def test_dytok_is_its_loops(seed, most):
+    frames, seen = noise(6, 20, 5, seed=seed), noise(6, 20, seed=seed + 10).abs()
+    given = [noise(3, 120, seed=seed + 20 + n).mul(2).exp() for n in range(2)]
+    choice = dytok(frames, seen, given, keep=40, most=most)
+    share = sum(row / row.sum(1, keepdim=True) for row in given).mean(0).view(6, 20).mean(1)
+    counts = dealt_by_loops(40, share.tolist(), [most or 20] * 6)
+    kept, states = [], []
+    for t, count in enumerate(counts):
+        best = seen[t].argsort(descending=True, stable=True)[: 6 * count // 7].tolist()
+        rest = [n for n in range(20) if n not in best]
+        few = count - len(best)
+        targets = rest[:: max(1, len(rest) // few)][:few] if few else []
+        members: dict[int, list[int]] = {n: [] for n in targets}
+        for n in (n for n in rest if n not in targets and targets):
+            members[max(targets, key=lambda m: float(torch.cosine_similarity(frames[t, n], frames[t, m], dim=0)))] += [
+                n
+            ]
+        for n in sorted(best + targets):
+            merged = frames[t, members[n]].mean(0) if members.get(n) else 0
+            kept.append(20 * t + n)
+            states.append(frames[t, n] + merged)
+    assert choice.kept.tolist() == kept
+    assert torch.allclose(choice.features, torch.stack(states), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.ones(4, 6, 3), torch.zeros(4, 6, 3), torch.ones(1, 6, 3), noise(2, 6, 3), noise(5, 6, 3)]
+)
+@pytest.mark.parametrize("look", ["even", "one", "none"])
+def test_dytok_keeps_its_budget(frames, look):
+    number = frames.shape[0] * 6
+    row = torch.zeros(2, number) if look == "none" else torch.ones(2, number)
+    if look == "one":
+        row[:, 1:] = 0
+    for keep in (1, 5, number // 2, number):
+        for most in (None, 1, 4):
+            choice = dytok(frames, torch.ones(frames.shape[:2]), [row], keep=keep, most=most)
+            assert len(choice.kept) == min(keep, number)
+            assert torch.isfinite(choice.features).all()
+    assert torch.equal(dytok(frames, torch.ones(frames.shape[:2]), [row], ratio=0.0).features, frames.flatten(0, 1))
+
+
+def test_dytok_takes_a_batch_as_singles():
+    """The second video has one frame less, and its words look elsewhere."""
+    from mllm_squeeze.reducers.needs import Attention
+
+    frames, seen, row = noise(2, 5, 12, 4), noise(2, 5, 12, seed=1).abs(), noise(2, 3, 60, seed=2).exp()
+    mask = torch.ones(2, 60, dtype=torch.bool)
+    mask[1, 48:] = False
+    need = Attention(-1, rows="last", heads="each")
+    both = squeeze.choose(
+        "dytok",
+        features=frames.flatten(1, 2),
+        signals={need: row, "encoder_attention": seen.flatten(1), "encoder_projection": frames.flatten(1, 2)},
+        mask=mask,
+        grid=(5, 3, 4),
+        modality="video",
+        blocks=1,
+        ratio=0.5,
+    )
+    for n, length in enumerate((5, 4)):
+        one = dytok(frames[n, :length], seen[n, :length], [row[n, :, : 12 * length]], ratio=0.5)
+        assert both.kept[n].tolist() == one.kept.tolist()
+        assert torch.allclose(both.features[n], one.features, atol=1e-5)
+
+
+def test_any_rule_that_works_frame_by_frame_takes_such_a_budget():
+    """Frames are worth .25, .98 and 1 of the word: .8, 3.1 and 3.1 of seven, whatever picks in them."""
+    frames = torch.stack([circle(0, 10, 20, 30), circle(80, 80, 80, 80), circle(90, 90, 90, 90)])
+    recipe = {
+        "method": "asked",
+        "steps": [
+            {
+                "at": "projector",
+                "keep": 7,
+                "segment": "frame",
+                "budget": {"proportional": {"score": {"text_similarity": {"measure": "dot"}}}},
+                "select": "farthest_point",
+            }
+        ],
+    }
+    kept = squeeze.choose(recipe, features=frames.flatten(0, 1), text=circle(90), grid=(3, 1, 4), modality="video").kept
+    assert torch.bincount(kept // 4, minlength=3).tolist() == [1, 3, 3]
+
+
+# All of them
+
+
+@pytest.mark.parametrize("method", ["fastvid", "flashvid", "holitom", "prunevid"])
+def test_a_frame_with_a_hole_is_refused(method):
+    """No other token is taken for one that is hidden; frames that are hidden whole are no part of the video."""
+    mask = torch.ones(2, 36, dtype=torch.bool)
+    mask[0, 20] = False
+    mask[1, 27:] = False
+    frames, seen = noise(2, 36, 6), noise(2, 36).abs()
+    signals = {} if method == "prunevid" else {"encoder_attention": seen}
+
+    def run(rows: slice) -> Any:
+        given = {name: value[rows] for name, value in signals.items()}
+        return squeeze.choose(
+            method,
+            at="projector",
+            features=frames[rows],
+            signals=given,
+            mask=mask[rows],
+            grid=(4, 3, 3),
+            modality="video",
+        )
+
+    with pytest.raises(UnsupportedInputError, match="1 of 36 places"):
+        run(slice(2))
+    first = {} if method == "prunevid" else {"signals": {"encoder_attention": seen[1, :27]}}
+    one = clip(method, frames[1, :27].view(3, 9, 6), (3, 3, 3), at="projector", **first)
+    assert run(slice(1, 2)).kept[0].tolist() == one.kept.tolist()

@@ -12,16 +12,21 @@ if TYPE_CHECKING:
     from .adjacent import *  # noqa: F403
     from .alike_groups import *  # noqa: F403
     from .attention import *  # noqa: F403
+    from .attention_share import *  # noqa: F403
     from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
+    from .calibrated_spread import *  # noqa: F403
     from .components import *  # noqa: F403
+    from .dealt_out import *  # noqa: F403
     from .dynamic_segments import *  # noqa: F403
     from .elbow import *  # noqa: F403
+    from .frame_trees import *  # noqa: F403
     from .global_query import *  # noqa: F403
     from .gravity import *  # noqa: F403
     from .greedy import *  # noqa: F403
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
+    from .label_runs import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
@@ -72,11 +77,15 @@ _MODULES = {
     ),
     "adjacent": ("adjacent_sites", "every_other_site", "joined_runs"),
     "alike_groups": ("group_likeness", "without_the_alike"),
+    "attention_share": ("attention_share",),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
+    "calibrated_spread": ("calibrated_spread",),
     "components": ("components_in_turn", "linked_components", "remerged"),
+    "dealt_out": ("dealt_out",),
     "dynamic_segments": ("alike_runs", "anchors_per_frame"),
     "elbow": ("above_elbow",),
+    "frame_trees": ("hung_on_frame_before", "tree_weights"),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
     "greedy": (
         "dpp_map",
@@ -177,6 +186,7 @@ _MODULES = {
     "transition": ("transition",),
     "undivided": ("undivided_attention",),
     "value_likeness": ("value_likeness",),
+    "label_runs": ("run_bounds", "whole_runs"),
     "words": ("guided_by_words",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -42,7 +42,7 @@ def frame_tables(tokens: VisualTokens) -> list[Tensor]:
     """Return int64 (T, P) for each span, the token at each place of each frame, without separators.
 
     Raises:
-        UnsupportedInputError: the frames are not known, or not of one size.
+        UnsupportedInputError: the frames are not known, not of one size, or not whole.
     """
     import torch
 
@@ -55,7 +55,14 @@ def frame_tables(tokens: VisualTokens) -> list[Tensor]:
         table = torch.full((count * height * width,), -1, device=frame.device)
         table[place[span][pieces[span]]] = pieces[span].nonzero().flatten()
         table = table.view(count, -1)
-        tables.append(table[(table >= 0).any(1)][:, (table >= 0).any(0)])
+        table = table[(table >= 0).any(1)][:, (table >= 0).any(0)]
+        if (table < 0).any():
+            raise UnsupportedInputError(
+                f"Frames are compared place by place; here {int((table < 0).sum())} of {table.numel()} places of a "
+                "video hold no token, as the attention mask hides them or an earlier cut took them. Show whole frames, "
+                "or use segment: frame instead."
+            )
+        tables.append(table)
     return tables
 
 

@@ -1,0 +1,136 @@
+"""Golden cases of methods for videos that merge tokens over frames, or share a budget over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mllm_squeeze as squeeze
+from golden.case import Case
+from golden.readings import reads
+from mllm_squeeze import ops
+from mllm_squeeze.layout import Tile
+from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.needs import Attention
+
+# How the authors' settings name what is picked of each frame.
+FLASHVID_PICKS = {"attn": "score", "div": "unlike", "attn_div": "seen", "attn_div_v2": "run"}
+
+
+@reads("flashvid")
+def flashvid(case: Case) -> dict[str, Any]:
+    frames = case["features"]
+    choice = squeeze.choose(
+        "flashvid",
+        at="projector",
+        features=frames.flatten(0, 1),
+        signals={"encoder_attention": case["attention"].flatten()},
+        grid=(len(frames), 1, frames.shape[1]),
+        modality="video",
+        variant="official",
+        retain=case["retention_ratio"],
+        expand=case["expansion"],
+        runs=case["min_segment_num"],
+        unlike=case["segment_threshold"],
+        best=case["alpha"],
+        pick=FLASHVID_PICKS[case["selection"][0]],
+        hang=case["temporal_threshold"],
+    )
+    return {"keep": choice.kept, "merged": choice.features}
+
+
+def in_pieces(rows: Tensor, sizes: list[int]) -> Tensor:
+    """Return rows in an order that follows from what they hold, piece by piece."""
+    key = rows.double() @ torch.arange(1, rows.shape[1] + 1).double().cos()
+    return torch.cat([piece[value.argsort()] for piece, value in zip(rows.split(sizes), key.split(sizes), strict=True)])
+
+
+@reads("prunevid")
+def prunevid(case: Case) -> dict[str, Any]:
+    labels = case["labels"]
+    whole = [ops.whole_runs(row) for row in labels.reshape(-1, labels.shape[-1]).tolist()]
+    found: dict[str, Any] = {"labels_refined": torch.tensor(whole).view(labels.shape)}
+    if "features" not in case:
+        return found
+    frames = case["features"]
+    choice = squeeze.choose(
+        "prunevid",
+        at="projector",
+        features=frames.flatten(0, 1),
+        grid=(len(frames), *case["grid"].tolist()[1:]),
+        modality="video",
+        steady=case["tau"],
+        pieces=case["gamma"],
+        clusters=case["cluster_ratio"],
+    )
+    assert choice.assign is not None and isinstance(choice.kept, Tensor) and isinstance(choice.features, Tensor)
+    places, piece = frames.shape[1], torch.arange(len(case["window_sizes"])).repeat_interleave(case["window_sizes"])
+    # What is steady holds tokens of several frames.
+    late = torch.arange(len(choice.assign)) // places > choice.assign // places
+    still = late.new_zeros(len(late)).index_fill(0, choice.assign[late], True)[choice.kept]
+    of = piece[choice.kept // places]
+    found["static_sizes"] = torch.bincount(of[still], minlength=len(case["window_sizes"]))
+    found["dynamic_sizes"] = torch.bincount(of[~still], minlength=len(case["window_sizes"]))
+    found["merged"] = in_pieces(choice.features, torch.bincount(of).tolist())
+    if "text_attention" in case:
+        found["keep"] = _prunevid_in_the_model(case)
+    return found
+
+
+def _prunevid_in_the_model(case: Case) -> Tensor:
+    """Return what the second cut keeps, where what is steady in a piece is a frame of its own."""
+    names = ("window_sizes", "static_sizes", "dynamic_sizes")
+    groups = [
+        tile
+        for frames, static, moving in zip(*(case[name].tolist() for name in names), strict=True)
+        for tile in (Tile(1, 1, static), Tile(frames, 1, moving // frames))
+        if tile.cells
+    ]
+    choice = squeeze.choose(
+        "prunevid",
+        at=str(load_recipe("prunevid").steps[1].at),
+        signals={"attention": case["text_attention"].amax((0, 1))},
+        grid=groups,
+        modality="video",
+        retain=case["alpha"],
+    )
+    assert isinstance(choice.kept, Tensor)
+    return choice.kept
+
+
+@reads("dytok")
+def dytok(case: Case) -> dict[str, Any]:
+    frames = case["features"]
+    number, places = frames.shape[:2]
+    weights = case["frame_weights"].mean(0).repeat_interleave(places)[None, None]
+    choice = squeeze.choose(
+        "dytok",
+        features=frames.flatten(0, 1),
+        signals={
+            Attention(-1, rows="last", heads="each"): weights[0],
+            "encoder_attention": case["attention"].flatten(),
+            "encoder_projection": case["metric"].flatten(0, 1),
+        },
+        grid=(number, 1, places),
+        modality="video",
+        keep=(case["dominant"] + case["contextual"]) * number,
+        blocks=1,
+        most=case["upper_limit"],
+    )
+    assert isinstance(choice.kept, Tensor) and isinstance(choice.features, Tensor)
+    budget = torch.bincount(choice.kept // places, minlength=number)
+    best = 6 * budget // 7
+    # Of what is kept in a frame the best are those that are looked at most.
+    received = case["attention"].flatten()[choice.kept]
+    dominant = ops.rank_within(received[None], (choice.kept // places)[None], received[None] == received[None])[0]
+    dominant = dominant < best[choice.kept // places]
+    order = (2 * (choice.kept // places) + (~dominant).long()).argsort(stable=True)
+    return {
+        "frame_budget": budget,
+        "dominant_num": best,
+        "contextual_num": budget - best,
+        "keep_dominant": choice.kept[dominant],
+        "merged": choice.features[order],
+    }
