@@ -26,13 +26,14 @@ from mllm_squeeze.registry import register_reducer, unregister_method, unregiste
 
 
 def home(name: str) -> tuple[str, str]:
-    """Return (family, kind): one of those that fit, chosen by the name alone; a video where it takes nothing else."""
+    """Return (family, kind): one of those that fit, chosen by the name alone; a video or sound where it takes no image."""
     if matrix.method(name).wants_text_encoder:
         return "llava", "image"  # whose tower is as wide as that of the text encoder
-    kinds = [kind for kind in ("image", "video") if any(matrix.fits(name, f, kind) for f in matrix.FAMILIES)]
-    assert kinds, f"no family of the core fits '{name}': add one to tiny.CORE_FAMILIES that does"
-    families = [f for f in matrix.FAMILIES if matrix.fits(name, f, kinds[0])]
-    return families[crc32(name.encode()) % len(families)], kinds[0]
+    for kind, among in (("image", matrix.FAMILIES), ("video", matrix.FAMILIES), ("audio", tiny.ALL_FAMILIES)):
+        families = [f for f in among if kind in tiny.kinds(f) and matrix.fits(name, f, kind)]
+        if families:
+            return families[crc32(name.encode()) % len(families)], kind
+    raise AssertionError(f"no family fits '{name}': add one to tiny.CORE_FAMILIES that does")
 
 
 def prove(name: str) -> None:
