@@ -72,7 +72,7 @@ def positions(model: Any, inputs: Inputs, steps: int) -> Tensor:
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     inner = getattr(model, "get_base_model", lambda: model)().model
-    after = torch.arange(steps) + mask.sum(-1, keepdim=True)
+    after = torch.arange(steps, device=mask.device) + mask.sum(-1, keepdim=True)
     if not hasattr(inner, "get_rope_index"):
         return torch.cat([(mask.cumsum(-1) - 1).clamp(min=0), after], -1)
     names = (

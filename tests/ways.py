@@ -299,7 +299,7 @@ def left_of(m: Method, span: Any, before: int | None = None, **changes: Any) -> 
     if step.at.place == "encoder":
         return Count(budget, 0 if len(span.tiles) == 1 and not beside else whole // 4)
     if not reducer.facts.known_count:
-        return Count(budget + apart, sum(tile.frames for tile in span.tiles))
+        return Count(budget + apart, sum(tile.frames for tile in span.tiles)) if span.tiles else None
     current = whole if before is None else before - apart
     return Count(reducer.count(current, budget, span.tiles) + apart)
 

@@ -200,8 +200,8 @@ def shown(name: str) -> list[str]:
 
 def first_kind(name: str, method: str) -> str:
     """Return the kind of prompt on which a method is tried first."""
-    video = matrix.method(method).modalities == ("video",) and "video" in tiny.kinds(name)
-    return "video" if video else tiny.kinds(name)[0]
+    only, kinds = matrix.method(method).modalities, tiny.kinds(name)
+    return only[0] if len(only) == 1 and only[0] in kinds else kinds[0]
 
 
 @functools.cache

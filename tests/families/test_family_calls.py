@@ -266,5 +266,5 @@ def test_everything_is_put_back(family: str, method: str) -> None:
 
 def test_every_column_of_the_page_has_its_method() -> None:
     """The columns are those of docs/families.md, however many methods there are."""
-    assert set(proof.PLACES.values()) == {"projector", "scores", "layer", "layers", "encoder", "video"}
+    assert set(proof.PLACES.values()) == {"projector", "scores", "layer", "layers", "encoder", "video", "audio"}
     assert any(matrix.method(name).decodes for name in proof.PLACES)

@@ -166,7 +166,7 @@ def waits(reducer):
 
 def test_few_rules_wait_for_the_device():
     names = {type(one).__name__ for one in REDUCERS if waits(one) and type(one).__name__ != "Pipeline"}
-    assert names == {"DynamicDensity", "LinkComponents", "StillSegments"}
+    assert names == {"DynamicDensity", "FrameTrees", "LinkComponents", "SteadyClusters", "StillSegments"}
     pipelines = [one for one in REDUCERS if waits(one) and type(one).__name__ == "Pipeline"]
     assert {type(one.select).__name__ for one in pipelines} == {"BoundedPeaks", "PrincipalGroups"} or any(
         "Spectrum" in repr(one) for one in pipelines
