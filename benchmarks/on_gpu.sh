@@ -13,14 +13,14 @@ methods=fastv,dart,divprune,uniform,visionzip,pyramiddrop,sparsevlm
 
 bench() { python3 -c "from mllm_squeeze.cli import main; main()" bench --ratio 0.75 --device cuda --dtype bfloat16 --method $methods "$@"; }
 
-tests() { python3 -m pytest -q -m gpu -p no:cacheprovider --tb=short tests/unit/test_kernels.py tests/contract/test_on_a_gpu.py; }
+tests() { python3 -m pytest -q -n 6 -m gpu -p no:cacheprovider --tb=short tests/unit/test_kernels.py tests/contract/test_on_a_gpu.py; }
 kernels() { python3 benchmarks/kernels.py --json "$out/kernels.json"; }
 llava() {
-  bench --model llava-1.5-7b --visual-tokens 2880 --rounds 8 --warmup 2 --decode 16 \
+  bench --model llava-1.5-7b --visual-tokens 2880 --rounds 6 --warmup 2 --decode 8 \
     --against benchmarks/naive.py --out "$out/h100-2880"
 }
-long() { bench --model llava-1.5-7b --visual-tokens 16128 --rounds 6 --warmup 2 --decode 16 --out "$out/h100-16k"; }
-qwen() { bench --model qwen2.5-vl-7b --sweep 2880,16384 --rounds 6 --warmup 2 --decode 16 --out "$out/h100-qwen"; }
+long() { bench --model llava-1.5-7b --visual-tokens 16128 --rounds 4 --warmup 1 --decode 8 --out "$out/h100-16k"; }
+qwen() { bench --model qwen2.5-vl-7b --visual-tokens 16384 --rounds 4 --warmup 1 --decode 8 --out "$out/h100-qwen"; }
 decode() {
   bench --model llava-1.5-7b --visual-tokens 2880 --method fastv,divprune --no-oracle --rounds 3 --warmup 2 --decode 33 \
     --cache compiled --out "$out/h100-compiled"

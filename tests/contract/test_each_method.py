@@ -26,7 +26,7 @@ from mllm_squeeze.registry import register_reducer, unregister_method, unregiste
 
 
 def home(name: str) -> tuple[str, str]:
-    """Return (family, kind): one of those that fit, chosen by the name alone; a video or sound where it takes no image."""
+    """Return (family, kind): one of those that fit, chosen by the name; a video or a sound where it takes no image."""
     if matrix.method(name).wants_text_encoder:
         return "llava", "image"  # whose tower is as wide as that of the text encoder
     for kind, among in (("image", matrix.FAMILIES), ("video", matrix.FAMILIES), ("audio", tiny.ALL_FAMILIES)):
@@ -70,7 +70,9 @@ def test_every_way_has_a_representative_and_every_method_a_way() -> None:
     assert set(matrix.EVERYWHERE) <= set(matrix.WAYS)
     met = {cell.values[1] for cell in matrix.cells()}
     # The families of the core take no sound; those of tests/families do.
-    assert met == {name for name in matrix.WAYS if matrix.method(name).modalities != ("audio",)}, "a way meets no family"
+    assert met == {name for name in matrix.WAYS if matrix.method(name).modalities != ("audio",)}, (
+        "a way meets no family"
+    )
 
 
 def test_the_word_merges_is_true() -> None:

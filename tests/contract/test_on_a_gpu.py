@@ -1,6 +1,6 @@
 """What a GPU could do otherwise than a CPU: choose other tokens, compute in another dtype, compile a decode step.
 
-    CUDA_VISIBLE_DEVICES=0 python -m pytest -m gpu
+CUDA_VISIBLE_DEVICES=0 python -m pytest -m gpu
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mllm_squeeze import ops
 from mllm_squeeze.engine import limits
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
@@ -169,7 +170,7 @@ def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
 
 
 def _is_cell(session: Prefill, table: SpanTable, rows: list[int]) -> Tensor:
-    unknown = torch.tensor([not session.layout.spans[n].tiles for n in rows], device=table.mask.device)
+    unknown = ops.on_device([int(not session.layout.spans[n].tiles) for n in rows], table.mask) > 0
     return (table.grid[..., 0] >= 0) | unknown[:, None]
 
 
@@ -189,7 +190,7 @@ def _tokens(
     grid = found.table.grid.gather(1, found.order[..., None].expand(-1, -1, 4))
     return VisualTokens(
         mask=found.mask,
-        budget=torch.tensor(found.budget, device=hidden.device),
+        budget=ops.on_device(found.budget, hidden),
         counts=found.budget,
         grid=torch.where(found.mask[..., None], grid, -1),
         origin=origin,
@@ -223,7 +224,7 @@ def _chosen(session: Prefill, planned: PlannedCut, found: _Candidates, keep: Ten
     if len(found.rows) == session.table.mask.shape[0]:
         return inside
     chosen = session.table.mask.clone()
-    chosen[torch.tensor(found.rows, device=chosen.device)] = inside
+    chosen[ops.on_device(found.rows, chosen)] = inside
     return chosen
 
 
@@ -254,6 +255,6 @@ def _add_sizes(session: Prefill, found: _Candidates, reduction: Reduction) -> No
     """Count for each survivor what was merged into it."""
     table = session.table
     size = torch.ones_like(table.mask, dtype=torch.float32) if table.size is None else table.size.clone()
-    rows = torch.tensor(found.rows, device=size.device)[:, None]
+    rows = ops.on_device(found.rows, size)[:, None]
     size[rows, found.order] = reduction.sizes(found.size)
     session.table = replace(table, size=size)

@@ -16,33 +16,19 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self._made: dict[str, dict[tuple[Any, ...], Any]] = {}
+        self._made: dict[str, dict[tuple[Any, ...], tuple[Any, ...]]] = {}
 
     def once(self, name: str, *of: Any, make: Callable[[], Any]) -> Any:
-        """Return what `make` gives for these objects; numbers and words among them are told apart by value."""
+        """Return what `make` gives for these objects; numbers (not negative) and words are told apart by value."""
         made = self._made.setdefault(name, {})
-        key = tuple(part if part is None or isinstance(part, (int, str)) else _Same(part) for part in of)
-        if key not in made:
+        key = tuple([part if part is None or isinstance(part, (int, str)) else -id(part) for part in of])
+        found = made.get(key)
+        if found is None:
             if len(made) == _MOST:
                 del made[next(iter(made))]
-            made[key] = make()
-        return made[key]
+            found = made[key] = (make(), of)
+        return found[0]
 
     def clear(self) -> None:
         """Let go of everything."""
         self._made.clear()
-
-
-class _Same:
-    """An object as a key that equals itself alone."""
-
-    __slots__ = ("of",)
-
-    def __init__(self, of: Any) -> None:
-        self.of = of
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.of is other.of
-
-    def __hash__(self) -> int:
-        return id(self.of)

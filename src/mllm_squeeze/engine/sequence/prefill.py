@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mllm_squeeze import ops
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.passes import Pass
 from mllm_squeeze.engine.sequence.shorten import gather_rows
@@ -62,13 +63,14 @@ class Prefill(Pass):
         self.traces: list[StageTrace] = []
         self.table: SpanTable = first_table(layout, device)
         place, there = _words(layout)
-        self.text_place, self.text_mask = place.to(device), there.to(device)
-        self.last_place = torch.tensor(layout.last, device=device)[:, None]
-        self.real = layout.real.to(device)
+        like = self.table.place
+        self.text_place, self.text_mask = ops.on_device(place, like), ops.on_device(there, like)
+        self.last_place = ops.on_device(layout.last, like)[:, None]
+        self.real = ops.on_device(layout.real, like)
         self._padded = not bool(layout.real.all())
         self._tail = _tail(layout)
         self._row_lengths = [int(n) for n in layout.real.sum(1)]
-        visual = layout.visual.to(device)
+        visual = ops.on_device(layout.visual, like)
         # Steps that cut while decoding leave separators alone.
         self._visual = visual if plan.decode is None else _pieces(layout, self.table, visual)
 
@@ -113,7 +115,7 @@ class Prefill(Pass):
             self._row_lengths[span.sample] -= before - after
         width = max(self._row_lengths)
         order = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, length - width :]
-        pad = torch.tensor([width - n for n in self._row_lengths], device=hidden.device)[:, None]
+        pad = ops.on_device([width - n for n in self._row_lengths], hidden)[:, None]
         if self.wanted is None or self.wanted > self._tail:
             self._full = self.restore(hidden)
         even = min(self._row_lengths) == width
@@ -230,7 +232,7 @@ def _tail(layout: TokenLayout) -> int:
 
 def _pieces(layout: TokenLayout, table: SpanTable, visual: Tensor) -> Tensor:
     """Return bool (B, T): visual (B, T) without separators, where the grid tells them."""
-    known = torch.tensor([bool(span.tiles) for span in layout.spans], device=visual.device)[:, None]
+    known = ops.on_device([int(bool(span.tiles)) for span in layout.spans], visual)[:, None] > 0
     separators = functional.pad(torch.zeros_like(visual), (0, 1))
     apart = table.mask & known & (table.grid[..., 0] < 0)
     separators[table.sample[:, None], table.place.where(apart, visual.shape[1])] = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mllm_squeeze import ops
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_joined
 from mllm_squeeze.engine.signals.source import Found, Reading, Source, Spot, inverse
@@ -83,7 +84,7 @@ class AttentionSource(Source):
         """Return the scores with their tokens last: (S, N), (S, H, N), (S, R, N) or (S, H, R, N)."""
         scores = super().answer(prefill, reading, found, self.asked.columns)
         if reading.row_origin is not None:
-            spans = torch.tensor(found.rows, device=reading.row_origin.device)
+            spans = ops.on_device(found.rows, reading.row_origin)
             scores = _take_rows(scores, reading.row_origin[spans], found)
         return scores.movedim(1, -1)
 

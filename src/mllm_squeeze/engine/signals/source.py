@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mllm_squeeze import ops
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.table import SpanTable
@@ -47,7 +48,7 @@ class Reading:
     def at(self, prefill: Prefill, found: Found, place: Tensor) -> Tensor:
         """Return (S, N, ...) of the tokens that stand at `place` (S, N) now, whatever was cut since."""
         place = self._then(prefill, found.table.sample, place).to(self.values.device)
-        rows = torch.tensor(found.rows, device=place.device) if self.by_span else found.table.sample.to(place.device)
+        rows = ops.on_device(found.rows, place) if self.by_span else found.table.sample.to(place.device)
         return self.values[rows[:, None], place]
 
     def whole(self, found: Found) -> Tensor:

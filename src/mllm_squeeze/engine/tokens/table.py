@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile, TokenLayout
 
 
@@ -30,7 +31,7 @@ class SpanTable:
 
     def rows(self, rows: Sequence[int]) -> SpanTable:
         """Return the table of some spans."""
-        pick = torch.tensor(rows, device=self.sample.device)
+        pick = ops.on_device(rows, self.sample)
         return SpanTable(
             self.sample[pick],
             self.place[pick],
@@ -78,7 +79,10 @@ def first_table(layout: TokenLayout, device: torch.device) -> SpanTable:
         cells = torch.cat([_cells(n, tile) for n, tile in enumerate(tiles)])
         grid[[span.tiles == tiles for span in layout.spans], : len(cells)] = cells
     sample = torch.tensor([span.sample for span in layout.spans])
-    return SpanTable(sample.to(device), place.to(device), mask.to(device), origin.to(device), grid.to(device), current)
+    # Unasked, each copy would wait for the encoder.
+    parts = (part.to(device, non_blocking=True) for part in (sample, place, mask, origin, grid))
+    sample, place, mask, origin, grid = parts
+    return SpanTable(sample, place, mask, origin, grid, current)
 
 
 def _columns(runs: Sequence[tuple[int, int]]) -> Tensor:

@@ -38,7 +38,6 @@ class Resample(Pool):
         import torch
 
         mask = groups.label >= 0
-        device = mask.device
         keep, entries = mask.clone(), []
         table = _cells(tokens, mask)
         for span, (current, budget, tiles) in enumerate(zip(tokens.current, tokens.counts, tokens.tiles, strict=True)):
@@ -46,7 +45,8 @@ class Resample(Pool):
             if sizes is None:
                 self._require_whole(current, budget)
                 continue
-            into, source, weight = (part.to(device) for part in ops.resampled_cells(tiles, tuple(sizes), self.filter))
+            cells = ops.resampled_cells(tiles, tuple(sizes), self.filter)
+            into, source, weight = (ops.on_device(part, mask) for part in cells)
             places = table[span]
             keep[span] = False
             keep[span].index_fill_(0, places[into], True)
