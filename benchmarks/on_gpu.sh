@@ -13,7 +13,7 @@ methods=fastv,dart,divprune,uniform,visionzip,pyramiddrop,sparsevlm
 
 bench() { python3 -c "from mllm_squeeze.cli import main; main()" bench --ratio 0.75 --device cuda --dtype bfloat16 --method $methods "$@"; }
 
-tests() { python3 -m pytest -q -n 6 -m gpu -p no:cacheprovider --tb=short tests/unit/test_kernels.py tests/contract/test_on_a_gpu.py; }
+tests() { python3 -m pytest -v -n 12 -m gpu -p no:cacheprovider --tb=short tests/unit/test_kernels.py tests/contract/test_on_a_gpu.py; }
 kernels() { python3 benchmarks/kernels.py --json "$out/kernels.json"; }
 llava() {
   bench --model llava-1.5-7b --visual-tokens 2880 --rounds 6 --warmup 2 --decode 8 \

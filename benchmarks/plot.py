@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,19 @@ HEADERS = (
     "1 - rule / ours",
     "rule ms",
     "rule / dense",
+    "naive's",
+)
+
+GPU_HEADERS = (
+    "method",
+    "tokens per layer",
+    "prefill ms",
+    "speed-up",
+    "oracle's",
+    "efficiency",
+    "rule ms",
+    "decode ms",
+    "peak MiB",
     "naive's",
 )
 
@@ -170,6 +184,37 @@ def memory_table(found: Results) -> list[str]:
     return lines
 
 
+def gpu_table(found: Results) -> list[str]:
+    """Return what a run on a GPU gave: times in milliseconds, and the peak memory of a prefill."""
+    ideals, naive = of_method(found, "oracle"), of_method(found, "naive")
+    lines = ["| " + " | ".join(GPU_HEADERS) + " |", "| --- |" + " ---: |" * (len(GPU_HEADERS) - 1)]
+    for row in (found.rows[0], *of_method(found, "ours").values()):
+        ideal = ideals.get(row.name)
+        cells = [
+            row.name,
+            _mean(row),
+            f"{1000 * row.prefill.median:.0f}",
+            f"{row.speedup.median:.2f}",
+            f"{ideal.speedup.median:.2f}" if ideal else "-",
+            f"{row.efficiency.median:.3f}" if row.efficiency is not None else "-",
+            f"{1000 * sum(row.rule.values()):.1f}" if row.rule else "-",
+            f"{1000 * row.decode.median:.1f}",
+            f"{_mib(row):.0f}",
+            f"{naive[row.name].speedup.median:.2f}" if row.name in naive else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def kernel_table(path: Path) -> list[str]:
+    """Return milliseconds of each kernel and of the torch op that it stands for, and how far the two are apart."""
+    lines = ["| op | shapes | kernel ms | torch ms | apart |", "| --- | --- |" + " ---: |" * 3]
+    for case in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+        kernel, op = (case["contestants"][name]["median_ms"] for name in ("kernel", "torch"))
+        lines.append(f"| {case['case']} | {case['shapes']} | {kernel:.2f} | {op:.2f} | {case['difference']:.1e} |")
+    return lines
+
+
 def _mib(row: Row) -> float:
     assert row.memory is not None, f"{row.name} was not weighed"
     return row.memory / 2**20
@@ -214,6 +259,9 @@ def main(names: list[str]) -> None:
         put_table("sweep", sweep_table(sweep), PAGE)
     caches = [Results.load(folder / kind / "cpu-300m.json") for kind in ("dynamic", "static", "compiled")]
     put_table("decode", decode_table(caches), PAGE)
+    for path in sorted((folder / "gpu").glob("h100-*.json")):
+        put_table(path.stem, gpu_table(Results.load(path)), PAGE)
+    put_table("kernels", kernel_table(folder / "gpu" / "kernels.json"), PAGE)
 
 
 if __name__ == "__main__":
