@@ -261,7 +261,7 @@ def main(names: list[str]) -> None:
     put_table("decode", decode_table(caches), PAGE)
     for path in sorted((folder / "gpu").glob("h100-*.json")):
         put_table(path.stem, gpu_table(Results.load(path)), PAGE)
-    put_table("kernels", kernel_table(folder / "gpu" / "kernels.json"), PAGE)
+    put_table("kernels", kernel_table(ROOT / "benchmarks" / "results_kernels" / "h100.json"), PAGE)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "score.norm": "mllm_squeeze.parts.score.norm:Norm",
     "score.query_key": "mllm_squeeze.parts.score.query_key:QueryKey",
     "score.transition": "mllm_squeeze.parts.score.transition:Transition",
+    "score.transport": "mllm_squeeze.parts.score.transport:Transport",
     "score.global_query": "mllm_squeeze.parts.score.global_query:GlobalQuery",
     "score.frame_change": "mllm_squeeze.parts.score.frame_change:FrameChange",
     "score.random": "mllm_squeeze.parts.score.random:Random",

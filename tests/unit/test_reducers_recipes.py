@@ -58,6 +58,7 @@ TABLE = {
     "timechat_online": (None, ["projector"], "keep", False, False),
     "tokencarve": (128, ["layer 2"], "keep", True, True),
     "tome": (207, ["encoder all"], "repack", False, True),
+    "topv": (288, ["layer 3"], "keep", False, True),
     "transprune": (72, ["layer 0.21875", "layer 0.28125", "layer 0.375"], "repack", True, True),
     "trim": (None, ["projector"], "repack", True, False),
     "uniform": (288, ["layer 0"], "keep", False, True),

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .stride import *  # noqa: F403
     from .surroundings import *  # noqa: F403
     from .transition import *  # noqa: F403
+    from .transport import *  # noqa: F403
     from .undivided import *  # noqa: F403
     from .value_likeness import *  # noqa: F403
     from .words import *  # noqa: F403
@@ -184,6 +185,7 @@ _MODULES = {
     ),
     "surroundings": ("surrounding_entries",),
     "transition": ("transition",),
+    "transport": ("transport_cost", "transported_mass"),
     "undivided": ("undivided_attention",),
     "value_likeness": ("value_likeness",),
     "label_runs": ("run_bounds", "whole_runs"),
