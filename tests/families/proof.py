@@ -66,7 +66,7 @@ def column(name: str) -> str:
         return "encoder"
     if "encoder" in way.roads:
         return "scores"
-    if way.reduces != "all":
+    if way.reduces in ("video", "audio"):
         return way.reduces
     return "projector" if way.places[0] == "before" else way.places[0]
 
