@@ -37,7 +37,7 @@ IN_FRONT = {"projector", "layer 0"}
 # family, method and parameters that do not fit it, where the recommended act, one that fits but is less alike.
 REFUSED: dict[str, tuple[str, str, dict[str, Any], set[str], str]] = {
     "no encoder attention": ("qwen2_audio", "visionzip", {}, IN_FRONT, "fastv"),
-    "no encoder to merge in": ("qwen2_5_vl", "tome", {}, IN_FRONT, "fastv"),
+    "no encoder to merge in": ("qwen2_5_vl", "tome", {}, IN_FRONT | {"layer 3"}, "fastv"),
     "no video": ("llava", "vidcom2", {}, IN_FRONT, "fastv"),
     "no layer before": ("llava", "fastv", {"layer": 0}, IN_FRONT, "sparsevlm"),
 }
