@@ -197,7 +197,7 @@ def gpu_table(found: Results) -> list[str]:
             f"{row.speedup.median:.2f}",
             f"{ideal.speedup.median:.2f}" if ideal else "-",
             f"{row.efficiency.median:.3f}" if row.efficiency is not None else "-",
-            f"{1000 * sum(row.rule.values()):.1f}" if row.rule else "-",
+            f"{1000 * sum(row.rule.values()):.1f}" if row.kind == "ours" else "-",
             f"{1000 * row.decode.median:.1f}",
             f"{_mib(row):.0f}",
             f"{naive[row.name].speedup.median:.2f}" if row.name in naive else "-",

@@ -46,7 +46,7 @@ class Adjacent(Merge):
         label = ops.take(groups.label, index).masked_fill(~filled, -1)
         sites = self._sites(ops.adjacent_sites(ops.take(tokens[need_of(self.by)], index), label, number))
         first = ops.take(index, ops.joined_runs(sites, filled).clamp(min=0))
-        assign = ops.put_back(mask.long() * 0 - 1, index, filled, first)
+        assign = ops.put_back(groups.label.new_full(mask.shape, -1), index, filled, first)
         keep = assign == ops.positions(assign)
         if self.weights == "mean" or score is None:
             return Reduction(keep, assign)
