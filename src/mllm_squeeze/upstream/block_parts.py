@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
+from mllm_squeeze.upstream.configs import of_layer
 from mllm_squeeze.upstream.modules import attention_of, first_of
 
 What = Literal["query", "key", "value"]
@@ -89,7 +90,7 @@ def projected_of(attention: nn.Module, what: What) -> Projected | str:
     if fused is None and module is None:
         there = ", ".join(name for name, _ in attention.named_children())
         return f"it has no '{_PROJECTIONS[what]}' (it has {there})"
-    config = _config_of(attention)
+    config = of_layer(getattr(attention, "config", None), getattr(attention, "layer_idx", 0))
     head = getattr(attention, "head_dim", None)
     heads = getattr(config, "num_attention_heads", None)
     groups = getattr(config, "num_key_value_heads", None) or heads
@@ -103,14 +104,6 @@ def projected_of(attention: nn.Module, what: What) -> Projected | str:
     if size % head or (what == "query" and size != known):
         return f"its '{_PROJECTIONS[what]}' gives {size} channels, where {known} were expected"
     return Projected(module, 0, size, head)
-
-
-def _config_of(attention: nn.Module) -> Any:
-    """Return the config of an attention module, its layer's own where layers differ."""
-    config: Any = getattr(attention, "config", None)
-    if getattr(config, "is_heterogeneous", False):
-        return config.per_layer_config[getattr(attention, "layer_idx", 0)]
-    return config
 
 
 def _of_fused(fused: nn.Module, what: What, queries: int, keys: int, head: int) -> Projected | str:

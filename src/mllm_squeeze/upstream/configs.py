@@ -141,7 +141,7 @@ def text_sizes(config: Any, layers: int) -> TextSizes | None:
 
     Of layers that differ, it is the first that counts.
     """
-    config = _first_layer(config)
+    config = of_layer(config, 0)
     heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
     inner = _intermediate(config)
@@ -158,9 +158,9 @@ def text_sizes(config: Any, layers: int) -> TextSizes | None:
     )
 
 
-def _first_layer(config: Any) -> Any:
-    # A config whose layers differ refuses to say what only one of them has.
-    return config.per_layer_config[0] if getattr(config, "is_heterogeneous", False) else config
+def of_layer(config: Any, number: int) -> Any:
+    """Return what a config says of a layer: one whose layers differ refuses to say what only one of them has."""
+    return config.per_layer_config[number] if getattr(config, "is_heterogeneous", False) else config
 
 
 def _intermediate(config: Any) -> int | None:
