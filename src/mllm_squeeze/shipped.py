@@ -12,6 +12,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "link_components": "mllm_squeeze.reducers.link_components:LinkComponents",
     "still_segments": "mllm_squeeze.reducers.still_segments:StillSegments",
     "dynamic_density": "mllm_squeeze.reducers.dynamic_density:DynamicDensity",
+    "frame_resolution": "mllm_squeeze.reducers.frame_resolution:FrameResolution",
     "frame_trees": "mllm_squeeze.reducers.frame_trees:FrameTrees",
     "steady_clusters": "mllm_squeeze.reducers.steady_clusters:SteadyClusters",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",

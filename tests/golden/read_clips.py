@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -134,3 +135,52 @@ def dytok(case: Case) -> dict[str, Any]:
         "keep_dominant": choice.kept[dominant],
         "merged": choice.features[order],
     }
+
+
+@reads("longvu")
+def longvu(case: Case) -> dict[str, Any]:
+    kind = case["kind"][0]
+    if kind == "dedup":
+        frames, places = case["dino"].shape[:2]
+        # As much room as the frames that stay need whole.
+        room = len(case["keep_frames"]) * places
+        settings = {"window": case["window"], "alike": case["threshold"]}
+        kept = _longvu(
+            case["dino"], case["dino"], torch.ones(1, case["dino"].shape[2]), (frames, 1, places), room, **settings
+        )
+        return {"keep_frames": (kept // places).unique()}
+    if kind == "stc":
+        frames, places = case["features"].shape[:2]
+        settings = {"small": 1.0, "run": case["window"], "still": case["threshold"]}
+        words = torch.ones(1, case["features"].shape[2])
+        grid = (frames, 1, places)
+        return {"keep": _longvu(case["features"], None, words, grid, case["max_visual"], **settings)}
+    low, places = case["low"], case["high"].shape[1]
+    side, few = math.isqrt(places), math.isqrt(low.shape[1])
+    row = torch.arange(side) * few // side
+    # Whole frames whose averages are the small ones of the file, which are no averages there.
+    frames = low[:, (row[:, None] * few + row).flatten()]
+    settings = {"small": few * few / places}
+    kept = _longvu(frames, None, case["text_features"], (len(low), side, side), case["max_visual"], **settings)
+    number = torch.bincount(kept // places, minlength=len(low))
+    return {"high_frames": (number == places).nonzero().flatten(), "total": len(kept)}
+
+
+def _longvu(
+    frames: Tensor, seen: Tensor | None, words: Tensor, grid: tuple[int, int, int], keep: int, **settings: Any
+) -> Tensor:
+    """Return what is kept; seen: what describes frames, by default each as unlike all others."""
+    if seen is None:
+        seen = torch.eye(len(frames))[:, None].expand(-1, frames.shape[1], -1)
+    choice = squeeze.choose(
+        "longvu",
+        features=frames.flatten(0, 1),
+        signals={"encoder_states": seen.flatten(0, 1)},
+        text=words,
+        grid=grid,
+        modality="video",
+        keep=keep,
+        **settings,
+    )
+    assert isinstance(choice.kept, Tensor)
+    return choice.kept

@@ -37,6 +37,7 @@ TABLE = {
     "holitom": (72, ["projector", "layer 0.643"], "repack", True, False),
     "ivc_prune": (288, ["layer 0.5"], "keep", True, True),
     "llava_scissor": (None, ["projector"], "repack", False, False),
+    "longvu": (144, ["projector"], "repack", True, False),
     "m3": (144, ["projector"], "repack", False, True),
     "mob": (64, ["layer 2"], "keep", True, True),
     "mustdrop": (None, ["projector", "layers 0.09375, 0.21875, 0.34375, 0.46875"], "repack", True, False),

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .transition import *  # noqa: F403
     from .transport import *  # noqa: F403
     from .undivided import *  # noqa: F403
+    from .unlike_frames import *  # noqa: F403
     from .value_likeness import *  # noqa: F403
     from .words import *  # noqa: F403
 
@@ -187,6 +188,7 @@ _MODULES = {
     "transition": ("transition",),
     "transport": ("transport_cost", "transported_mass"),
     "undivided": ("undivided_attention",),
+    "unlike_frames": ("frames_unlike_window", "unlike_first_frame", "without_tails"),
     "value_likeness": ("value_likeness",),
     "label_runs": ("run_bounds", "whole_runs"),
     "words": ("guided_by_words",),
