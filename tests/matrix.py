@@ -22,8 +22,9 @@ import text_space
 import tiny
 import ways
 from mllm_squeeze.errors import SqueezeError
-from mllm_squeeze.family.structure import find_parts
+from mllm_squeeze.family.structure import find_attention, find_parts
 from mllm_squeeze.family.table import TABLE, FamilyRow
+from mllm_squeeze.upstream.modules import is_packed
 from tiny.parts import AFTER
 from tiny.prompts import KINDS, collate, sample
 from ways import changed, method, pick
@@ -79,6 +80,8 @@ def misfit(name: str, family: str) -> str | None:
         return "inside the vision encoder"
     if "encoder" in way.roads and (row.tower_to_llm in ("queries", "overlap", "no_encoder") or not has_blocks(family)):
         return "vision encoder"
+    if "sound" in way.roads and not has_ears(family):
+        return "audio encoder"
     if "cls" in way.roads and not row.cls:
         return "no CLS token"
     return None
@@ -91,6 +94,17 @@ def has_blocks(family: str) -> bool:
         return find_parts(tiny.load(family).model).blocks is not None
     except SqueezeError:  # a model that is refused
         return False
+
+
+@cache
+def has_ears(family: str) -> bool:
+    """Say whether a family encodes sound in a method of its own, recordings one after the other."""
+    try:
+        parts = find_parts(tiny.load(family).model)
+    except SqueezeError:  # a model that is refused
+        return False
+    attention = None if parts.sound_block is None else find_attention(parts.sound_block)
+    return attention is not None and is_packed(attention) and hasattr(parts.base, "get_audio_features")
 
 
 def has(family: str, kind: str) -> bool:

@@ -20,7 +20,7 @@ from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe, resolve_steps
 from mllm_squeeze.recipe.steps import At, Step
 from mllm_squeeze.reducers.base import Reducer
-from mllm_squeeze.reducers.needs import Features, Need
+from mllm_squeeze.reducers.needs import Features, Need, SoundAttention
 from tiny.parts import LAYERS
 
 # Where several methods work in one way, the first of these stands for it, else the first by name. Only tests that read
@@ -216,6 +216,8 @@ def road(need: Need) -> str:
     """Return how one signal comes, by the words in which needs are written."""
     if need.reads_encoder:
         return "encoder"
+    if isinstance(need, SoundAttention):
+        return "sound"
     if getattr(need, "rows", "") == "chosen":
         return "chosen rows"
     block = getattr(need, "block", None)

@@ -15,10 +15,10 @@ from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe
 from mllm_squeeze.recipe.steps import Step
 from mllm_squeeze.reducers.base import Among, DecodeReducer, Mix, Reducer, Reduction, Signals, VisualTokens
-from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Need, Size
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Need, Runs, Size, SoundAttention
 
 # Signals whose tokens are their last axis; of all others they are the first one behind the spans.
-_TOKENS_LAST = (Attention, EncoderAttention, Size)
+_TOKENS_LAST = (Attention, EncoderAttention, Runs, Size, SoundAttention)
 
 
 @dataclass(frozen=True)

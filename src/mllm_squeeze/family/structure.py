@@ -97,6 +97,17 @@ class ModelParts:
         return None if self.tower is None else pooling_head.head_of(self.tower)
 
     @property
+    def sound_tower(self) -> nn.Module | None:
+        """Encoder of sound, None without one."""
+        return modules.sound_tower_of(self.base)
+
+    @property
+    def sound_block(self) -> nn.Module | None:
+        """Last block of the encoder of sound, None without one."""
+        blocks = modules.blocks_of(self.sound_tower)
+        return None if blocks is None else blocks[-1]
+
+    @property
     def embedder(self) -> nn.Module | None:
         """Module inside the text model that encodes pictures, None where a feature method of the inner model does."""
         return modules.embedder_of(self.base)

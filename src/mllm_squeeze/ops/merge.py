@@ -31,21 +31,26 @@ def merge_tokens(x: Tensor, assign: Tensor, weights: Tensor) -> Tensor:
     return torch.where(is_target(assign)[..., None], total.to(x.dtype), x)
 
 
-def mix_tokens(x: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+def mix_tokens(
+    x: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor, giving: Tensor | None = None
+) -> Tensor:
     """Return (S, N, D) where a token is the sum of weight * x over the entries that go into it; others keep x.
 
     x: (S, N, D), any float dtype; sums run in float32 and the result has the dtype of x. span, into, source: int64
-    (E,), the row, the token that receives and the token that gives. weight: (E,). Gradients flow to x and weight.
+    (E,), the row, the token that receives and the token that gives. weight: (E,). giving: int64 (E,), the row of the
+    token that gives, None where it is the same. Gradients flow to x and weight.
     """
     spans, width, channels = x.shape
-    rows = at_least_float32(x)[span, source] * at_least_float32(weight)[:, None]
+    rows = at_least_float32(x)[span if giving is None else giving, source] * at_least_float32(weight)[:, None]
     total = rows.new_zeros(spans * width, channels).index_add(0, span * width + into, rows).view(x.shape)
     receives = torch.zeros(spans * width, dtype=torch.bool, device=x.device)
     receives = receives.index_fill(0, span * width + into, True).view(spans, width, 1)
     return torch.where(receives, total.to(x.dtype), x)
 
 
-def mixed_size(size: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+def mixed_size(
+    size: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor, giving: Tensor | None = None
+) -> Tensor:
     """Return float32 (S, N), what each token stands for when every giver's size is shared in proportion to its weights.
 
     size: (S, N). The rest as in `mix_tokens`; a giver whose weights sum to nothing shares evenly. Tokens that receive
@@ -53,7 +58,7 @@ def mixed_size(size: Tensor, span: Tensor, into: Tensor, source: Tensor, weight:
     """
     width = size.shape[1]
     size = at_least_float32(size)
-    giver, taker = span * width + source, span * width + into
+    giver, taker = (span if giving is None else giving) * width + source, span * width + into
     amount = at_least_float32(weight).abs()
     flat = size.reshape(-1)
     given = torch.zeros_like(flat).index_add(0, giver, amount)[giver]
@@ -65,11 +70,17 @@ def mixed_size(size: Tensor, span: Tensor, into: Tensor, source: Tensor, weight:
 
 
 @selection
-def strongest_target(keep: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+def strongest_target(
+    keep: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor, giving: Tensor | None = None
+) -> Tensor:
     """Return assign (S, N): survivors to themselves, others to the token they go into with the largest weight, else -1.
 
-    keep: bool (S, N). The rest as in `mix_tokens`; weights count by their size, ties take the lowest index.
+    keep: bool (S, N). The rest as in `mix_tokens`; weights count by their size, ties take the lowest index. What
+    goes into a token of another row goes nowhere in its own.
     """
+    if giving is not None:
+        own = giving == span
+        span, into, source, weight = span[own], into[own], source[own], weight[own]
     width = keep.shape[1]
     giver = span * width + source
     amount = at_least_float32(weight.detach()).abs()

@@ -6,8 +6,9 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.planning.encoder_signals import check_encoder_need
+from mllm_squeeze.planning.sound_signals import check_sound_need
 from mllm_squeeze.planning.text_model import check_text_model
-from mllm_squeeze.reducers.needs import EncoderNeed, Features, Normed, Projection, Size
+from mllm_squeeze.reducers.needs import EncoderNeed, Features, Normed, Projection, Size, SoundAttention
 
 # What a rule can read in front of the blocks of the vision encoder.
 INSIDE = (Features(), Projection(heads="mean"), Size())
@@ -23,6 +24,8 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
     for need in cut.reducer.needs():
         if isinstance(need, EncoderNeed):
             check_encoder_need(method, need, parts)
+        elif isinstance(need, SoundAttention):
+            check_sound_need(method, need, parts)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(
                 f"'{method}' reads normed states; no final norm was found in this model. Use a method that reads none.",

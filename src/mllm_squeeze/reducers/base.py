@@ -100,17 +100,19 @@ class Mix:
 
     span, into, source: int64 (E,), row of the batch, survivor and token; a survivor's own entry has into == source.
     weight: float32 (E,), the new state of a survivor is the sum of weight * state over its entries.
+    giving: int64 (E,), the row of the source where it may be another than that of the survivor, None where it never is.
     """
 
     span: Tensor
     into: Tensor
     source: Tensor
     weight: Tensor
+    giving: Tensor | None = None
 
     @property
-    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Span, into, source and weight."""
-        return self.span, self.into, self.source, self.weight
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Span, into, source, weight and giving."""
+        return self.span, self.into, self.source, self.weight, self.giving
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,25 @@ class EncoderStates(EncoderNeed):
 
 
 @dataclass(frozen=True)
+class SoundAttention(Need):
+    """Attention that tokens receive in the last block of the audio encoder, float32 (S, N); 0 for what is no sound.
+
+    The mean over heads and queries, softmax over all the sound of a prompt, whatever windows the block itself looks at.
+    """
+
+    phrase: ClassVar[str] = "the attention of the audio encoder"
+    places: ClassVar[frozenset[Place]] = _BEHIND_TOWER
+
+
+@dataclass(frozen=True)
+class Runs(Need):
+    """Which unbroken run of the prompt each token stands in, int64 (S, N), counted from 0 for each span."""
+
+    phrase: ClassVar[str] = "the runs of the prompt"
+    places: ClassVar[frozenset[Place]] = _BEHIND_TOWER
+
+
+@dataclass(frozen=True)
 class Size(Need):
     """How many tokens each one stands for by now, itself included, float32 (S, N).
 

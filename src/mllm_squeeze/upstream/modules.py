@@ -156,6 +156,12 @@ def tower_of(base: nn.Module) -> nn.Module | None:
     return first_of(base, _TOWERS)
 
 
+def sound_tower_of(base: nn.Module) -> nn.Module | None:
+    """Return the encoder of sound, None where none is found."""
+    found: nn.Module | None = first_of(base, ("audio_tower",))
+    return found
+
+
 def blocks_of(tower: nn.Module | None) -> nn.ModuleList | None:
     """Return the blocks of an encoder, None where none are found."""
     found = None if tower is None else first_of(tower, _BLOCKS)
@@ -184,6 +190,11 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     if found is None:
         return None
     return found if hasattr(found, "config") else first_of(found, _WRAPPED_ATTENTION) or found
+
+
+def is_packed(attention: nn.Module) -> bool:
+    """Say whether an attention module takes inputs of several lengths one after the other, and where each begins."""
+    return "cu_seqlens" in forward_parameters(attention)
 
 
 def is_causal(attention: nn.Module | None) -> bool:

@@ -40,6 +40,12 @@ def cache_of_output(output: Any) -> Any:
     return next((getattr(output, name) for name in CACHE_NAMES if name in names), None)
 
 
+def packed(output: Any) -> Tensor | None:
+    """Return the features that a feature method gave side by side for all items, (sum, D); None for other forms."""
+    found = getattr(output, "pooler_output", None)
+    return found if isinstance(found, Tensor) and found.ndim == 2 else None
+
+
 def block_states(output: Any) -> Tensor:
     """Return the states that an encoder block gave."""
     states: Tensor = output[0] if isinstance(output, tuple) else output

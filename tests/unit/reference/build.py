@@ -63,6 +63,7 @@ def visual_tokens(
         tiles=tuple(tiles or ((),) * len(lengths)),
         special_tokens=special_tokens,
         sample=tuple(range(len(lengths))),
+        modality=("video",) * len(lengths),
         signals=Signals({Features(): padded(features, width), **visual, **words, **every}),
         among=among,
         text_mask=there([len(row) for row in next(iter(text.values()))]) if text else None,
@@ -70,7 +71,8 @@ def visual_tokens(
 
 
 def padded(rows: Sequence[Tensor], width: int | None = None) -> Tensor:
-    return pad(rows, width or max(len(row) for row in rows), float("nan"))
+    value = float("nan") if rows[0].is_floating_point() else 99
+    return pad(rows, width or max(len(row) for row in rows), value)
 
 
 def turned(need: Need, signal: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Size
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Runs, Size, SoundAttention
 from reference.build import chosen, visual_tokens
 
 TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
@@ -25,7 +25,7 @@ def spans_with(needs, seed=0, dtype=torch.float32):
         return [torch.randn(n, *tail).to(dtype) for n in lengths]
 
     def drawn(need, lengths):
-        kind = dtype if wide(need) else torch.float32
+        kind = dtype if wide(need) else torch.int64 if isinstance(need, Runs) else torch.float32
         return [one(need, n, words).to(kind) for n, words in zip(lengths, WORDS, strict=True)]
 
     signals = {need: drawn(need, LENGTHS) for need in needs}
@@ -42,13 +42,17 @@ def spans_with(needs, seed=0, dtype=torch.float32):
 
 def wide(need):
     """Whether it is a vector per token, and not a number."""
-    return not isinstance(need, (Attention, EncoderAttention, Size))
+    return not isinstance(need, (Attention, EncoderAttention, Runs, Size, SoundAttention))
 
 
 def one(need, n, words):
     """A signal of n tokens: a number each, by heads and words, or a vector as long for words as for the picture."""
     if isinstance(need, Size):
         return torch.randint(1, 4, (n,)).float()
+    if isinstance(need, Runs):
+        return torch.zeros(n)
+    if isinstance(need, SoundAttention):
+        return torch.rand(n)
     if isinstance(need, (Attention, EncoderAttention)):
         heads = [HEADS] if need.heads == "each" else []
         rows = [words] if getattr(need, "over_rows", "") == "each" else []

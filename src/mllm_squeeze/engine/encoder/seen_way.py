@@ -16,17 +16,21 @@ from torch import Tensor, nn
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.upstream.outputs import block_states, projected, with_block_states
+from mllm_squeeze.upstream.outputs import block_states, packed, projected, with_block_states
 
 # So many kinds of prompts are remembered; a service that sees more sizes looks again now and then.
 _MOST = 256
 
 
 class SeenWays:
-    """Finds, and remembers, which LLM token each encoder token makes, for the sizes that pictures come in."""
+    """Finds, and remembers, which LLM token each encoder token makes, for the sizes that pictures come in.
 
-    def __init__(self, parts: ModelParts) -> None:
+    tower, block: the encoder, and its block behind which the way begins; of pictures where none is given.
+    """
+
+    def __init__(self, parts: ModelParts, tower: nn.Module | None = None, block: nn.Module | None = None) -> None:
         self._parts = parts
+        self._tower, self._block = tower, block
         self._known: dict[Any, Tensor] = {}
 
     def carry(
@@ -46,25 +50,35 @@ class SeenWays:
         Raises:
             UnsupportedModelError: an encoder token makes several LLM tokens or none does, or values are of others.
         """
+        made = self.made(again, modality, inputs, lengths, len(values))
+        return list(torch.split(mean_of_makers(values, made, sum(lengths), fill), list(lengths)))
+
+    def made(
+        self, again: Callable[[], Any], modality: str, inputs: Mapping[str, Any], lengths: Sequence[int], read: int
+    ) -> Tensor:
+        """Return int64 (P,), the number of the LLM token, of all items, that each encoder token makes, -1 for none.
+
+        again, modality, inputs, lengths: as for `carry`. read: how many encoder tokens were read.
+
+        Raises:
+            UnsupportedModelError: as `carry`.
+        """
         key = (modality, tuple(lengths), _shapes(inputs))
         if key not in self._known:
             if len(self._known) >= _MOST:
                 self._known.clear()
             self._known[key] = self._look(again, sum(lengths))
-        made = self._known[key]
-        if len(made) != len(values):
-            raise self._refusal(f"its blocks read {len(values)} tokens, and the last of them gives {len(made)}")
-        return list(torch.split(_mean_of_makers(values, made, sum(lengths), fill), list(lengths)))
+        found = self._known[key]
+        if len(found) != read:
+            raise self._refusal(f"its blocks read {read} tokens, and the last of them gives {len(found)}")
+        return found
 
     def _look(self, again: Callable[[], Any], tokens: int) -> Tensor:
-        parts = self._parts
-        assert parts.blocks is not None
-        assert parts.tower is not None
-        assert parts.feature_block is not None
         with torch.inference_mode(False), torch.enable_grad():
-            with _leaf_behind(parts.blocks[parts.feature_block], parts.tower) as leaves:
+            with _leaf_behind(*self._block_and_tower()) as leaves:
                 output = again()
-            found = projected(output, parts.row.late)
+            side_by_side = packed(output)
+            found = projected(output, self._parts.row.late) if side_by_side is None else [side_by_side]
             items = list(found) if isinstance(found, Tensor) else found
             if items is None or len(leaves) != 1:
                 raise self._refusal("its features are not made in one pass of the encoder")
@@ -73,6 +87,15 @@ class SeenWays:
                 raise self._refusal("its features do not depend on what the last block gives")
             made = self._made(features, leaves[0])
         return made
+
+    def _block_and_tower(self) -> tuple[nn.Module, nn.Module]:
+        if self._tower is not None and self._block is not None:
+            return self._block, self._tower
+        parts = self._parts
+        assert parts.blocks is not None
+        assert parts.tower is not None
+        assert parts.feature_block is not None
+        return parts.blocks[parts.feature_block], parts.tower
 
     def _made(self, features: Tensor, leaf: Tensor) -> Tensor:
         """Return int64 (P,), the number of the feature that each encoder token makes, -1 for none."""
@@ -97,10 +120,10 @@ class SeenWays:
         return torch.where(used, made, -1)
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
+        encoder = "vision encoder" if self._tower is None else "audio encoder"
         return UnsupportedModelError(
-            f"Values of the vision encoder of '{self._parts.row.model_type}' cannot be carried to the LLM's tokens, as "
-            f"an experiment with its projector showed: {reason}. Use a method that reads nothing of the vision "
-            "encoder.",
+            f"Values of the {encoder} of '{self._parts.row.model_type}' cannot be carried to the LLM's tokens, as an "
+            f"experiment with its projector showed: {reason}. Use a method that reads nothing of the {encoder}.",
             avoid=["encoder attention"],
         )
 
@@ -142,7 +165,7 @@ def _moved(features: Tensor, leaf: Tensor, weight: Tensor) -> Tensor:
     return (gradient != 0).any(-1).flatten()
 
 
-def _mean_of_makers(values: Tensor, made: Tensor, tokens: int, fill: float) -> Tensor:
+def mean_of_makers(values: Tensor, made: Tensor, tokens: int, fill: float) -> Tensor:
     """Return (tokens, C), the mean of the values (P, C) that make each token, `fill` where none does."""
     made = made.to(values.device)
     place = torch.where(made < 0, tokens, made)

@@ -16,6 +16,7 @@ from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.layers import LayerHooks
 from mllm_squeeze.engine.hooks.owner import HookOwner, Hooks, Publish
 from mllm_squeeze.engine.hooks.qformer import QueryHooks
+from mllm_squeeze.engine.hooks.sound import SoundHooks
 from mllm_squeeze.engine.hooks.switch import Switch
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.prefill import Prefill
@@ -57,7 +58,7 @@ class Attachment(HookOwner):
     def _kinds(self) -> tuple[type[Hooks], ...]:
         """Return the hooks that the plan needs, in the order in which they are put on."""
         if not self.plan.keys:
-            return EncoderHooks, CallHooks, DecoderHooks, LayerHooks
+            return EncoderHooks, SoundHooks, CallHooks, DecoderHooks, LayerHooks
         # What is cut there is attended to from outside: by the text, or by the queries of a Q-Former.
         return EncoderHooks, CallHooks, CrossAttentionHooks if self.parts.cross_attention else QueryHooks
 

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Generic, TypeVar
 
 from mllm_squeeze.engine.encoder.call import EncodeCall
+from mllm_squeeze.engine.encoder.sound import SoundCall
 from mllm_squeeze.engine.hooks.running import caller, is_running
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.sequence.passes import Pass
@@ -111,6 +112,8 @@ class Local(threading.local):
         self.passes: Calls[Pass | None] = Calls()
         self.wholes: Calls[Whole] = Calls()
         self.encodings: Calls[EncodeCall] = Calls()
+        # None while sound is encoded again, to find the way to the LLM's tokens.
+        self.sounds: Calls[SoundCall | None] = Calls()
         # The prefill of a self-check that runs now: the text model is called inside its own pre-hook.
         self.probes: Calls[tuple[Prefill | None]] = Calls()
         self.prompts: Calls[GenerateCall] = Calls()

@@ -10,11 +10,13 @@ from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals import preview
 from mllm_squeeze.engine.signals.carried import carried
+from mllm_squeeze.engine.signals.heard import heard
 from mllm_squeeze.engine.signals.normed import normed
+from mllm_squeeze.engine.signals.runs import runs
 from mllm_squeeze.engine.signals.source import Found, Reading
 from mllm_squeeze.engine.signals.sources import source_of
 from mllm_squeeze.reducers.base import Among, Signals
-from mllm_squeeze.reducers.needs import Features, Need, Normed, Size
+from mllm_squeeze.reducers.needs import Features, Need, Normed, Runs, Size, SoundAttention
 from mllm_squeeze.upstream.calls import LayerCall
 
 
@@ -62,6 +64,10 @@ def _signal(
         return carried(prefill, need, found.origin, found.rows)
     if isinstance(need, Size):
         return found.size
+    if isinstance(need, SoundAttention):
+        return heard(prefill, need, found.origin, found.rows)
+    if isinstance(need, Runs):
+        return runs(prefill, found.origin, found.rows)
     side = getattr(need, "of", "visual")
     if need == Features("text") and prefill.text is not None:
         return prefill.text[0][found.table.sample]
