@@ -14,6 +14,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "dynamic_density": "mllm_squeeze.reducers.dynamic_density:DynamicDensity",
     "frame_resolution": "mllm_squeeze.reducers.frame_resolution:FrameResolution",
     "frame_trees": "mllm_squeeze.reducers.frame_trees:FrameTrees",
+    "sound_guided": "mllm_squeeze.reducers.sound_guided:SoundGuided",
     "steady_clusters": "mllm_squeeze.reducers.steady_clusters:SteadyClusters",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }

@@ -42,6 +42,7 @@ TABLE = {
     "mob": (64, ["layer 2"], "keep", True, True),
     "mustdrop": (None, ["projector", "layers 0.09375, 0.21875, 0.34375, 0.46875"], "repack", True, False),
     "nuwa": (16, ["projector", "layer 0.5"], "keep", True, True),
+    "omnizip": (None, ["projector"], "keep", False, False),
     "otprune": (56, ["projector"], "repack", False, True),
     "pact": (None, ["layer 4"], "keep", True, False),
     "priortr": (192, ["layer 3"], "keep", True, True),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .alike_groups import *  # noqa: F403
     from .attention import *  # noqa: F403
     from .attention_share import *  # noqa: F403
+    from .block_shares import *  # noqa: F403
     from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
     from .calibrated_spread import *  # noqa: F403
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
+    from .lone_peaks import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
     from .neurons import *  # noqa: F403
@@ -80,6 +82,7 @@ _MODULES = {
     "adjacent": ("adjacent_sites", "every_other_site", "joined_runs"),
     "alike_groups": ("group_likeness", "without_the_alike"),
     "attention_share": ("attention_share",),
+    "block_shares": ("block_shares",),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
     "calibrated_spread": ("calibrated_spread",),
@@ -118,6 +121,7 @@ _MODULES = {
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
+    "lone_peaks": ("lone_peaks",),
     "local_outliers": ("local_outlier_factors",),
     "outliers": ("group_quantiles", "outlier_counts"),
     "overview": ("crop_shown", "overview_split"),
