@@ -42,7 +42,8 @@ def cache_of_output(output: Any) -> Any:
 
 def packed(output: Any) -> Tensor | None:
     """Return the features that a feature method gave side by side for all items, (sum, D); None for other forms."""
-    found = getattr(output, "pooler_output", None)
+    # Some releases hand out the features by themselves.
+    found = output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
     return found if isinstance(found, Tensor) and found.ndim == 2 else None
 
 
