@@ -312,3 +312,22 @@ def test_what_outliers_look_at(family: str, factor: float, monkeypatch: pytest.M
     there = ours.isfinite()
     assert int(there.sum()) == int((dense.makers.sum(1) > 0).sum())
     oracle.assert_close(ours[there], theirs[dense.makers.sum(1) > 0], str(need))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_other_patches_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum over all rows but the key's own and that of the CLS token."""
+    t = tiny.load(family)
+    inputs = t.inputs["image"]
+    dense = Dense(t, inputs, monkeypatch)
+    need = EncoderAttention(block=1, rows="others", heads="mean")
+    found = []
+    for call in dense.calls[1]:
+        for one in call[3].mean(1):
+            patches = one[dense.lead :, dense.lead :]
+            found.append(patches.masked_fill(torch.eye(len(patches), dtype=torch.bool), 0).sum(0))
+    theirs = dense.makers @ torch.cat(found) / dense.makers.sum(1)
+    (ours,) = (signals[need] for signals in read(t, inputs, [need]))
+    there = ours.isfinite()
+    assert int(there.sum()) == int((dense.makers.sum(1) > 0).sum())
+    oracle.assert_close(ours[there], theirs[dense.makers.sum(1) > 0], str(need))

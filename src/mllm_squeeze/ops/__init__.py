@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
+    from .local_affinity import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .still_segments import *  # noqa: F403
     from .stride import *  # noqa: F403
     from .surroundings import *  # noqa: F403
+    from .through_text import *  # noqa: F403
     from .transition import *  # noqa: F403
     from .transport import *  # noqa: F403
     from .undivided import *  # noqa: F403
@@ -64,6 +66,7 @@ _MODULES = {
         "attention_from_rows",
         "attention_joined",
         "attention_received",
+        "attention_to_itself",
         "rows_that_see",
     ),
     "budget": (
@@ -116,7 +119,9 @@ _MODULES = {
     ),
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
-    "normalise": ("fused", "normalised"),
+    "normalise": ("fused", "normalised", "steadied"),
+    "local_affinity": ("local_affinity",),
+    "through_text": ("entries_through_text",),
     "local_outliers": ("local_outlier_factors",),
     "outliers": ("group_quantiles", "outlier_counts"),
     "overview": ("crop_shown", "overview_split"),
@@ -189,7 +194,7 @@ _MODULES = {
     "undivided": ("undivided_attention",),
     "value_likeness": ("value_likeness",),
     "label_runs": ("run_bounds", "whole_runs"),
-    "words": ("guided_by_words",),
+    "words": ("guided_by_words", "with_vectors"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -198,7 +198,8 @@ class EncoderAttention(EncoderNeed):
     rows: "cls" the row of the CLS token, "all" the sum over all rows that see the key, "cls_or_all" the first where the
         encoder has a CLS token, else the second, "probe" the pooling head's query, on the states that the block gives,
         where the tower has such a head, "outliers" the mean over those tokens that receive more than `factor` times the
-        average themselves, over all where there is none.
+        average themselves, over all where there is none; "others" the sum over all patches but the key's own, without
+        the CLS token.
     heads: how heads are joined, behind the sum over rows; "each" leaves an axis: (S, H, N).
     factor: of outliers.
     """
@@ -206,7 +207,7 @@ class EncoderAttention(EncoderNeed):
     phrase: ClassVar[str] = "the attention of the vision encoder"
 
     block: EncoderBlock = "feature"
-    rows: Literal["cls", "all", "cls_or_all", "probe", "outliers"] = "cls_or_all"
+    rows: Literal["cls", "all", "cls_or_all", "probe", "outliers", "others"] = "cls_or_all"
     heads: Heads = "sum"
     factor: float = 0.0
 
@@ -264,6 +265,8 @@ class Embedding(Need):
         the vision tower gives, separators 0. Where none is given the LLM's own space stands in if `fallback` says so,
         and the report tells.
     fallback: whether the LLM's own space may stand in.
+    raw: in the space of the text encoder each of its tokens of the prompt by itself, (S, M, D), zeros where there is
+        none, and patches by the projection alone, without the norm in front, so that a sum stays a sum.
     """
 
     phrase: ClassVar[str] = "words and pictures in one space"
@@ -272,6 +275,7 @@ class Embedding(Need):
     of: Side = "text"
     space: Literal["llm", "clip"] = "llm"
     fallback: bool = False
+    raw: bool = False
 
     @property
     def reads_text(self) -> bool:

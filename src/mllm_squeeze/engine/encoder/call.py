@@ -72,7 +72,7 @@ class EncodeCall:
             elif isinstance(need, EncoderAttention) and is_of_states(need):
                 self._add(need, read_probe(need, states, self._real.pop(block, None), self.parts))
             elif isinstance(need, Embedding) and self._text_encoder is not None:
-                self._values[need].append(self._text_encoder.project(self.parts.patches(states)))
+                self._values[need].append(self._text_encoder.project(self.parts.patches(states), need.raw))
 
     @property
     def _is_seen(self) -> bool:
