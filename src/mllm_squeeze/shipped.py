@@ -35,6 +35,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "score.random": "mllm_squeeze.parts.score.random:Random",
     "score.text_similarity": "mllm_squeeze.parts.score.text_similarity:TextSimilarity",
     "score.uniqueness": "mllm_squeeze.parts.score.uniqueness:Uniqueness",
+    "score.sensitivity": "mllm_squeeze.parts.score.sensitivity:Sensitivity",
     "score.size": "mllm_squeeze.parts.score.size:Size",
     "score.guided_attention": "mllm_squeeze.parts.score.guided_attention:GuidedAttention",
     "score.isolation": "mllm_squeeze.parts.score.isolation:Isolation",

@@ -69,6 +69,7 @@ TABLE = {
     "visionzip": (64, ["projector"], "repack", False, True),
     "vispruner": (64, ["projector"], "repack", False, True),
     "vscan": (32, ["projector", "layer 0.5"], "repack", True, True),
+    "zoo_prune": (64, ["projector"], "repack", False, True),
 }
 
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .precision import *  # noqa: F403
     from .principal_groups import *  # noqa: F403
     from .prompt_cover import *  # noqa: F403
+    from .pushes import *  # noqa: F403
     from .query_key import *  # noqa: F403
     from .resample import *  # noqa: F403
     from .rounds import *  # noqa: F403
@@ -134,6 +135,7 @@ _MODULES = {
     ),
     "principal_groups": ("group_quotas", "picked_of_parts", "principal_parts", "unlike_first"),
     "prompt_cover": ("cover_of_both", "farthest_from", "nearest_to_words"),
+    "pushes": ("push_response",),
     "query_key": ("query_key_products", "weighted_heads"),
     "resample": ("resampled_cells", "resampling"),
     "rounds": ("drop_alike_in_rounds",),

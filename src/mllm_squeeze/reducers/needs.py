@@ -245,6 +245,23 @@ class EncoderStates(EncoderNeed):
 
 
 @dataclass(frozen=True)
+class Sensitivity(EncoderNeed):
+    """How far the projector's output moves where its input is pushed, float32 (S, N); separators have -inf.
+
+    |f(x + step * u) - f(x - step * u)| / (2 * step), mean over random unit vectors u, the same for all tokens.
+
+    directions: how many vectors, each two runs of the projector.
+    step: how far.
+    seed: of the vectors.
+    """
+
+    phrase: ClassVar[str] = "how the projector answers to pushes"
+    directions: int = 64
+    step: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Size(Need):
     """How many tokens each one stands for by now, itself included, float32 (S, N).
 

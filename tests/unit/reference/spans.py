@@ -6,7 +6,7 @@ import torch
 
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Size
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Sensitivity, Size
 from reference.build import chosen, visual_tokens
 
 TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
@@ -42,13 +42,15 @@ def spans_with(needs, seed=0, dtype=torch.float32):
 
 def wide(need):
     """Whether it is a vector per token, and not a number."""
-    return not isinstance(need, (Attention, EncoderAttention, Size))
+    return not isinstance(need, (Attention, EncoderAttention, Sensitivity, Size))
 
 
 def one(need, n, words):
     """A signal of n tokens: a number each, by heads and words, or a vector as long for words as for the picture."""
     if isinstance(need, Size):
         return torch.randint(1, 4, (n,)).float()
+    if isinstance(need, Sensitivity):
+        return torch.rand(n)
     if isinstance(need, (Attention, EncoderAttention)):
         heads = [HEADS] if need.heads == "each" else []
         rows = [words] if getattr(need, "over_rows", "") == "each" else []
