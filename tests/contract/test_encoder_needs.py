@@ -19,6 +19,7 @@ import oracle
 import tiny
 from contract.test_encoder_signals import ENCODERS, blocks_of, features_of, influence
 from mllm_squeeze.engine.encoder.blocks import block_of
+from mllm_squeeze.engine.encoder.pushed import read_sensitivity
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import find_parts
 from mllm_squeeze.reducers.base import Reducer, Reduction, VisualTokens
@@ -29,6 +30,7 @@ from mllm_squeeze.reducers.needs import (
     EncoderStates,
     Need,
     Place,
+    Sensitivity,
 )
 from mllm_squeeze.registry import register_reducer, unregister_reducer
 
@@ -312,3 +314,116 @@ def test_what_outliers_look_at(family: str, factor: float, monkeypatch: pytest.M
     there = ours.isfinite()
     assert int(there.sum()) == int((dense.makers.sum(1) > 0).sum())
     oracle.assert_close(ours[there], theirs[dense.makers.sum(1) > 0], str(need))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_other_patches_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum over all rows but the key's own and that of the CLS token."""
+    t = tiny.load(family)
+    inputs = t.inputs["image"]
+    dense = Dense(t, inputs, monkeypatch)
+    need = EncoderAttention(block=1, rows="others", heads="mean")
+    found = []
+    for call in dense.calls[1]:
+        for one in call[3].mean(1):
+            patches = one[dense.lead :, dense.lead :]
+            found.append(patches.masked_fill(torch.eye(len(patches), dtype=torch.bool), 0).sum(0))
+    theirs = dense.makers @ torch.cat(found) / dense.makers.sum(1)
+    (ours,) = (signals[need] for signals in read(t, inputs, [need]))
+    there = ours.isfinite()
+    assert int(there.sum()) == int((dense.makers.sum(1) > 0).sum())
+    oracle.assert_close(ours[there], theirs[dense.makers.sum(1) > 0], str(need))
+
+
+PUSHED = (
+    "llava",
+    "vipllava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "pixtral",
+    "paligemma",
+    "paligemma2",
+    "deepseek_vl",
+    "janus",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen2_5_omni",
+    "qwen3_omni_moe",
+    "glm4v",
+    "glm46v",
+    "glmga",
+    "glm_ocr",
+    "exaone4_5",
+    "hyperclovax_vision_v2",
+    "cohere_compass",
+    "lfm3_vl",
+    "cosmos3_omni",
+    "cosmos3_edge",
+    "minimax_m3_vl",
+)
+
+
+@pytest.mark.parametrize("family", [name for name in PUSHED if tiny.available(name)])
+def test_what_the_projector_answers(family: str) -> None:
+    """A push of all that the projector gets moves the features of the LLM: what it does to each is the signal."""
+    t = tiny.load(family)
+    inputs, need = t.inputs["image"], Sensitivity(3, 0.05, 7)
+    projector = find_parts(t.model).projector
+    assert projector is not None
+    push: list[Tensor] = []
+
+    def pushed(_: Any, args: Any) -> Any:
+        width = args[0].shape[-1]
+        noise = torch.randn(3, width, generator=torch.Generator().manual_seed(7))
+        push[:] = [sign * 0.05 * one / one.norm() for one in noise for sign in (1, -1)]
+        return (args[0] + push[number], *args[1:])
+
+    found = []
+    hook = projector.register_forward_pre_hook(pushed)
+    with torch.no_grad():
+        for number in range(6):  # noqa: B007
+            found.append(torch.cat([one.reshape(-1, one.shape[-1]) for one in features_of(t, inputs)]))
+    hook.remove()
+    theirs = sum((found[n] - found[n + 1]).norm(dim=-1) for n in (0, 2, 4)) / (3 * 0.1)
+    (ours,) = (signals[need] for signals in read(t, inputs, [need]))
+    there = ours.isfinite()
+    assert bool((theirs[~there] == 0).all()) and bool((theirs[there] > 0).all())
+    torch.testing.assert_close(ours[there], theirs[there], rtol=2e-3, atol=1e-4)
+
+
+def test_pushes_leave_the_hooks_of_others_alone() -> None:
+    """The projector runs once, as far as others can see."""
+    t = tiny.load("llava")
+    projector = find_parts(t.model).projector
+    assert projector is not None
+    asked[:] = [Sensitivity(2)]
+    called: list[int] = []
+    with squeeze.applied(t.model, RECIPE), torch.no_grad():
+        hook = projector.register_forward_hook(lambda *_: called.append(1))
+        t.model(**t.inputs["image"])
+        hook.remove()
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [
+        ("internvl", "joins tokens in a way"),
+        ("gemma3", "joins tokens in a way"),
+        ("ernie4_5_vl_moe", "its projector was not found"),
+    ],
+)
+def test_pushes_are_refused_where_they_say_nothing_of_a_token(family: str, says: str) -> None:
+    asked[:] = [Sensitivity()]
+    with pytest.raises(UnsupportedModelError, match=f"how the projector answers to pushes.*{says}"):
+        squeeze.apply(tiny.load(family).model, RECIPE)
+
+
+def test_pushes_are_refused_where_the_weights_are_not_there() -> None:
+    parts = find_parts(tiny.load("llava").model)
+    with pytest.raises(UnsupportedModelError, match="its weights are offloaded"):
+        read_sensitivity(Sensitivity(1), nn.Linear(4, 4, device="meta"), torch.zeros(2, 4), parts)

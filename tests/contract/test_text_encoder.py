@@ -345,3 +345,79 @@ def test_features_of_another_encoder_are_refused() -> None:
         pytest.raises(UnsupportedInputError, match="Encode the pictures anew"),
     ):
         t.model(**inputs, mm_encoder_outputs=features)
+
+
+EACH = Embedding("visual", "clip", raw=True), Embedding("text", "clip", raw=True)
+
+
+def each_token(ids: Sequence[int]) -> Tensor:
+    """Return what CLIP's text tower makes of each token of words with these ids, projected, (M, D)."""
+    model: Any = pair("clip")
+    framed = torch.tensor([[START, *ids, END]])
+    with torch.no_grad():
+        return model.text_projection(model.text_model(framed).last_hidden_state)[0]
+
+
+@pytest.mark.parametrize("prompt", ["image", "batch"])
+def test_single_words_and_patches_are_projected_as_they_are(prompt: str) -> None:
+    t = tiny.load("llava")
+    inputs = t.inputs["image"] if prompt == "image" else t.batch(("image", "two_images"), "left").inputs
+    tokens, layout = probe("llava", inputs, encoder(), *EACH)
+    states, model = states_of(t, "encoder.layers.1", inputs)[:, 1:], pair("clip")
+    for row, span in enumerate(layout.spans):
+        mine, wanted = tokens[EACH[1]][row], each_token(words_of(layout, inputs, span.sample))
+        torch.testing.assert_close(mine[: len(wanted)], wanted, rtol=1e-5, atol=1e-5)
+        assert not mine[len(wanted) :].any()
+        with torch.no_grad():
+            pictures = model.visual_projection(states[row])  # type: ignore[operator]
+        torch.testing.assert_close(tokens[EACH[0]][row][tokens.mask[row]], pictures, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_without_words_has_no_single_ones() -> None:
+    inputs = tiny.load("llava").inputs["image"]
+    tokens, _ = probe("llava", inputs, encoder(question=lambda prompt: ""), *EACH)
+    assert not tokens[EACH[1]].any()
+
+
+class Single(Doubled):
+    """A space of one's own that tells words apart."""
+
+    def tokens(self, words: Sequence[str]) -> Tensor:
+        """Return a row of ones for each word."""
+        most = max(len(one.split()) for one in words)
+        return torch.stack([(torch.arange(most) < len(one.split())).float()[:, None].expand(-1, 3) for one in words])
+
+    def patches(self, states: Tensor) -> Tensor:
+        """Return the first channels."""
+        return states[..., :3]
+
+
+def test_an_encoder_of_ones_own_may_tell_words_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tiny.load("qwen2_5_vl").inputs["image"]
+    given = squeeze.TextEncoder(Single(), tokenizer(False))
+    tokens, layout = probe("qwen2_5_vl", inputs, given, *EACH, EncoderStates())
+    torch.testing.assert_close(tokens[EACH[0]], tokens[EncoderStates()][..., :3])
+    assert tokens[EACH[1]].shape[1] == len(words_of(layout, inputs, 0))
+    for side, says in (("tokens", "a vector for each token of each text"), ("patches", "one vector for each patch")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Single, side, lambda self, given: torch.zeros(3))
+            with pytest.raises(ConfigError, match=rf"Single\.{side} gives {says}.*got a tensor \(3,\)"):
+                probe("qwen2_5_vl", inputs, given, *EACH)
+
+
+@pytest.mark.parametrize("given", [squeeze.TextEncoder(Doubled(), tokenizer(False)), encoder("siglip")])
+def test_single_words_are_refused_where_there_are_none(given: Any) -> None:
+    refused("llava", given, "compares single words with patches.*space: llm", UnsupportedModelError, "visiontrim")
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_visiontrim_cuts_a_model(family: str) -> None:
+    t = tiny.load(family)
+    for changes in ({}, {"variant": "paper"}, {"space": "llm"}):
+        given = None if changes.get("space") else encoder()
+        with squeeze.applied(t.model, "visiontrim", keep=6, text_encoder=given, **changes) as handle, torch.no_grad():
+            t.model(**t.inputs["image"])
+            left = handle.report().as_dict()
+            assert handle.layout is not None
+            columns = torch.tensor(handle.layout.spans[0].columns)
+            assert len(set(handle.cuts[0].kept[0].tolist()) & set(columns.tolist())) == 6, left

@@ -11,6 +11,7 @@ from torch import Tensor
 import mllm_squeeze as squeeze
 from golden.case import Case
 from golden.readings import reads
+from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.needs import Embedding, EncoderProjection
@@ -216,3 +217,15 @@ def recoverable_compression(case: Case) -> dict[str, Any]:
         "keep": choice.kept[~torch.isin(choice.kept, torch.cat([case["centres"], extra]))],
         "merged": choice.features[place.clamp(max=len(choice.kept) - 1)],
     }
+
+
+@reads("zoo-prune")
+def zoo_prune(case: Case) -> dict[str, Any]:
+    def project(x: Tensor) -> Tensor:
+        inner = torch.nn.functional.gelu(x @ case["w1"].T + case["b1"])
+        return inner @ case["w2"].T + case["b2"]
+
+    moved = ops.push_response(case["features"], project, case["directions"], case["step"])
+    count = int(case["ratio"] * len(moved))
+    choice = squeeze.choose("zoo_prune", features=project(case["features"]), signals={"sensitivity": moved}, keep=count)
+    return {"projected": project(case["features"]), "sensitivity": moved, "keep": choice.kept}

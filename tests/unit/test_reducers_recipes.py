@@ -67,9 +67,11 @@ TABLE = {
     "v2drop": (None, ["layers 0.09375, 0.53125, 0.6875"], "keep", False, True),
     "vflowopt": (132, ["projector", "layer 0.322", "layer 0.643"], "repack", False, False),
     "vidcom2": (144, ["projector"], "repack", False, False),
+    "visiontrim": (64, ["projector"], "repack", True, True),
     "visionzip": (64, ["projector"], "repack", False, True),
     "vispruner": (64, ["projector"], "repack", False, True),
     "vscan": (32, ["projector", "layer 0.5"], "repack", True, True),
+    "zoo_prune": (64, ["projector"], "repack", False, True),
 }
 
 

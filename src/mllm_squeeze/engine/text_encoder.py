@@ -18,7 +18,11 @@ from mllm_squeeze.upstream import shared_space
 
 
 class SharedSpace(Protocol):
-    """What puts words and patches into one space; any object with these two methods may be a text encoder."""
+    """What puts words and patches into one space; any object with these two methods may be a text encoder.
+
+    For rules that read words one by one it has two more: `tokens(words)` gives (B, M, D), zeros behind the last token
+    of a text, and `patches(states)` what `image` gives by a linear map.
+    """
 
     def text(self, words: Sequence[str]) -> Tensor:
         """Return one vector for each text, (B, D)."""
@@ -68,6 +72,12 @@ class PromptEncoder:
         """Channels of the states that it takes, None where it does not tell."""
         return getattr(self.space, "image_width", None)
 
+    @property
+    def tells_tokens(self) -> bool:
+        """True where it gives the tokens of a text one by one, and a linear map of patches."""
+        known = getattr(self.space, "linear", True)
+        return bool(known) and all(callable(getattr(self.space, name, None)) for name in ("tokens", "patches"))
+
     def words(self, ids: Tensor, layout: TokenLayout) -> list[str]:
         """Return the text of each row of a prompt that is compared; "" of a row without pictures.
 
@@ -104,18 +114,37 @@ class PromptEncoder:
         rows = torch.tensor([different.index(text) for text in texts], device=vectors.device)
         return vectors[rows][:, None]
 
-    def project(self, states: Tensor) -> Tensor:
-        """Return the vectors (tiles, N, D) of patch states (tiles, N, C).
+    def encode_each(self, texts: Sequence[str]) -> Tensor:
+        """Return (B, M, D), float32: a vector for each token of each text, zeros behind the last.
+
+        Raises:
+            ConfigError: the encoder gives something else.
+        """
+        different = list(dict.fromkeys(texts))
+        space: Any = self.space
+        vectors: Any = space.tokens(different)
+        if not isinstance(vectors, Tensor) or vectors.ndim != 3 or len(vectors) != len(different):
+            raise ConfigError(
+                f"{type(space).__name__}.tokens gives a vector for each token of each text, a tensor "
+                f"({len(different)}, M, D); got {_told(vectors)}."
+            )
+        empty = torch.tensor([not text for text in different], device=vectors.device)
+        rows = torch.tensor([different.index(text) for text in texts], device=vectors.device)
+        return vectors.float().masked_fill(empty[:, None, None], 0)[rows]
+
+    def project(self, states: Tensor, raw: bool = False) -> Tensor:
+        """Return the vectors (tiles, N, D) of patch states (tiles, N, C); raw: by the projection alone.
 
         Raises:
             ConfigError: the encoder takes other states, or gives something else.
         """
         if self.image_width not in (None, states.shape[-1]):
             raise ConfigError(f"The text encoder takes patches of {self.image_width} channels, not {states.shape[-1]}.")
-        vectors: Any = self.space.image(states)
+        space: Any = self.space
+        vectors: Any = space.patches(states) if raw else space.image(states)
         if not isinstance(vectors, Tensor) or vectors.ndim != 3 or vectors.shape[:2] != states.shape[:2]:
             raise ConfigError(
-                f"{type(self.space).__name__}.image gives one vector for each patch, a tensor "
+                f"{type(space).__name__}.{'patches' if raw else 'image'} gives one vector for each patch, a tensor "
                 f"({states.shape[0]}, {states.shape[1]}, D); got {_told(vectors)}."
             )
         return vectors

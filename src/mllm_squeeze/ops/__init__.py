@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
+    from .local_affinity import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .lone_peaks import *  # noqa: F403
     from .merge import *  # noqa: F403
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .precision import *  # noqa: F403
     from .principal_groups import *  # noqa: F403
     from .prompt_cover import *  # noqa: F403
+    from .pushes import *  # noqa: F403
     from .query_key import *  # noqa: F403
     from .resample import *  # noqa: F403
     from .rounds import *  # noqa: F403
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from .still_segments import *  # noqa: F403
     from .stride import *  # noqa: F403
     from .surroundings import *  # noqa: F403
+    from .through_text import *  # noqa: F403
     from .transition import *  # noqa: F403
     from .transport import *  # noqa: F403
     from .undivided import *  # noqa: F403
@@ -67,6 +70,7 @@ _MODULES = {
         "attention_from_rows",
         "attention_joined",
         "attention_received",
+        "attention_to_itself",
         "rows_that_see",
     ),
     "budget": (
@@ -120,8 +124,10 @@ _MODULES = {
     ),
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
-    "normalise": ("fused", "normalised"),
     "lone_peaks": ("lone_peaks",),
+    "normalise": ("fused", "normalised", "steadied"),
+    "local_affinity": ("local_affinity",),
+    "through_text": ("entries_through_text",),
     "local_outliers": ("local_outlier_factors",),
     "outliers": ("group_quantiles", "outlier_counts"),
     "overview": ("crop_shown", "overview_split"),
@@ -134,6 +140,7 @@ _MODULES = {
     ),
     "principal_groups": ("group_quotas", "picked_of_parts", "principal_parts", "unlike_first"),
     "prompt_cover": ("cover_of_both", "farthest_from", "nearest_to_words"),
+    "pushes": ("push_response",),
     "query_key": ("query_key_products", "weighted_heads"),
     "resample": ("resampled_cells", "resampling"),
     "rounds": ("drop_alike_in_rounds",),
@@ -195,7 +202,7 @@ _MODULES = {
     "unlike_frames": ("frames_unlike_window", "unlike_first_frame", "without_tails"),
     "value_likeness": ("value_likeness",),
     "label_runs": ("run_bounds", "whole_runs"),
-    "words": ("guided_by_words",),
+    "words": ("guided_by_words", "with_vectors"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

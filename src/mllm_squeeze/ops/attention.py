@@ -223,3 +223,25 @@ def attention_received(
     batch, heads, rows, _ = query.shape
     weights = torch.ones(batch, rows, device=query.device) if row_mask is None else row_mask.float()
     return attention_from_rows(query, key, weights, allowed, scaling, softcap, block, band) * heads
+
+
+@selection
+def attention_to_itself(
+    query: Tensor,
+    key: Tensor,
+    allowed: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    block: int | None = None,
+    band: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return float32 (B, P), the attention that each token gives itself, summed over heads.
+
+    Arguments as in `attention_from_rows`; there are as many rows as keys. Memory is that of one block.
+    """
+    rows = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
+    found = [
+        seen.flatten(1, 2).sum(1)[:, :, start:stop].diagonal(dim1=1, dim2=2)
+        for start, stop, seen in _blocks(query, key, rows, allowed, scaling, softcap, block, band)
+    ]
+    return torch.cat(found, 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .precision import at_least_float32, selection
+from .score import unit
 from .select import ranks
 
 
@@ -20,7 +21,8 @@ def normalised(score: Tensor, mask: Tensor, how: str) -> Tensor:
     mask: bool (S, N).
     how: "none"; "minmax" to [0, 1]; "zscore" to mean 0 and standard deviation 1 (of all tokens, not of a sample);
         "softmax" to numbers that sum to 1; "share" divides by the sum, and 1e-8; "rank" to 1 for the best and 1 / n for
-        the last of n, ties by index. Where all are equal minmax and zscore give 0.
+        the last of n, ties by index; "unit" divides by the Euclidean length. Where all are equal minmax and zscore
+        give 0.
 
     Raises ValueError for another word.
     """
@@ -44,8 +46,10 @@ def normalised(score: Tensor, mask: Tensor, how: str) -> Tensor:
         scaled = inside / (inside.sum(1, keepdim=True) + 1e-8)
     elif how == "rank":
         scaled = 1 - ranks(score, there) / count
+    elif how == "unit":
+        scaled = unit(inside)
     else:
-        raise ValueError(f"scores are normalised by none, minmax, zscore, softmax, share or rank; got {how!r}")
+        raise ValueError(f"scores are normalised by none, minmax, zscore, softmax, share, rank or unit; got {how!r}")
     return scaled.where(there, score.where(mask, -torch.inf))
 
 
@@ -71,3 +75,21 @@ def fused(scores: Tensor, weights: Sequence[float], how: str) -> Tensor:
     else:
         raise ValueError(f"scores are fused by sum or product; got {how!r}")
     return total.masked_fill(never, -torch.inf)
+
+
+@selection
+def steadied(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return float64 (K, S, N), scores weighted by 1 / variance over the span; the weights of a span sum to 1.
+
+    Scores without variance share alike, and beside them the others count nothing. scores: (K, S, N), of which -inf
+    takes no part and stays. mask: bool (S, N). It is float64 as what hardly varies differs in digits that float32 does
+    not hold.
+    """
+    there = mask & ~scores.isinf().any(0)
+    inside = scores.double().masked_fill(~there, 0)
+    count = there.sum(1, keepdim=True).clamp(min=1)
+    off = (inside - inside.sum(2, keepdim=True) / count).masked_fill(~there, 0)
+    variance = off.square().sum(2, keepdim=True)
+    still = variance == 0
+    weight = torch.where(still.any(0), still.double(), 1 / variance.where(~still, 1))
+    return (inside * weight / weight.sum(0)).where(there, scores.double().where(mask, 0))

@@ -22,3 +22,9 @@ def guided_by_words(among: Tensor, received: Tensor, words: Tensor, mask: Tensor
     received = at_least_float32(received).masked_fill(~(words[:, None, :, None] & mask[:, None, None]), 0)
     weight = among.sum(3) + among.sum(2) - among.diagonal(dim1=2, dim2=3)
     return torch.einsum("sht,shtn->sn", weight, received)
+
+
+@selection
+def with_vectors(text: Tensor) -> Tensor:
+    """Return bool (S, M), the words of text (S, M, D) that have a vector: zeros, and what is no number, are padding."""
+    return text.nan_to_num().ne(0).any(-1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states, wanted_block
+from mllm_squeeze.engine.encoder.pushed import maps_token_by_token
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.family.tower_to_llm import why_not
-from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderNeed, EncoderStates
+from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderNeed, EncoderStates, Sensitivity
 from mllm_squeeze.upstream.attention import computes_by_itself
 
 
@@ -17,8 +18,9 @@ def check_encoder_need(method: str, need: EncoderNeed | Embedding, parts: ModelP
         ConfigError: the encoder has no block of that number.
         UnsupportedModelError: the encoder does not give it, or it cannot be carried; the message says why.
     """
-    reason = why_not(parts) or _no_blocks(parts)
-    if reason is None:
+    pushed = isinstance(need, Sensitivity)
+    reason = why_not(parts) or (_no_pushes(parts) if pushed else _no_blocks(parts))
+    if reason is None and not pushed:
         _check_block(method, need, parts)
         reason = _unreadable(need, parts)
     if reason is not None:
@@ -34,6 +36,14 @@ def _no_blocks(parts: ModelParts) -> str | None:
         return "its vision encoder was not found"
     if parts.blocks is None:
         return f"its vision encoder ({type(parts.tower).__name__}) has no list of attention blocks that is known"
+    return None
+
+
+def _no_pushes(parts: ModelParts) -> str | None:
+    if parts.projector is None:
+        return "its projector was not found"
+    if not maps_token_by_token(parts):
+        return "its projector joins tokens in a way that is not known, so its answer is that of no single token"
     return None
 
 

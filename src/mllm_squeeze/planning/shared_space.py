@@ -43,6 +43,13 @@ def check_embedding(method: str, cut: PlannedCut, need: Embedding, parts: ModelP
             "language model's own space (space: llm), or let that stand in (fallback: true).",
             avoid=[],
         )
+    if need.raw and not cut.text_encoder.tells_tokens:
+        raise UnsupportedModelError(
+            f"'{method}' compares single words with patches, and the text encoder "
+            f"({type(cut.text_encoder.space).__name__}) gives one vector for a whole text, or no linear projection of "
+            "a patch. Give a CLIP model, or an object that has tokens(words) and patches(states) as well; or use the "
+            "language model's own space (space: llm)."
+        )
     if need.of == "text":
         return
     check_encoder_need(method, need, parts)

@@ -198,7 +198,8 @@ class EncoderAttention(EncoderNeed):
     rows: "cls" the row of the CLS token, "all" the sum over all rows that see the key, "cls_or_all" the first where the
         encoder has a CLS token, else the second, "probe" the pooling head's query, on the states that the block gives,
         where the tower has such a head, "outliers" the mean over those tokens that receive more than `factor` times the
-        average themselves, over all where there is none.
+        average themselves, over all where there is none; "others" the sum over all patches but the key's own, without
+        the CLS token.
     heads: how heads are joined, behind the sum over rows; "each" leaves an axis: (S, H, N).
     factor: of outliers.
     """
@@ -206,7 +207,7 @@ class EncoderAttention(EncoderNeed):
     phrase: ClassVar[str] = "the attention of the vision encoder"
 
     block: EncoderBlock = "feature"
-    rows: Literal["cls", "all", "cls_or_all", "probe", "outliers"] = "cls_or_all"
+    rows: Literal["cls", "all", "cls_or_all", "probe", "outliers", "others"] = "cls_or_all"
     heads: Heads = "sum"
     factor: float = 0.0
 
@@ -263,6 +264,23 @@ class Runs(Need):
 
 
 @dataclass(frozen=True)
+class Sensitivity(EncoderNeed):
+    """How far the projector's output moves where its input is pushed, float32 (S, N); separators have -inf.
+
+    |f(x + step * u) - f(x - step * u)| / (2 * step), mean over random unit vectors u, the same for all tokens.
+
+    directions: how many vectors, each two runs of the projector.
+    step: how far.
+    seed: of the vectors.
+    """
+
+    phrase: ClassVar[str] = "how the projector answers to pushes"
+    directions: int = 64
+    step: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Size(Need):
     """How many tokens each one stands for by now, itself included, float32 (S, N).
 
@@ -283,6 +301,8 @@ class Embedding(Need):
         the vision tower gives, separators 0. Where none is given the LLM's own space stands in if `fallback` says so,
         and the report tells.
     fallback: whether the LLM's own space may stand in.
+    raw: in the space of the text encoder each of its tokens of the prompt by itself, (S, M, D), zeros where there is
+        none, and patches by the projection alone, without the norm in front, so that a sum stays a sum.
     """
 
     phrase: ClassVar[str] = "words and pictures in one space"
@@ -291,6 +311,7 @@ class Embedding(Need):
     of: Side = "text"
     space: Literal["llm", "clip"] = "llm"
     fallback: bool = False
+    raw: bool = False
 
     @property
     def reads_text(self) -> bool:

@@ -33,6 +33,8 @@ class PairedSpace:
         self._words, self._pictures, self._tokenizer = words, pictures, tokenizer
         self._norm: Any = first_of(pictures, _NORMS)
         self._projection: Any = first_of(pictures, ("visual_projection",))
+        self._text_tower: Any = first_of(words, ("text_model",))
+        self._text_projection: Any = first_of(words, ("text_projection",))
         self._head: Any = None if self._projection is not None else head_of(pictures)
         has_text = callable(getattr(words, "get_text_features", None)) or first_of(words, ("text_projection",))
         if not has_text or self._norm is None or (self._projection is None and self._head is None):
@@ -66,19 +68,29 @@ class PairedSpace:
 
     def text(self, words: Sequence[str]) -> Tensor:
         """Return the pooled vectors (B, D) of texts, float32; what is longer than the text tower takes is cut off."""
-        config: Any = self._words.config
-        limit = int(getattr(config, "text_config", config).max_position_embeddings)
-        self._warn_long(words, limit)
         # Some text towers pool the last place, padding included, so each text gets all places, as in training.
-        given = self._tokenizer(
-            list(words), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
-        )
-        device = next(self._words.parameters()).device
-        inputs = {name: given[name].to(device) for name in ("input_ids", "attention_mask") if name in given}
+        inputs = self._inputs(words, "max_length")
         get_features: Any = getattr(self._words, "get_text_features", None)
         output = self._words(**inputs).text_embeds if get_features is None else get_features(**inputs)
         pooled: Tensor = output if isinstance(output, Tensor) else output.pooler_output
         return pooled.float()
+
+    @property
+    def linear(self) -> bool:
+        """True where both sides end in a projection, so that single tokens and patches can be projected."""
+        return self._projection is not None and None not in (self._text_projection, self._text_tower)
+
+    def tokens(self, words: Sequence[str]) -> Tensor:
+        """Return the projected states (B, M, D) of all tokens of texts, float32, zeros behind the last of a text."""
+        inputs = self._inputs(words, "longest")
+        tower: Any = self._text_tower
+        states = tower(**inputs).last_hidden_state
+        there = inputs.get("attention_mask", torch.ones(states.shape[:2], device=states.device)).bool()
+        return _in_float32(self._text_projection, states).masked_fill(~there[..., None], 0)
+
+    def patches(self, states: Tensor) -> Tensor:
+        """Return the projections (tiles, N, D) of patch states (tiles, N, C), float32, without the norm in front."""
+        return _in_float32(self._projection, states)
 
     def image(self, states: Tensor) -> Tensor:
         """Return the vectors (tiles, N, D) of patch states (tiles, N, C), float32.
@@ -92,6 +104,14 @@ class PairedSpace:
         flat = normed.flatten(0, 1)[:, None].to(self._head.probe.dtype)
         pooled: Tensor = self._head(flat)
         return pooled.float().unflatten(0, states.shape[:2])
+
+    def _inputs(self, words: Sequence[str], padding: str) -> dict[str, Tensor]:
+        config: Any = self._words.config
+        limit = int(getattr(config, "text_config", config).max_position_embeddings)
+        self._warn_long(words, limit)
+        given = self._tokenizer(list(words), padding=padding, truncation=True, max_length=limit, return_tensors="pt")
+        device = next(self._words.parameters()).device
+        return {name: given[name].to(device) for name in ("input_ids", "attention_mask") if name in given}
 
     def _warn_long(self, words: Sequence[str], limit: int) -> None:
         if self._warned:

@@ -6,7 +6,7 @@ import torch
 
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
-from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Runs, Size, SoundAttention
+from mllm_squeeze.reducers.needs import Attention, EncoderAttention, Features, Runs, Sensitivity, Size, SoundAttention
 from reference.build import chosen, visual_tokens
 
 TILES = [(Tile(6, 3, 4),), (Tile(1, 5, 5),), (Tile(4, 2, 2),), (Tile(9, 2, 4),), (Tile(1, 1, 1),)]
@@ -42,7 +42,7 @@ def spans_with(needs, seed=0, dtype=torch.float32):
 
 def wide(need):
     """Whether it is a vector per token, and not a number."""
-    return not isinstance(need, (Attention, EncoderAttention, Runs, Size, SoundAttention))
+    return not isinstance(need, (Attention, EncoderAttention, Runs, Sensitivity, Size, SoundAttention))
 
 
 def one(need, n, words):
@@ -51,7 +51,7 @@ def one(need, n, words):
         return torch.randint(1, 4, (n,)).float()
     if isinstance(need, Runs):
         return torch.zeros(n)
-    if isinstance(need, SoundAttention):
+    if isinstance(need, (Sensitivity, SoundAttention)):
         return torch.rand(n)
     if isinstance(need, (Attention, EncoderAttention)):
         heads = [HEADS] if need.heads == "each" else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mllm_squeeze.family.structure import ModelParts
-from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderBlock, EncoderStates, Need
+from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderBlock, EncoderStates, Need, Sensitivity
 
 
 def wanted_block(need: Need) -> EncoderBlock:
@@ -18,13 +18,13 @@ def is_of_states(need: Need) -> bool:
 
 
 def block_of(need: Need, parts: ModelParts) -> int | None:
-    """Return the number of the block that a need means, None where the encoder has no such block.
+    """Return the number of the block that a need means, None where it means none or the encoder has no such block.
 
     Of states, the feature block is the one whose output the LLM gets. Of attention it is that one where the encoder has
     a CLS token; else the last that sees the whole picture, or the second to last: the last looks where no output is
     made any more.
     """
-    if parts.blocks is None:
+    if parts.blocks is None or isinstance(need, Sensitivity):
         return None
     block, count = wanted_block(need), len(parts.blocks)
     if block == "feature":

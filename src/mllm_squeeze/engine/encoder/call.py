@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states
 from mllm_squeeze.engine.encoder.merging import EncoderMerge
+from mllm_squeeze.engine.encoder.pushed import read_sensitivity
 from mllm_squeeze.engine.encoder.read import read_attention, read_probe, read_projection, read_states, real_keys
 from mllm_squeeze.engine.signals.rows import AttentionCall
 from mllm_squeeze.engine.text_encoder import PromptEncoder
@@ -19,7 +20,7 @@ from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.family.grids import find_tiles, with_breaks
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
-from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderProjection, EncoderStates, Need
+from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderProjection, EncoderStates, Need, Sensitivity
 from mllm_squeeze.upstream.outputs import projected
 
 # Carries values (tiles, N, C) or (sum, C) of tower tokens to the LLM's tokens of each item; the number is that of
@@ -72,7 +73,15 @@ class EncodeCall:
             elif isinstance(need, EncoderAttention) and is_of_states(need):
                 self._add(need, read_probe(need, states, self._real.pop(block, None), self.parts))
             elif isinstance(need, Embedding) and self._text_encoder is not None:
-                self._values[need].append(self._text_encoder.project(self.parts.patches(states)))
+                self._values[need].append(self._text_encoder.project(self.parts.patches(states), need.raw))
+
+    @marked("signal")
+    @torch.no_grad()
+    def push_projector(self, projector: nn.Module, states: Tensor) -> None:
+        """Read how a projector answers to pushes; states: what it gets, (tiles, N, C), or (sum, C) if packed."""
+        for need in self.wanted:
+            if isinstance(need, Sensitivity):
+                self._values[need].append(read_sensitivity(need, projector, states, self.parts))
 
     @property
     def _is_seen(self) -> bool:
@@ -128,7 +137,7 @@ class EncodeCall:
         # Tokens come behind the tiles, if there are any; what follows belongs to one token.
         shape = values.shape[1 if packed else 2 :]
         flat = values.flatten(1 if packed else 2) if shape else values.unsqueeze(-1)
-        fill = float("-inf") if isinstance(need, EncoderAttention) else 0.0
+        fill = float("-inf") if isinstance(need, (EncoderAttention, Sensitivity)) else 0.0
         return tuple(item.reshape(len(item), *shape) for item in carry(flat.float(), fill))
 
 

@@ -21,6 +21,8 @@ def read_attention(need: EncoderAttention, call: AttentionCall, parts: ModelPart
     def score(one: AttentionCall) -> Tensor:
         if need.rows == "outliers":
             return _from_outliers(one, need.factor)
+        if need.rows == "others":
+            return _from_others(one, parts)
         return _from_cls(one, parts.cls_place) if of_cls else received(one)
 
     return _over_heads(score, call, need.heads)
@@ -64,18 +66,20 @@ def received(call: AttentionCall) -> Tensor:
         UnsupportedInputError: so does its mask, or nobody has looked at its form.
     """
     call.require_plain_scores()
-    allowed = band = None
-    if call.mask is not None:
-        allowed = open_keys(call)
-        real = allowed.any(2)[:, 0]
-    else:
-        real = None
-    if call.is_causal or call.window is not None:
-        sizes = call.query.shape[2], call.key.shape[2]
-        band = ops.attention_band(*sizes, bool(call.is_causal), call.window, like=call.query)
+    allowed, band = _seen_by_all(call)
+    real = None if allowed is None else allowed.any(2)[:, 0]
     return ops.attention_received(
         call.query, call.key, allowed, scaling=call.logit_scale, softcap=call.softcap, row_mask=real, band=band
     )
+
+
+def _seen_by_all(call: AttentionCall) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Return which keys each query sees, by the mask of a call and by its place, as the ops take them."""
+    band = None
+    if call.is_causal or call.window is not None:
+        sizes = call.query.shape[2], call.key.shape[2]
+        band = ops.attention_band(*sizes, bool(call.is_causal), call.window, like=call.query)
+    return None if call.mask is None else open_keys(call), band
 
 
 def open_keys(call: AttentionCall) -> Tensor:
@@ -97,6 +101,16 @@ def _from_cls(call: AttentionCall, place: int) -> Tensor:
     # The sum over heads, as `received` gives it.
     weights = torch.full_like(row, heads, dtype=torch.float32)
     return score_rows(call, row, weights, causal=False)
+
+
+def _from_others(call: AttentionCall, parts: ModelParts) -> Tensor:
+    """Return what each key receives from the patches beside it: all rows, less its own and that of the CLS token."""
+    allowed, band = _seen_by_all(call)
+    own = ops.attention_to_itself(
+        call.query, call.key, allowed, scaling=call.logit_scale, softcap=call.softcap, band=band
+    )
+    found = received(call) - own
+    return found - _from_cls(call, parts.cls_place) if parts.has_cls else found
 
 
 def _from_outliers(call: AttentionCall, factor: float) -> Tensor:

@@ -25,7 +25,7 @@ from mllm_squeeze.engine.tokens.recorded import comparer, mark, merger, recorded
 from mllm_squeeze.errors import SqueezeWarning, UnsupportedModelError
 from mllm_squeeze.family.handlers.sub_images import by_runs, lay_out
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.reducers.needs import Embedding, EncoderStates
+from mllm_squeeze.reducers.needs import Embedding, EncoderStates, Sensitivity
 from mllm_squeeze.upstream.calls import LayerCall, with_block_mask
 from mllm_squeeze.upstream.outputs import block_states
 from mllm_squeeze.upstream.prompts import EmbedderCall, flat, vision_inputs
@@ -50,6 +50,8 @@ class EncoderHooks(Hooks):
         self._override_features(installer)
         self._hook_blocks(installer)
         self._tap_signals(installer)
+        if self.parts.projector is not None and any(isinstance(need, Sensitivity) for need in self._signals):
+            installer.after(self.parts.projector, self._push)
         if self._signals and self.parts.embedder is not None:
             installer.around(self.parts.embedder, self._before_embedder, self._after_embedder)
 
@@ -177,6 +179,10 @@ class EncoderHooks(Hooks):
     def _after_block(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
         if self._local.encode is not None:
             self._local.encode.read_states(block, block_states(output))
+
+    def _push(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._local.encode is not None:
+            self._local.encode.push_projector(module, args[0])
 
     # Where pictures are encoded inside the text model, the prompt's layout is known by then, and each run of
     # placeholders is an item.

@@ -1,4 +1,4 @@
-"""The words of a prompt as one vector, in the space of the text encoder that the user gives."""
+"""The words of a prompt in the space of the text encoder that the user gives: one vector, or one for each token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mllm_squeeze.engine.signals.source import Found, Reading, Source, Spot
 from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.reducers.needs import Embedding
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PromptVectorSource(Source):
         return None
 
     def take(self, prefill: Prefill, given: Any) -> Reading | None:
-        """Return (B, 1, D).
+        """Return (B, 1, D), or (B, M, D) where each token of the text encoder is wanted by itself.
 
         Raises:
             UnsupportedInputError: the prompt came without ids.
@@ -40,8 +41,10 @@ class PromptVectorSource(Source):
                 "Call the model with input_ids."
             )
         # The words themselves are wanted, so the ids have to come to the host.
-        return Reading(self.encoder.encode(self.encoder.words(prefill.ids.cpu(), prefill.layout)))
+        words = self.encoder.words(prefill.ids.cpu(), prefill.layout)
+        raw = isinstance(self.need, Embedding) and self.need.raw
+        return Reading(self.encoder.encode_each(words) if raw else self.encoder.encode(words))
 
     def answer(self, prefill: Prefill, reading: Reading, found: Found, side: str) -> Tensor:
-        """Return (S, 1, D), the vector of each span's prompt."""
+        """Return (S, 1, D) or (S, M, D), the vectors of each span's prompt."""
         return reading.values[found.table.sample.to(reading.values.device)]

@@ -43,7 +43,9 @@ def _embedding(planned: PlannedCut, need: Embedding) -> Source | None:
     """Return where words, or pictures, come from; pictures in the space of a text encoder are carried to the LLM."""
     if planned.text_encoder is None or not is_shared(need):
         return EmbeddingSource(Embedding(), 0)
-    return PromptVectorSource(Embedding(space="clip"), 0, encoder=planned.text_encoder) if need.of == "text" else None
+    if need.of == "visual":
+        return None
+    return PromptVectorSource(Embedding(space="clip", raw=need.raw), 0, encoder=planned.text_encoder)
 
 
 def chooses_rows(cut: PlannedCut) -> bool:

@@ -20,7 +20,8 @@ class EncoderAttention(Score):
 
     rows: who looks: "cls" the CLS token, "all" the sum over all patches, "cls_or_all" the first where the encoder has a
         CLS token, else the second, "probe" the pooling head's query where the tower has such a head, "outliers" the
-        mean over the tokens that receive more than `factor` times the average themselves.
+        mean over the tokens that receive more than `factor` times the average themselves, "others" the sum over all
+        patches but its own.
     block: "feature" is the layer whose output the projector gets; a number counts from the first block, a negative one
         from the last; a float between 0 and 1 is a fraction of the depth, rounded down.
     heads: how heads are joined.
@@ -31,7 +32,7 @@ class EncoderAttention(Score):
     modalities: ClassVar[frozenset[str]] = frozenset({"image", "video"})
     main: ClassVar[str | None] = "rows"
 
-    rows: Literal["cls", "all", "cls_or_all", "probe", "outliers"] = "cls_or_all"
+    rows: Literal["cls", "all", "cls_or_all", "probe", "outliers", "others"] = "cls_or_all"
     block: EncoderBlock = "feature"
     heads: Literal["mean", "sum", "max"] = "sum"
     factor: float = Field(default=0.0, ge=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+
 from mllm_squeeze import ops
 from mllm_squeeze.parts.base import Groups, Score
 from mllm_squeeze.reducers.base import VisualTokens
@@ -22,6 +24,8 @@ class TextSimilarity(Score):
     measure: "dot" takes the dot product instead of the cosine.
     sign: -1 keeps what is least alike.
     fallback: whether the language model's own space may stand in where no text encoder is given.
+    raw: in the space of the text encoder (a CLIP) each of its tokens of the prompt by itself, and patches by the
+        projection alone, without the norm in front; separators get -inf. In other spaces it changes nothing.
     """
 
     main: ClassVar[str | None] = "space"
@@ -31,6 +35,16 @@ class TextSimilarity(Score):
     measure: Literal["cosine", "dot"] = "cosine"
     sign: Literal[1, -1] = 1
     fallback: bool = False
+    raw: bool = False
+
+    @model_validator(mode="after")
+    def _nothing_stands_in(self) -> TextSimilarity:
+        if self.raw and self.fallback:
+            raise ValueError(
+                "raw: true says how a text encoder is used, and fallback: true that none need be given; write one of "
+                "them, or space: llm"
+            )
+        return self
 
     def needs(self) -> tuple[Need, ...]:
         """Return the vectors of both sides."""
@@ -40,9 +54,16 @@ class TextSimilarity(Score):
         """Return the similarity to the words; to the one pooled prompt where the space has but one vector."""
         visual, text = (tokens[need] for need in self.needs())
         words = tokens.words
+        if self.raw and self.space == "clip":
+            alike = ops.text_similarity(visual, text, ops.with_vectors(text), self.over, self.measure == "cosine")
+            return (alike * self.sign).masked_fill((visual == 0).all(-1), -float("inf"))
         if text.shape[1] == 1 and words.shape[1] != 1:
             words = words.any(1, keepdim=True)
         return ops.text_similarity(visual, text, words, self.over, self.measure == "cosine") * self.sign
 
     def _side(self, of: Side) -> Need:
-        return Features(of) if self.space == "features" else Embedding(of, self.space, self.fallback)
+        return (
+            Features(of)
+            if self.space == "features"
+            else Embedding(of, self.space, self.fallback, self.raw and self.space == "clip")
+        )
