@@ -14,7 +14,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ HEAD = ("method", "cut", "tokens", "/layer", "first %", "to dense", "whole %", "
 
 @dataclass
 class Comparison:
-    """All that one run found, and what it was run with."""
+    """All that one run found, and what it was run with; refused: why methods are missing, by method and cut."""
 
     entries: list[Entry]
     questions: int
@@ -59,6 +59,7 @@ class Comparison:
     versions: dict[str, str]
     threads: int
     command: str
+    refused: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return everything as JSON."""
@@ -78,7 +79,9 @@ class Comparison:
                 f" Prefill: batch of {self.batch}, median of {self.repeats} rounds in which all methods take turns, "
                 f"{self.threads} threads."
             )
-        return "\n".join([*lines, "", f"{_note(self)}. {how}", "", f"`{self.command}` ({facts})", ""])
+        missing = [f"- {what}: {why}" for what, why in self.refused.items()]
+        missing = ["", "Refused, and so not in the table:", "", *missing] if missing else []
+        return "\n".join([*lines, "", f"{_note(self)}. {how}", *missing, "", f"`{self.command}` ({facts})", ""])
 
 
 def image_methods() -> list[str]:
@@ -113,7 +116,7 @@ def main(
     """Evaluate the dense model and each method at each ratio on the same held-out questions, print and save the table.
 
     pictures: how many pictures of survivors to draw. out: folder for compare.json, compare.md and compare.png; nothing
-    is written without it. seeds: seeds of a random method, averaged. repeats: timed prefills; with 0 nothing is timed,
+    is written without it. A method that refuses a ratio is named beside the table. seeds: seeds of a random method, averaged. repeats: timed prefills; with 0 nothing is timed,
     and answers.json and answers.md are written instead. model, processor: instead of the model in the box.
     """
     console = console or Console()
@@ -121,7 +124,9 @@ def main(
         model = AutoModelForImageTextToText.from_pretrained(folder()).eval()
         processor = AutoProcessor.from_pretrained(folder())
     items = list(held_out(questions))
-    contenders = line_up(model, methods, ratios)
+    contenders, refused = line_up(model, methods, ratios)
+    if refused and len(contenders) == 1:
+        raise next(iter(refused.values()))
     with _progress(console) as bar, warnings.catch_warnings():
         # A method that cannot go as low as asked warns; the table shows what it kept.
         warnings.simplefilter("ignore", squeeze.SqueezeWarning)
@@ -137,8 +142,11 @@ def main(
         versions=_versions(),
         threads=torch.get_num_threads(),
         command=command,
+        refused={what: str(why) for what, why in refused.items()},
     )
     console.print(_table(comparison))
+    for what, why in comparison.refused.items():
+        console.print(f"refused: {what}: {why}", highlight=False)
     if out is not None:
         _save(comparison, Path(out))
         _draw(contenders, processor, _examples(dense, items, pictures), Path(out))

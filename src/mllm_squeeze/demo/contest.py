@@ -68,14 +68,24 @@ class Contender:
     times: list[float] = field(default_factory=list)
 
 
-def line_up(model: Any, methods: Sequence[str], ratios: Sequence[float]) -> list[Contender]:
-    """The dense model and a squeezed copy for each method and ratio, so that all of them can be timed in turn."""
-    out = [Contender(DENSE, 0.0, model)]
+def line_up(
+    model: Any, methods: Sequence[str], ratios: Sequence[float]
+) -> tuple[list[Contender], dict[str, squeeze.SqueezeError]]:
+    """The dense model and a squeezed copy for each method and ratio, so that all of them can be timed in turn.
+
+    Beside them, by method and cut, why those are missing that refuse this model or ratio.
+    """
+    out, refused = [Contender(DENSE, 0.0, model)], {}
     for ratio in ratios:
         for method in methods:
             twin = copy.deepcopy(model)
-            out.append(Contender(method, ratio, twin, squeeze.apply(twin, method, ratio=ratio), {"ratio": ratio}))
-    return out
+            try:
+                handle = squeeze.apply(twin, method, ratio=ratio)
+            except squeeze.SqueezeError as error:
+                refused[f"{method}, {100 * ratio:.0f} %"] = error
+                continue
+            out.append(Contender(method, ratio, twin, handle, {"ratio": ratio}))
+    return out, refused
 
 
 def measure_accuracy(
