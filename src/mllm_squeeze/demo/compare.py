@@ -116,8 +116,12 @@ def main(
     """Evaluate the dense model and each method at each ratio on the same held-out questions, print and save the table.
 
     pictures: how many pictures of survivors to draw. out: folder for compare.json, compare.md and compare.png; nothing
-    is written without it. A method that refuses a ratio is named beside the table. seeds: seeds of a random method, averaged. repeats: timed prefills; with 0 nothing is timed,
-    and answers.json and answers.md are written instead. model, processor: instead of the model in the box.
+    is written without it. A method that refuses a ratio is named beside the table. seeds: seeds of a random method,
+    averaged. repeats: timed prefills; with 0 nothing is timed, and answers.json and answers.md are written instead.
+    model, processor: instead of the model in the box.
+
+    Raises:
+        SqueezeError: all methods refuse.
     """
     console = console or Console()
     if model is None:
