@@ -134,3 +134,25 @@ def dytok(case: Case) -> dict[str, Any]:
         "keep_dominant": choice.kept[dominant],
         "merged": choice.features[order],
     }
+
+
+@reads("sttm")
+def sttm(case: Case) -> dict[str, Any]:
+    frames, grid = case["features"], case["grid"].tolist()
+    choice = squeeze.choose(
+        "sttm",
+        features=frames.flatten(0, 1),
+        grid=grid,
+        modality="video",
+        alike=case["tau_s"],
+        over_time=case["tau_t"] if case["tau_t"] > 0 else None,
+        skip=case["root_level"],
+        mean="cells" if case["weighted"] else "squares",
+        links="early",
+    )
+    assert choice.assign is not None and isinstance(choice.kept, Tensor)
+    return {
+        "keep": choice.kept,
+        "merged": choice.features,
+        "patches": torch.bincount(choice.assign, minlength=len(choice.assign))[choice.kept],
+    }

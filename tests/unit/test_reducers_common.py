@@ -173,6 +173,7 @@ def test_few_rules_wait_for_the_device():
         "LinkComponents",
         "PrincipalGroups",
         "Spectrum",
+        "SquareTrees",
         "SteadyClusters",
         "StillSegments",
     }

@@ -55,6 +55,7 @@ TABLE = {
     "score_kcenter": (64, ["projector"], "repack", False, True),
     "sparsevlm": (109, ["layers 0.09375, 0.21875, 0.5"], "repack", True, True),
     "sparsevlm2": (118, ["layers 0.09375, 0.21875, 0.5"], "keep", True, True),
+    "sttm": (None, ["layer 2"], "repack", False, False),
     "timechat_online": (None, ["projector"], "keep", False, False),
     "tokencarve": (128, ["layer 2"], "keep", True, True),
     "tome": (207, ["encoder all"], "repack", False, True),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
+    from .linked_pairs import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .precision import *  # noqa: F403
     from .principal_groups import *  # noqa: F403
     from .prompt_cover import *  # noqa: F403
+    from .quadtree import *  # noqa: F403
     from .query_key import *  # noqa: F403
     from .resample import *  # noqa: F403
     from .rounds import *  # noqa: F403
@@ -117,6 +119,7 @@ _MODULES = {
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
+    "linked_pairs": ("linked_first",),
     "local_outliers": ("local_outlier_factors",),
     "outliers": ("group_quantiles", "outlier_counts"),
     "overview": ("crop_shown", "overview_split"),
@@ -129,6 +132,7 @@ _MODULES = {
     ),
     "principal_groups": ("group_quotas", "picked_of_parts", "principal_parts", "unlike_first"),
     "prompt_cover": ("cover_of_both", "farthest_from", "nearest_to_words"),
+    "quadtree": ("QuadtreeLevel", "quadtree_levels", "quadtree_sides", "quadtree_squares"),
     "query_key": ("query_key_products", "weighted_heads"),
     "resample": ("resampled_cells", "resampling"),
     "rounds": ("drop_alike_in_rounds",),
