@@ -18,7 +18,11 @@ from mllm_squeeze.upstream import shared_space
 
 
 class SharedSpace(Protocol):
-    """What puts words and patches into one space; any object with these two methods may be a text encoder."""
+    """What puts words and patches into one space; any object with these two methods may be a text encoder.
+
+    A third one, `picture`, gives the vectors (tiles, D) of whole pictures, of the same states as `image`. Methods that
+    compare frames with the words ask for it where the vision tower has no CLS token.
+    """
 
     def text(self, words: Sequence[str]) -> Tensor:
         """Return one vector for each text, (B, D)."""
@@ -103,6 +107,30 @@ class PromptEncoder:
         vectors = vectors.masked_fill(empty[:, None], 0)
         rows = torch.tensor([different.index(text) for text in texts], device=vectors.device)
         return vectors[rows][:, None]
+
+    @property
+    def pooling_model(self) -> nn.Module | None:
+        """The picture model whose head pools patches by the attention of a learned query, None without one."""
+        return getattr(self.space, "pooling_model", None)
+
+    @property
+    def pools(self) -> bool:
+        """True where it gives a vector of a whole picture, of its patches."""
+        return bool(getattr(self.space, "pools", callable(getattr(self.space, "picture", None))))
+
+    def pooled(self, states: Tensor) -> Tensor:
+        """Return the vectors (tiles, D) of whole pictures, of patch states (tiles, N, C).
+
+        Raises:
+            ConfigError: the encoder gives something else.
+        """
+        vectors: Any = getattr(self.space, "picture")(states)  # noqa: B009  a method that a space may have
+        if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(states):
+            raise ConfigError(
+                f"{type(self.space).__name__}.picture gives one vector for each picture, a tensor ({len(states)}, D); "
+                f"got {_told(vectors)}."
+            )
+        return vectors
 
     def project(self, states: Tensor) -> Tensor:
         """Return the vectors (tiles, N, D) of patch states (tiles, N, C).

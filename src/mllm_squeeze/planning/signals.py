@@ -22,7 +22,7 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
     """
     for need in cut.reducer.needs():
         if isinstance(need, EncoderNeed):
-            check_encoder_need(method, need, parts)
+            check_encoder_need(method, need, parts, cut.text_encoder)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):
             raise UnsupportedModelError(
                 f"'{method}' reads normed states; no final norm was found in this model. Use a method that reads none.",

@@ -197,8 +197,8 @@ class EncoderAttention(EncoderNeed):
         negative one from the last; a fraction (a float between 0 and 1) is of the depth, rounded down.
     rows: "cls" the row of the CLS token, "all" the sum over all rows that see the key, "cls_or_all" the first where the
         encoder has a CLS token, else the second, "probe" the pooling head's query, on the states that the block gives,
-        where the tower has such a head, "outliers" the mean over those tokens that receive more than `factor` times the
-        average themselves, over all where there is none.
+        where the tower, or the text encoder that is given, has such a head, "outliers" the mean over those tokens that
+        receive more than `factor` times the average themselves, over all where there is none.
     heads: how heads are joined, behind the sum over rows; "each" leaves an axis: (S, H, N).
     factor: of outliers.
     """
@@ -264,6 +264,9 @@ class Embedding(Need):
         the vision tower gives, separators 0. Where none is given the LLM's own space stands in if `fallback` says so,
         and the report tells.
     fallback: whether the LLM's own space may stand in.
+    pooled: the one vector of the picture or frame that a visual token is of, the same for each token of its tile, as
+        its encoder compares pictures with texts: that of the CLS token, or what the pooling head makes of all patches,
+        on the states that the vision tower gives. In the space "clip" only.
     """
 
     phrase: ClassVar[str] = "words and pictures in one space"
@@ -272,6 +275,7 @@ class Embedding(Need):
     of: Side = "text"
     space: Literal["llm", "clip"] = "llm"
     fallback: bool = False
+    pooled: bool = False
 
     @property
     def reads_text(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import model_validator
+
 from mllm_squeeze import ops
 from mllm_squeeze.parts.base import Groups, Score
 from mllm_squeeze.reducers.base import VisualTokens
@@ -22,6 +24,8 @@ class TextSimilarity(Score):
     measure: "dot" takes the dot product instead of the cosine.
     sign: -1 keeps what is least alike.
     fallback: whether the language model's own space may stand in where no text encoder is given.
+    of: "tokens" compares each token, "pictures" the one vector of the picture or frame that it is of, the same for all
+        of them, as the encoder itself compares pictures with texts; in the space "clip" only, without a stand-in.
     """
 
     main: ClassVar[str | None] = "space"
@@ -31,6 +35,13 @@ class TextSimilarity(Score):
     measure: Literal["cosine", "dot"] = "cosine"
     sign: Literal[1, -1] = 1
     fallback: bool = False
+    of: Literal["tokens", "pictures"] = "tokens"
+
+    @model_validator(mode="after")
+    def _pictures_in_clip(self) -> TextSimilarity:
+        if self.of == "pictures" and (self.space != "clip" or self.fallback):
+            raise ValueError("of: pictures takes space: clip, and no fallback; whole pictures have no vector elsewhere")
+        return self
 
     def needs(self) -> tuple[Need, ...]:
         """Return the vectors of both sides."""
@@ -45,4 +56,5 @@ class TextSimilarity(Score):
         return ops.text_similarity(visual, text, words, self.over, self.measure == "cosine") * self.sign
 
     def _side(self, of: Side) -> Need:
-        return Features(of) if self.space == "features" else Embedding(of, self.space, self.fallback)
+        pooled = of == "visual" and self.of == "pictures"
+        return Features(of) if self.space == "features" else Embedding(of, self.space, self.fallback, pooled)
