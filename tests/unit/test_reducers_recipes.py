@@ -36,6 +36,7 @@ TABLE = {
     "hired": (115, ["projector"], "repack", False, False),
     "holitom": (72, ["projector", "layer 0.643"], "repack", True, False),
     "ivc_prune": (288, ["layer 0.5"], "keep", True, True),
+    "kvtp": (115, ["projector"], "repack", True, True),
     "llava_scissor": (None, ["projector"], "repack", False, False),
     "m3": (144, ["projector"], "repack", False, True),
     "mob": (64, ["layer 2"], "keep", True, True),

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .select import *  # noqa: F403
     from .share import *  # noqa: F403
     from .similarity import *  # noqa: F403
+    from .softmax_shares import *  # noqa: F403
     from .spread_on_grid import *  # noqa: F403
     from .still_segments import *  # noqa: F403
     from .stride import *  # noqa: F403
@@ -116,7 +117,7 @@ _MODULES = {
         "running_mean_weights",
         "strongest_target",
     ),
-    "neighbours": ("group_sum_entries", "neighbour_entries"),
+    "neighbours": ("group_sum_entries", "neighbour_entries", "unchanged_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
     "linked_pairs": ("linked_first",),
@@ -178,6 +179,7 @@ _MODULES = {
         "relevant_words",
         "text_similarity",
     ),
+    "softmax_shares": ("softmax_shares",),
     "spread_on_grid": ("spread_cells",),
     "still_segments": ("cluster_weights", "most_still", "still_counts"),
     "stride": (
