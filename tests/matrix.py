@@ -200,7 +200,7 @@ def attention(model: Any, implementation: str) -> Iterator[None]:
 @contextmanager
 def applied(model: Any, name: str, **changes: Any) -> Iterator[Any]:
     """Apply a method with the parameters of the tests, changed by `changes`, and a text encoder where it wants one."""
-    given = text_space.encoder() if method(name).wants_text_encoder else None
+    given = text_space.encoder(method(name).space) if method(name).wants_text_encoder else None
     with squeeze.applied(model, name, text_encoder=given, **changed(method(name).params, changes)) as handle:
         yield handle
 

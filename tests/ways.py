@@ -81,6 +81,12 @@ class Method:
         return bool(squeeze.describe(self.name)["facts"]["text_encoder"])
 
     @property
+    def space(self) -> str:
+        """The kind of text encoder that it takes: one that pools pictures, or projects patches."""
+        needs = [need for step in self.recipe().steps for need in step.built.needs()]
+        return "siglip" if any(getattr(need, "pooled", False) for need in needs) else "clip"
+
+    @property
     def decodes(self) -> bool:
         """Say whether it goes on cutting while decoding."""
         return "cache" in self.way.places

@@ -16,6 +16,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "frame_trees": "mllm_squeeze.reducers.frame_trees:FrameTrees",
     "sound_guided": "mllm_squeeze.reducers.sound_guided:SoundGuided",
     "steady_clusters": "mllm_squeeze.reducers.steady_clusters:SteadyClusters",
+    "square_trees": "mllm_squeeze.reducers.square_trees:SquareTrees",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }
 
@@ -57,6 +58,8 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "budget.outliers": "mllm_squeeze.parts.budget.outliers:Outliers",
     "budget.overview": "mllm_squeeze.parts.budget.overview:Overview",
     "budget.softmax": "mllm_squeeze.parts.budget.softmax:Softmax",
+    "budget.softmax_share": "mllm_squeeze.parts.budget.softmax_share:SoftmaxShare",
+    "budget.clipped_softmax_share": "mllm_squeeze.parts.budget.softmax_share:ClippedSoftmaxShare",
     "budget.fixed": "mllm_squeeze.parts.budget.fixed:Fixed",
     "budget.fraction": "mllm_squeeze.parts.budget.fraction:Fraction",
     "budget.proportional": "mllm_squeeze.parts.budget.proportional:Proportional",
@@ -88,6 +91,7 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "select.cover_of_both": "mllm_squeeze.parts.select.cover:CoverOfBoth",
     "select.threshold": "mllm_squeeze.parts.select.threshold:Threshold",
     "merge.nearest": "mllm_squeeze.parts.merge.nearest:Nearest",
+    "merge.added_neighbours": "mllm_squeeze.parts.merge.added_neighbours:AddedNeighbours",
     "merge.neighbours": "mllm_squeeze.parts.merge.neighbours:Neighbours",
     "merge.cluster": "mllm_squeeze.parts.merge.cluster:Cluster",
     "merge.fused_token": "mllm_squeeze.parts.merge.fused_token:FusedToken",

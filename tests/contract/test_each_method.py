@@ -28,12 +28,9 @@ from mllm_squeeze.registry import register_reducer, unregister_method, unregiste
 def home(name: str) -> tuple[str, str]:
     """Return (family, kind): one of those that fit, chosen by the name; a video or a sound where it takes no image."""
     if matrix.method(name).wants_text_encoder:
-        return "llava", "image"  # whose tower is as wide as that of the text encoder
-    for kind, among in (
-        ("image", matrix.FAMILIES),
-        ("video", matrix.FAMILIES),
-        ("audio", tiny.ALL_FAMILIES),
-    ):
+        # Whose tower is as wide as that of the text encoder.
+        return ("llava", "image") if "image" in matrix.method(name).modalities else ("llava_onevision", "video")
+    for kind, among in (("image", matrix.FAMILIES), ("video", matrix.FAMILIES), ("audio", tiny.ALL_FAMILIES)):
         families = [f for f in among if kind in tiny.kinds(f) and matrix.fits(name, f, kind)]
         if families:
             return families[crc32(name.encode()) % len(families)], kind

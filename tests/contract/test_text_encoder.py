@@ -18,7 +18,7 @@ import tiny
 from mllm_squeeze.errors import ConfigError, SqueezeError, SqueezeWarning, UnsupportedInputError, UnsupportedModelError
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.reducers.base import Place, Reducer, Reduction, VisualTokens
-from mllm_squeeze.reducers.needs import Embedding, EncoderStates, Need
+from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderStates, Need
 from mllm_squeeze.registry import register_reducer, unregister_reducer
 from text_space import END, PLACES, START, WIDTH, encoder, pair, tokenizer
 from tiny.parts import PAD, SPECIAL
@@ -421,3 +421,84 @@ def test_visiontrim_cuts_a_model(family: str) -> None:
             assert handle.layout is not None
             columns = torch.tensor(handle.layout.spans[0].columns)
             assert len(set(handle.cuts[0].kept[0].tolist()) & set(columns.tolist())) == 6, left
+
+
+WHOLE = Embedding("visual", "clip", pooled=True)
+
+
+@pytest.mark.parametrize(("family", "kind", "block", "special"), FAMILIES)
+@pytest.mark.parametrize("prompt", ["image", "two_images"])
+def test_a_whole_picture_is_what_the_encoder_makes_of_it(
+    family: str, kind: str, block: str, special: int, prompt: str
+) -> None:
+    """CLIP projects the CLS token, SigLIP's head pools all patches."""
+    t = tiny.load(family)
+    model: Any = pair(kind)
+    tokens, layout = probe(family, t.inputs[prompt], encoder(kind), WHOLE, TEXT)
+    with torch.no_grad():
+        normed = model.vision_model.post_layernorm(states_of(t, block, t.inputs[prompt]))
+        wanted = model.visual_projection(normed[:, 0]) if special else model.vision_model.head(normed)
+    assert len(wanted) == len(layout.spans)
+    for row in range(len(wanted)):
+        for vector_of_token in tokens[WHOLE][row][tokens.mask[row]]:
+            torch.testing.assert_close(vector_of_token, wanted[row], rtol=1e-5, atol=1e-5)
+
+
+def test_each_frame_of_a_video_has_its_vector() -> None:
+    t = tiny.load("llava_onevision")
+    inputs = t.inputs["video"]
+    recipe = {"reducer": "comparer", "at": "projector", "ratio": 0.5, "separators": "keep"}
+    tokens, layout = probe("llava_onevision", inputs, encoder("siglip"), WHOLE, TEXT, **recipe)
+    (tile,) = layout.spans[0].tiles
+    frames = tokens[WHOLE][0][tokens.mask[0]].unflatten(0, (tile.frames, -1))
+    torch.testing.assert_close(frames, frames[:, :1].expand_as(frames))
+    assert tile.frames > 1 and not torch.allclose(frames[0, 0], frames[1, 0], atol=1e-4)
+
+
+def test_the_pooling_head_of_the_encoder_stands_in_for_the_towers() -> None:
+    t = tiny.load("paligemma2")
+    model: Any = pair("siglip")
+    seen = EncoderAttention("feature", rows="probe", heads="mean")
+    tokens, _ = probe("paligemma2", t.inputs["image"], encoder("siglip"), WHOLE, TEXT, seen)
+    with torch.no_grad():
+        normed = model.vision_model.post_layernorm(states_of(t, "encoder.layers.2", t.inputs["image"]))
+        head = model.vision_model.head
+        _, weights = head.attention(head.probe.expand(len(normed), -1, -1), normed, normed)
+    torch.testing.assert_close(tokens[seen][0][tokens.mask[0]], weights[0, 0], rtol=1e-5, atol=1e-5)
+
+
+class Pooled(Doubled):
+    """A space that knows whole pictures too."""
+
+    def picture(self, states: Tensor) -> Tensor:
+        """Return the sum of the states."""
+        return states.sum(1)
+
+
+def test_an_encoder_of_ones_own_may_pool() -> None:
+    inputs = tiny.load("llava_onevision").inputs["video"]
+    recipe = {"reducer": "comparer", "at": "projector", "ratio": 0.5, "separators": "keep"}
+    given = squeeze.TextEncoder(Pooled(), tokenizer(False))
+    tokens, layout = probe("llava_onevision", inputs, given, WHOLE, TEXT, EncoderStates(), **recipe)
+    assert len(tokens[WHOLE][0].unique(dim=0)) == layout.spans[0].tiles[0].frames
+
+
+def test_where_no_vector_of_a_picture_is_to_be_had() -> None:
+    step = {"at": "projector", "keep": 5, "score": {"text_similarity": {"space": "clip", "of": "pictures"}}}
+    recipe = {"method": "alike", "steps": [step]}
+    refused("paligemma2", encoder("clip"), "has no head that pools patches", UnsupportedModelError, recipe)
+    bare = squeeze.TextEncoder(Doubled(), tokenizer(False))
+    refused("paligemma2", bare, "has no head that pools patches", UnsupportedModelError, recipe)
+    refused("qwen2_5_vl", bare, "packs the patches of all frames into one row", UnsupportedModelError, recipe)
+    Pooled.picture, kept = lambda self, states: states, Pooled.picture  # type: ignore[method-assign]
+    try:
+        with pytest.raises(ConfigError, match=r"Pooled\.picture gives one vector for each picture"):
+            probe(
+                "paligemma2",
+                tiny.load("paligemma2").inputs["image"],
+                squeeze.TextEncoder(Pooled(), tokenizer(False)),
+                WHOLE,
+                TEXT,
+            )
+    finally:
+        Pooled.picture = kept  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ from golden.readings import reads
 from mllm_squeeze import ops
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import load_recipe
-from mllm_squeeze.reducers.needs import Attention
+from mllm_squeeze.reducers.needs import Attention, Embedding
 
 # How the authors' settings name what is picked of each frame.
 FLASHVID_PICKS = {"attn": "score", "div": "unlike", "attn_div": "seen", "attn_div_v2": "run"}
@@ -184,3 +184,57 @@ def _longvu(
     )
     assert isinstance(choice.kept, Tensor)
     return choice.kept
+
+
+@reads("sttm")
+def sttm(case: Case) -> dict[str, Any]:
+    frames, grid = case["features"], case["grid"].tolist()
+    choice = squeeze.choose(
+        "sttm",
+        features=frames.flatten(0, 1),
+        grid=grid,
+        modality="video",
+        alike=case["tau_s"],
+        over_time=case["tau_t"] if case["tau_t"] > 0 else None,
+        skip=case["root_level"],
+        mean="cells" if case["weighted"] else "squares",
+        links="early",
+    )
+    assert choice.assign is not None and isinstance(choice.kept, Tensor)
+    return {
+        "keep": choice.kept,
+        "merged": choice.features,
+        "patches": torch.bincount(choice.assign, minlength=len(choice.assign))[choice.kept],
+    }
+
+
+@reads("kvtp")
+def kvtp(case: Case) -> dict[str, Any]:
+    frames = case["features"]
+    number, places = frames.shape[:2]
+    # Cosines of a tenth of the logits.
+    alike = (case["logits"].amax(0) / 10).repeat_interleave(places)
+    choice = squeeze.choose(
+        "kvtp",
+        features=frames.flatten(0, 1),
+        signals={
+            "encoder_attention": case["attention"].flatten(),
+            "encoder_states": case["keys"].flatten(0, 1),
+            Embedding("visual", "clip", pooled=True): torch.stack([alike, (1 - alike.square()).sqrt()], 1),
+            Embedding("text", "clip"): torch.tensor([[1.0, 0.0]]),
+        },
+        grid=(number, 1, places),
+        modality="video",
+        keep=round(number * places * case["ratio_kept"]),
+        temperature=case["temperature"] / 10,
+        variant="official",
+    )
+    assert isinstance(choice.kept, Tensor) and isinstance(choice.features, Tensor)
+    row = torch.zeros(number * places, dtype=torch.int64)
+    row[choice.kept] = torch.arange(len(choice.kept))
+    return {
+        "counts": torch.bincount(choice.kept // places, minlength=number),
+        "keep": choice.kept,
+        # In the order of the code: the best of a frame first.
+        "merged": choice.features[row[case["order"].long()]],
+    }

@@ -182,6 +182,7 @@ def test_few_rules_wait_for_the_device():
         "PrincipalGroups",
         "SoundGuided",
         "Spectrum",
+        "SquareTrees",
         "SteadyClusters",
         "StillSegments",
     }

@@ -22,6 +22,8 @@ class SharedSpace(Protocol):
 
     For rules that read words one by one it has two more: `tokens(words)` gives (B, M, D), zeros behind the last token
     of a text, and `patches(states)` what `image` gives by a linear map.
+    One more, `picture`, gives the vectors (tiles, D) of whole pictures, of the same states as `image`. Methods that
+    compare frames with the words ask for it where the vision tower has no CLS token.
     """
 
     def text(self, words: Sequence[str]) -> Tensor:
@@ -131,6 +133,30 @@ class PromptEncoder:
         empty = torch.tensor([not text for text in different], device=vectors.device)
         rows = torch.tensor([different.index(text) for text in texts], device=vectors.device)
         return vectors.float().masked_fill(empty[:, None, None], 0)[rows]
+
+    @property
+    def pooling_model(self) -> nn.Module | None:
+        """The picture model whose head pools patches by the attention of a learned query, None without one."""
+        return getattr(self.space, "pooling_model", None)
+
+    @property
+    def pools(self) -> bool:
+        """True where it gives a vector of a whole picture, of its patches."""
+        return bool(getattr(self.space, "pools", callable(getattr(self.space, "picture", None))))
+
+    def pooled(self, states: Tensor) -> Tensor:
+        """Return the vectors (tiles, D) of whole pictures, of patch states (tiles, N, C).
+
+        Raises:
+            ConfigError: the encoder gives something else.
+        """
+        vectors: Any = getattr(self.space, "picture")(states)  # noqa: B009  a method that a space may have
+        if not isinstance(vectors, Tensor) or vectors.ndim != 2 or len(vectors) != len(states):
+            raise ConfigError(
+                f"{type(self.space).__name__}.picture gives one vector for each picture, a tensor ({len(states)}, D); "
+                f"got {_told(vectors)}."
+            )
+        return vectors
 
     def project(self, states: Tensor, raw: bool = False) -> Tensor:
         """Return the vectors (tiles, N, D) of patch states (tiles, N, C); raw: by the projection alone.

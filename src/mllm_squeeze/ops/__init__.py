@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
+    from .linked_pairs import *  # noqa: F403
     from .local_affinity import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .lone_peaks import *  # noqa: F403
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .principal_groups import *  # noqa: F403
     from .prompt_cover import *  # noqa: F403
     from .pushes import *  # noqa: F403
+    from .quadtree import *  # noqa: F403
     from .query_key import *  # noqa: F403
     from .resample import *  # noqa: F403
     from .rounds import *  # noqa: F403
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from .select import *  # noqa: F403
     from .share import *  # noqa: F403
     from .similarity import *  # noqa: F403
+    from .softmax_shares import *  # noqa: F403
     from .spread_on_grid import *  # noqa: F403
     from .still_segments import *  # noqa: F403
     from .stride import *  # noqa: F403
@@ -122,10 +125,11 @@ _MODULES = {
         "running_mean_weights",
         "strongest_target",
     ),
-    "neighbours": ("group_sum_entries", "neighbour_entries"),
+    "neighbours": ("group_sum_entries", "neighbour_entries", "unchanged_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "lone_peaks": ("lone_peaks",),
     "normalise": ("fused", "normalised", "steadied"),
+    "linked_pairs": ("linked_first",),
     "local_affinity": ("local_affinity",),
     "through_text": ("entries_through_text",),
     "local_outliers": ("local_outlier_factors",),
@@ -141,6 +145,7 @@ _MODULES = {
     "principal_groups": ("group_quotas", "picked_of_parts", "principal_parts", "unlike_first"),
     "prompt_cover": ("cover_of_both", "farthest_from", "nearest_to_words"),
     "pushes": ("push_response",),
+    "quadtree": ("QuadtreeLevel", "quadtree_levels", "quadtree_sides", "quadtree_squares"),
     "query_key": ("query_key_products", "weighted_heads"),
     "resample": ("resampled_cells", "resampling"),
     "rounds": ("drop_alike_in_rounds",),
@@ -186,6 +191,7 @@ _MODULES = {
         "relevant_words",
         "text_similarity",
     ),
+    "softmax_shares": ("softmax_shares",),
     "spread_on_grid": ("spread_cells",),
     "still_segments": ("cluster_weights", "most_still", "still_counts"),
     "stride": (

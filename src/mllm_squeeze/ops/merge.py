@@ -75,8 +75,8 @@ def strongest_target(
 ) -> Tensor:
     """Return assign (S, N): survivors to themselves, others to the token they go into with the largest weight, else -1.
 
-    keep: bool (S, N). The rest as in `mix_tokens`; weights count by their size, ties take the lowest index. What
-    goes into a token of another row goes nowhere in its own.
+    keep: bool (S, N). The rest as in `mix_tokens`; weights count by their size, ties take the lowest index; 0 is no
+    weight. What goes into a token of another row goes nowhere in its own.
     """
     if giving is not None:
         own = giving == span
@@ -86,7 +86,7 @@ def strongest_target(
     amount = at_least_float32(weight.detach()).abs()
     largest = torch.zeros(keep.numel(), dtype=amount.dtype, device=keep.device)
     largest = largest.scatter_reduce(0, giver, amount, "amax")
-    candidate = torch.where(amount == largest[giver], into, width)
+    candidate = torch.where((amount == largest[giver]) & (amount > 0), into, width)
     target = torch.full((keep.numel(),), width, dtype=torch.int64, device=keep.device)
     target = target.scatter_reduce(0, giver, candidate, "amin").view(keep.shape)
     return torch.where(keep, positions(keep), torch.where(target == width, -1, target))

@@ -56,3 +56,14 @@ def group_sum_entries(weight: Tensor, members: Tensor, place: Tensor, label: Ten
     amount = torch.where(member, weight.float(), (label < 0).float())
     span = torch.arange(len(label), device=label.device)[:, None].expand_as(label)
     return span.flatten(), into.flatten(), itself.flatten(), amount.flatten()
+
+
+@selection
+def unchanged_entries(stays: Tensor) -> Entries:
+    """Return (span, into, source, weight), each (S * N,): each of some tokens stays as it is. stays: bool (S, N).
+
+    An entry of weight 0 fills the place of any other token.
+    """
+    token = positions(stays).expand_as(stays)
+    span = torch.arange(len(stays), device=stays.device)[:, None].expand_as(stays)
+    return span.flatten(), token.flatten(), token.flatten(), stays.float().flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mllm_squeeze.engine.encoder.blocks import block_of, is_of_states, wanted_block
 from mllm_squeeze.engine.encoder.pushed import maps_token_by_token
+from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
 from mllm_squeeze.family.tower_to_llm import why_not
@@ -11,8 +12,12 @@ from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderNeed
 from mllm_squeeze.upstream.attention import computes_by_itself
 
 
-def check_encoder_need(method: str, need: EncoderNeed | Embedding, parts: ModelParts) -> None:
+def check_encoder_need(
+    method: str, need: EncoderNeed | Embedding, parts: ModelParts, encoder: PromptEncoder | None = None
+) -> None:
     """Check that a model gives an encoder signal.
+
+    encoder: whose pooling head stands in where the tower has none.
 
     Raises:
         ConfigError: the encoder has no block of that number.
@@ -22,7 +27,7 @@ def check_encoder_need(method: str, need: EncoderNeed | Embedding, parts: ModelP
     reason = why_not(parts) or (_no_pushes(parts) if pushed else _no_blocks(parts))
     if reason is None and not pushed:
         _check_block(method, need, parts)
-        reason = _unreadable(need, parts)
+        reason = _unreadable(need, parts, encoder)
     if reason is not None:
         raise UnsupportedModelError(
             f"'{method}' reads {need.phrase} ({need}), which '{parts.row.model_type}' does not give: {reason}. Use a "
@@ -57,13 +62,17 @@ def _check_block(method: str, need: EncoderNeed | Embedding, parts: ModelParts) 
         )
 
 
-def _unreadable(need: EncoderNeed | Embedding, parts: ModelParts) -> str | None:
+def _unreadable(need: EncoderNeed | Embedding, parts: ModelParts, encoder: PromptEncoder | None) -> str | None:
     """Return why a block does not give a signal, None where it does."""
     of_cls = getattr(need, "cls", False) or (isinstance(need, EncoderAttention) and need.rows == "cls")
     if of_cls and not parts.has_cls:
         return "its vision encoder has no CLS token"
-    if isinstance(need, EncoderAttention) and is_of_states(need) and parts.probe_head is None:
-        return "its vision encoder has no head that pools patches by the attention of a learned query"
+    lent = None if encoder is None else encoder.pooling_model
+    if isinstance(need, EncoderAttention) and is_of_states(need) and parts.probe_head is None and lent is None:
+        return (
+            "its vision encoder has no head that pools patches by the attention of a learned query, nor has a text "
+            "encoder that is given"
+        )
     if isinstance(need, (EncoderStates, Embedding)) or parts.blocks is None:
         return None
     number = block_of(need, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mllm_squeeze.engine.plan import PlannedCut, is_shared
+from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.planning.encoder_signals import check_encoder_need
@@ -53,6 +54,8 @@ def check_embedding(method: str, cut: PlannedCut, need: Embedding, parts: ModelP
     if need.of == "text":
         return
     check_encoder_need(method, need, parts)
+    if need.pooled:
+        _check_pooled(method, cut.text_encoder, parts)
     assert parts.blocks is not None
     assert parts.feature_block is not None
     given, wanted = state_width(parts.blocks[parts.feature_block]), cut.text_encoder.image_width
@@ -61,4 +64,21 @@ def check_embedding(method: str, cut: PlannedCut, need: Embedding, parts: ModelP
             f"The text encoder takes patches of {wanted} channels, and the vision tower of '{parts.row.model_type}' "
             f"({type(parts.tower).__name__}) gives {given}: they were not trained together. Give the text model of "
             "that tower."
+        )
+
+
+def _check_pooled(method: str, encoder: PromptEncoder, parts: ModelParts) -> None:
+    """Raise UnsupportedModelError where no vector of a whole picture is to be had."""
+    reason = None
+    if parts.row.tower == "packed":
+        reason = f"the vision tower of '{parts.row.model_type}' packs the patches of all frames into one row"
+    elif not parts.has_cls and not encoder.pools:
+        reason = (
+            f"the vision tower of '{parts.row.model_type}' has no CLS token, and the text encoder has no head that "
+            "pools patches (SigLIP's, or `picture(states)` of an object of your own)"
+        )
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"'{method}' compares whole frames with the words, and {reason}. Use a method that compares tokens.",
+            avoid=[],
         )

@@ -23,7 +23,7 @@ def check_needs(method: str, cut: PlannedCut, parts: ModelParts) -> None:
     """
     for need in cut.reducer.needs():
         if isinstance(need, EncoderNeed):
-            check_encoder_need(method, need, parts)
+            check_encoder_need(method, need, parts, cut.text_encoder)
         elif isinstance(need, SoundAttention):
             check_sound_need(method, need, parts)
         elif isinstance(need, Normed) and (parts.final_norm is None or parts.row.stacked):

@@ -149,5 +149,6 @@ class FrameTrees(Reducer):
             return ops.top_k_mask(run.seen, whole, picks)
         worth = torch.ones_like(run.seen) if self.pick == "unlike" else run.seen
         if self.pick == "run":
-            worth = worth * (run.x @ run.x.mean((0, 1)))
+            # A sum of products, which autocast leaves in float32.
+            worth = worth * (run.x * run.x.mean((0, 1))).sum(-1)
         return ops.calibrated_spread(run.x, worth, picks, self.again and self.pick == "run")

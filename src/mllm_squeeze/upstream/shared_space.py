@@ -105,6 +105,24 @@ class PairedSpace:
         pooled: Tensor = self._head(flat)
         return pooled.float().unflatten(0, states.shape[:2])
 
+    @property
+    def pooling_model(self) -> nn.Module | None:
+        """The picture model, where a head of it pools all patches of a picture."""
+        return None if self._head is None else self._pictures
+
+    @property
+    def pools(self) -> bool:
+        """True where a head pools all patches of a picture."""
+        return self._head is not None
+
+    def picture(self, states: Tensor) -> Tensor:
+        """Return the vectors (tiles, D) of whole pictures, float32: what the head gives for all patches (tiles, N, C).
+
+        The last norm comes in between, as for the head.
+        """
+        pooled: Tensor = self._head(_in_float32(self._norm, states).to(self._head.probe.dtype))
+        return pooled.float()
+
     def _inputs(self, words: Sequence[str], padding: str) -> dict[str, Tensor]:
         config: Any = self._words.config
         limit = int(getattr(config, "text_config", config).max_position_embeddings)

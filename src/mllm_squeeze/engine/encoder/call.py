@@ -22,6 +22,7 @@ from mllm_squeeze.family.structure import ModelParts
 from mllm_squeeze.family.tower_to_llm import to_llm_tokens
 from mllm_squeeze.reducers.needs import Embedding, EncoderAttention, EncoderProjection, EncoderStates, Need, Sensitivity
 from mllm_squeeze.upstream.outputs import projected
+from mllm_squeeze.upstream.shared_space import place_of
 
 # Carries values (tiles, N, C) or (sum, C) of tower tokens to the LLM's tokens of each item; the number is that of
 # separators.
@@ -66,14 +67,38 @@ class EncodeCall:
     @torch.no_grad()
     def read_states(self, block: int, states: Tensor) -> None:
         """Read what a block gave: (tiles, N, D), or (sum, D) of a packed tower."""
-        states = states if states.ndim == 3 else states[None]
+        packed = states.ndim != 3
+        states = states[None] if packed else states
         for need in self._of(block):
             if isinstance(need, EncoderStates):
                 self._add(need, read_states(need, states, self.parts))
             elif isinstance(need, EncoderAttention) and is_of_states(need):
-                self._add(need, read_probe(need, states, self._real.pop(block, None), self.parts))
+                self._add(need, self._of_probe(need, states, self._real.pop(block, None)))
             elif isinstance(need, Embedding) and self._text_encoder is not None:
-                self._values[need].append(self._text_encoder.project(self.parts.patches(states), need.raw))
+                self._values[need].append(self._in_shared_space(need, states, packed, self._text_encoder))
+
+    def _of_probe(self, need: EncoderAttention, states: Tensor, real: Tensor | None) -> Tensor:
+        """Return what the query of the pooling head looks at: the tower's, or else that of the text encoder."""
+        if self.parts.probe_head is not None:
+            assert self.parts.tower is not None
+            return read_probe(need, states, real, self.parts.tower)
+        lent = None if self._text_encoder is None else self._text_encoder.pooling_model
+        assert lent is not None
+        device, dtype = place_of(lent)
+        return read_probe(need, states.to(device, dtype), real, lent)
+
+    def _in_shared_space(self, need: Embedding, states: Tensor, packed: bool, encoder: PromptEncoder) -> Tensor:
+        """Return the vectors (tiles, N, D) of patches, or of their whole pictures, the same for all of a tile."""
+        patches = self.parts.patches(states)
+        if not need.pooled:
+            return encoder.project(patches, need.raw)
+        if packed:
+            raise UnsupportedModelError(
+                f"The vision encoder of '{self.parts.row.model_type}' packs the patches of all frames into one row, so "
+                "that no vector of a frame can be had. Use a method that compares no whole frames with the words."
+            )
+        whole = encoder.project(states[:, :1])[:, 0] if self.parts.has_cls else encoder.pooled(patches)
+        return whole[:, None].expand(-1, patches.shape[1], -1)
 
     @marked("signal")
     @torch.no_grad()

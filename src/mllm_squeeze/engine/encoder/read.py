@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mllm_squeeze import ops
 from mllm_squeeze.engine.signals.rows import AttentionCall, score_joined, score_rows
@@ -28,20 +28,19 @@ def read_attention(need: EncoderAttention, call: AttentionCall, parts: ModelPart
     return _over_heads(score, call, need.heads)
 
 
-def read_probe(need: EncoderAttention, states: Tensor, real: Tensor | None, parts: ModelParts) -> Tensor:
+def read_probe(need: EncoderAttention, states: Tensor, real: Tensor | None, model: nn.Module) -> Tensor:
     """Return what each token receives from the query of the pooling head, shapes as in `read_attention`.
 
-    states: (tiles, N, D) of the block. real: bool (tiles, N), False for padding.
+    states: (tiles, N, D) of the block. real: bool (tiles, N), False for padding. model: that has the head.
     """
-    assert parts.tower is not None
-    query, key = pooling_head.query_and_keys(parts.tower, states)
+    query, key = pooling_head.query_and_keys(model, states)
     allowed = None if real is None else real[:, None, None, :]
 
     def score(one: AttentionCall) -> Tensor:
         weights = query.new_full((len(query), 1), one.query.shape[1], dtype=torch.float32)
         return ops.attention_from_rows(one.query, one.key, weights, allowed, scaling=one.logit_scale)
 
-    return _over_heads(score, AttentionCall(parts.tower, query, key, key, None), need.heads)
+    return _over_heads(score, AttentionCall(model, query, key, key, None), need.heads)
 
 
 def read_projection(need: EncoderProjection, call: AttentionCall, parts: ModelParts) -> Tensor:

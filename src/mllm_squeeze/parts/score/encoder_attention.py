@@ -19,9 +19,9 @@ class EncoderAttention(Score):
     """Score a token by the attention that its patch receives in one block of the vision encoder; separators get -inf.
 
     rows: who looks: "cls" the CLS token, "all" the sum over all patches, "cls_or_all" the first where the encoder has a
-        CLS token, else the second, "probe" the pooling head's query where the tower has such a head, "outliers" the
-        mean over the tokens that receive more than `factor` times the average themselves, "others" the sum over all
-        patches but its own.
+        CLS token, else the second, "probe" the pooling head's query where the tower, or the text encoder that is given,
+        has such a head, "outliers" the mean over the tokens that receive more than `factor` times the average
+        themselves, "others" the sum over all patches but its own.
     block: "feature" is the layer whose output the projector gets; a number counts from the first block, a negative one
         from the last; a float between 0 and 1 is a fraction of the depth, rounded down.
     heads: how heads are joined.

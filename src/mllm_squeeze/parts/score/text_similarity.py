@@ -26,6 +26,8 @@ class TextSimilarity(Score):
     fallback: whether the language model's own space may stand in where no text encoder is given.
     raw: in the space of the text encoder (a CLIP) each of its tokens of the prompt by itself, and patches by the
         projection alone, without the norm in front; separators get -inf. In other spaces it changes nothing.
+    of: "tokens" compares each token, "pictures" the one vector of the picture or frame that it is of, the same for all
+        of them, as the encoder itself compares pictures with texts; in the space "clip" only, without a stand-in.
     """
 
     main: ClassVar[str | None] = "space"
@@ -36,14 +38,19 @@ class TextSimilarity(Score):
     sign: Literal[1, -1] = 1
     fallback: bool = False
     raw: bool = False
+    of: Literal["tokens", "pictures"] = "tokens"
 
     @model_validator(mode="after")
-    def _nothing_stands_in(self) -> TextSimilarity:
+    def _possible(self) -> TextSimilarity:
         if self.raw and self.fallback:
             raise ValueError(
                 "raw: true says how a text encoder is used, and fallback: true that none need be given; write one of "
                 "them, or space: llm"
             )
+        if self.of == "pictures" and (self.space != "clip" or self.fallback):
+            raise ValueError("of: pictures takes space: clip, and no fallback; whole pictures have no vector elsewhere")
+        if self.of == "pictures" and self.raw:
+            raise ValueError("raw: true compares single words with patches, and of: pictures whole pictures; write one")
         return self
 
     def needs(self) -> tuple[Need, ...]:
@@ -62,8 +69,7 @@ class TextSimilarity(Score):
         return ops.text_similarity(visual, text, words, self.over, self.measure == "cosine") * self.sign
 
     def _side(self, of: Side) -> Need:
-        return (
-            Features(of)
-            if self.space == "features"
-            else Embedding(of, self.space, self.fallback, self.raw and self.space == "clip")
-        )
+        if self.space == "features":
+            return Features(of)
+        pooled = of == "visual" and self.of == "pictures"
+        return Embedding(of, self.space, self.fallback, raw=self.raw and self.space == "clip", pooled=pooled)
