@@ -200,3 +200,17 @@ def test_a_schedule_of_fractions_beside_a_later_total() -> None:
         after = [stage.after for stage in handle.report().record.stages]
     assert after == [(20, 20), (13, 13), (5, 4), (4, 4)]
     oracle.assert_steps(squeezed, oracle.masked_logits(t.model, inputs, cuts, forced), inputs, cuts, "mixed")
+
+
+def test_cuts_that_fall_on_one_layer_are_one() -> None:
+    """A model of few layers has as much removed as one of many: the last of those that meet says what is left."""
+    t = tiny.load("llava")
+    for variant in ("paper", "official"):
+        with squeeze.applied(t.model, "ficoco_l", variant=variant) as handle, torch.no_grad():
+            t.model(**t.inputs["image"])
+            layers, left = [cut.layer for cut in handle.cuts], handle.report().as_dict()
+            number = handle.layout.spans[0].length
+            kept = [len(set(cut.kept[0].tolist()) & set(handle.layout.spans[0].columns)) for cut in handle.cuts]
+        assert layers == sorted(set(layers)) and len(layers) > 1, left
+        assert kept == sorted(kept, reverse=True)
+        assert kept[-1] == ops.kept_count(number, keep=0.3681)

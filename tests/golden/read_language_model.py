@@ -186,3 +186,25 @@ def ivc_prune(case: Case) -> dict[str, Any]:
     recipe["params"]["ratio"] = None
     choice = squeeze.choose(recipe, signals=signals, among=start, variant="llava", axis=0.05)
     return {"keep": choice.kept}
+
+
+@reads("ficoco-l")
+def ficoco_l(case: Case) -> dict[str, Any]:
+    logits, visual = case["logits"], case["visual"]
+    # Unit vectors as keys, so that the products are what is given.
+    query = (logits * len(logits) ** 0.5)[:, None]
+    key = torch.eye(len(logits))[:, None]
+    choice = squeeze.choose(
+        "ficoco_l",
+        features=case["tokens"][:visual],
+        signals={
+            Projection("query", heads="each"): query[:visual],
+            Projection("key", heads="each"): key[:visual],
+            Projection("query", of="text", heads="each"): query[visual:],
+            Projection("key", of="text", heads="each"): key[visual:],
+        },
+        keep=visual - case["removed"],
+        stage=25,
+        variant="official",
+    )
+    return {"keep": choice.kept, "out": choice.features}

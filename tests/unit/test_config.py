@@ -549,6 +549,8 @@ def test_a_source_of_another_type_is_refused() -> None:
         ({"layers": [0.25, 0.5, 0.75]}, 32, (8, 16, 24)),
         ({"layers": [0.1, 0.2, 0.3]}, 4, (1, 2, 3)),
         ({"layers": [2, 0.5]}, 28, (2, 14)),
+        ({"layers": [0.25, 0.5, 0.75]}, 2, (1, 1, 1)),  # too few: they fall on one
+        ({"layers": [0.7, 0.8, 0.9]}, 4, (3, 3, 3)),
         ({"encoder": "all"}, 3, (0, 1, 2)),
         ({"encoder": 2}, 3, (2,)),
         ({"cache": "decode"}, 3, ()),
@@ -564,7 +566,7 @@ def test_places_become_layers(at: Any, depth: int, layers: tuple[int, ...]) -> N
         ({"layer": 32}, 32, r"decoder has 32 layers, so .*from 0 to 31; got 32"),
         ({"layers": [4, 40]}, 32, r"from 0 to 31; got 40"),
         ({"encoder": 32}, 32, r"encoder has 32 layers.*from 0 to 31; got 32"),
-        ({"layers": [0.25, 0.5, 0.75]}, 2, "2 layers are too few"),
+        ({"layers": [0.25, 0.5, 0.75]}, 1, "1 layers are too few"),
         ({"layers": [0.5, 2]}, 32, "2 is not behind layer 16"),
         ({"layers": [20, 0.5]}, 32, None),
     ],

@@ -29,6 +29,7 @@ TABLE = {
     "fastervlm": (58, ["projector"], "repack", False, True),
     "fastvid": (None, ["projector"], "keep", False, False),
     "fastv": (288, ["layer 2"], "keep", True, True),
+    "ficoco_l": (None, [f"layers {', '.join(f'{n / 32:g}' for n in range(6, 32))}"], "repack", True, True),
     "flashvid": (54, ["projector", "layer 0.714"], "repack", True, False),
     "fourier_vlm": (144, ["projector"], "repack", False, True),
     "hawk": (115, ["layer 0"], "keep", True, True),

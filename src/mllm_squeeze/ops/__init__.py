@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .budget import *  # noqa: F403
     from .calibrated_spread import *  # noqa: F403
     from .components import *  # noqa: F403
+    from .correlated import *  # noqa: F403
     from .dealt_out import *  # noqa: F403
     from .dynamic_segments import *  # noqa: F403
     from .elbow import *  # noqa: F403
@@ -94,6 +95,7 @@ _MODULES = {
     "global_query": ("global_query_attention",),
     "calibrated_spread": ("calibrated_spread",),
     "components": ("components_in_turn", "linked_components", "remerged"),
+    "correlated": ("correlation", "entries_to_correlated", "head_mean_logits", "open_attention", "redundancy"),
     "dealt_out": ("dealt_out",),
     "dynamic_segments": ("alike_runs", "anchors_per_frame"),
     "elbow": ("above_elbow",),

@@ -42,6 +42,8 @@ def make_plan(recipe: Recipe, parts: ModelParts, text_encoder: PromptEncoder | N
             planned = [
                 PlannedCut(number, recipe.method, layer, reducer, step.amount, stage, len(layers), text_encoder)
                 for stage, layer in enumerate(layers)
+                # Of those that fall on one layer the last says what is left.
+                if layer not in layers[stage + 1 :]
             ]
             for cut in planned:
                 _check_shared(recipe, cut, parts)

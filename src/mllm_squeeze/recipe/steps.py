@@ -126,7 +126,8 @@ def resolve_layers(at: At, num_layers: int) -> tuple[int, ...]:
     """Return the layer indices of a place in a decoder, or a vision encoder, of `num_layers` layers; () for the cache.
 
     A fraction of the depth is rounded half up, is at least 1, at most the last layer, and in a list more than the one
-    before. Raises ConfigError where a layer is out of range.
+    before. Of a list of fractions that finds too few layers several may fall on one. Raises ConfigError where a layer
+    is out of range.
     """
     if at.encoder == "all":
         return tuple(range(num_layers))
@@ -139,12 +140,18 @@ def resolve_layers(at: At, num_layers: int) -> tuple[int, ...]:
     for layer in given:
         index = layer
         if isinstance(layer, float):
-            index = min(max(1, math.floor(round(layer * num_layers, 9) + 0.5)), num_layers - 1)
+            index = _nearest_layer(layer, num_layers)
             index = max(index, out[-1] + 1) if out else index
         if index >= num_layers or (out and index <= out[-1]):
+            if num_layers > 1 and all(isinstance(one, float) for one in given):
+                return tuple(_nearest_layer(one, num_layers) for one in given)
             raise ConfigError(_out_of_range(at, layer, out, num_layers))
         out.append(int(index))
     return tuple(out)
+
+
+def _nearest_layer(fraction: float, num_layers: int) -> int:
+    return min(max(1, math.floor(round(fraction * num_layers, 9) + 0.5)), num_layers - 1)
 
 
 def _out_of_range(at: At, layer: int | float, before: Sequence[int], num_layers: int) -> str:
