@@ -79,9 +79,20 @@ def misfit(name: str, family: str) -> str | None:
         return "inside the vision encoder"
     if "encoder" in way.roads and (row.tower_to_llm in ("queries", "overlap", "no_encoder") or not has_blocks(family)):
         return "vision encoder"
+    if "pushes" in way.roads and not (has_projector(family) and (row.per_token or row.tower_to_llm == "block_merge")):
+        return "its projector"
     if "cls" in way.roads and not row.cls:
         return "no CLS token"
     return None
+
+
+@cache
+def has_projector(family: str) -> bool:
+    """Say whether the library finds what maps the features of a family to those that the LLM gets."""
+    try:
+        return find_parts(tiny.load(family).model).projector is not None
+    except SqueezeError:  # a model that is refused
+        return False
 
 
 @cache
