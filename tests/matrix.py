@@ -82,9 +82,20 @@ def misfit(name: str, family: str) -> str | None:
         return "vision encoder"
     if "sound" in way.roads and not has_ears(family):
         return "audio encoder"
+    if "pushes" in way.roads and not (has_projector(family) and (row.per_token or row.tower_to_llm == "block_merge")):
+        return "its projector"
     if "cls" in way.roads and not row.cls:
         return "no CLS token"
     return None
+
+
+@cache
+def has_projector(family: str) -> bool:
+    """Say whether the library finds what maps the features of a family to those that the LLM gets."""
+    try:
+        return find_parts(tiny.load(family).model).projector is not None
+    except SqueezeError:  # a model that is refused
+        return False
 
 
 @cache

@@ -20,7 +20,7 @@ from mllm_squeeze.layout import Tile
 from mllm_squeeze.recipe.recipe import Recipe, load_recipe, resolve_steps
 from mllm_squeeze.recipe.steps import At, Step
 from mllm_squeeze.reducers.base import Reducer
-from mllm_squeeze.reducers.needs import Features, Need, SoundAttention
+from mllm_squeeze.reducers.needs import Features, Need, Sensitivity, SoundAttention
 from tiny.parts import LAYERS
 
 # Where several methods work in one way, the first of these stands for it, else the first by name. Only tests that read
@@ -43,7 +43,7 @@ class Way:
     "budget" is kept to the token, "known" follows from grid and budget, "measured" from the content, "decided" without
     a budget. roads: how signals come to the rule: from the layer before the cut ("layer") or behind it ("next layer"),
     or numbered otherwise ("other layers"), from rows that the rule picks ("chosen rows"), from the vision encoder
-    ("encoder"), "text", and what else a need is called. reduces: "all",
+    ("encoder"), by runs of the projector ("pushes"), "text", and what else a need is called. reduces: "all",
     "pictures" (no sound), or the one modality there is. separators: "compete", "keep" or "drop".
     """
 
@@ -220,6 +220,8 @@ def roads(reducer: Reducer) -> Iterable[str]:
 
 def road(need: Need) -> str:
     """Return how one signal comes, by the words in which needs are written."""
+    if isinstance(need, Sensitivity):
+        return "pushes"
     if need.reads_encoder:
         return "encoder"
     if isinstance(need, SoundAttention):
