@@ -14,6 +14,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "dynamic_density": "mllm_squeeze.reducers.dynamic_density:DynamicDensity",
     "frame_trees": "mllm_squeeze.reducers.frame_trees:FrameTrees",
     "steady_clusters": "mllm_squeeze.reducers.steady_clusters:SteadyClusters",
+    "frame_runs": "mllm_squeeze.reducers.frame_runs:FrameRuns",
     "square_trees": "mllm_squeeze.reducers.square_trees:SquareTrees",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }

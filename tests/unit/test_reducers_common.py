@@ -169,6 +169,7 @@ def test_few_rules_wait_for_the_device():
     assert names == {
         "BoundedPeaks",
         "DynamicDensity",
+        "FrameRuns",
         "FrameTrees",
         "LinkComponents",
         "PrincipalGroups",

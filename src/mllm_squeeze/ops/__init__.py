@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
+    from .like_before import *  # noqa: F403
     from .linked_pairs import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .merge import *  # noqa: F403
@@ -120,6 +121,7 @@ _MODULES = {
     "neighbours": ("group_sum_entries", "neighbour_entries", "unchanged_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
+    "like_before": ("joined_to_before", "likeness_before"),
     "linked_pairs": ("linked_first",),
     "local_outliers": ("local_outlier_factors",),
     "outliers": ("group_quantiles", "outlier_counts"),
