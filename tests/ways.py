@@ -165,10 +165,12 @@ def _shallow(recipe: Recipe) -> dict[str, Any]:
         if isinstance(value, int) and not isinstance(value, bool) and value > LAYERS - 2:
             out[name] = LAYERS - 2
         elif isinstance(value, (list, tuple)) and any(isinstance(v, int) and v >= LAYERS for v in value):
-            out[name] = [n * (LAYERS - 1) // len(value) + 1 for n in range(len(value))]
+            out[name] = sorted({n * (LAYERS - 1) // len(value) + 1 for n in range(len(value))})
         elif isinstance(value, (list, tuple)) and len(value) >= LAYERS:
             out[name] = list(range(1, LAYERS))
-    return out
+    # A row of cuts in front of a last one ends in front of it.
+    last = min((value for name, value in out.items() if "layer" in name and isinstance(value, int)), default=LAYERS)
+    return {k: [n for n in v if n < last] if isinstance(v, list) else v for k, v in out.items()}
 
 
 def way_of(recipe: Recipe, modalities: Sequence[str]) -> Way:

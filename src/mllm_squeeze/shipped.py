@@ -16,6 +16,7 @@ BUILTIN_REDUCERS: Mapping[str, str] = {
     "frame_trees": "mllm_squeeze.reducers.frame_trees:FrameTrees",
     "sound_guided": "mllm_squeeze.reducers.sound_guided:SoundGuided",
     "steady_clusters": "mllm_squeeze.reducers.steady_clusters:SteadyClusters",
+    "frame_runs": "mllm_squeeze.reducers.frame_runs:FrameRuns",
     "square_trees": "mllm_squeeze.reducers.square_trees:SquareTrees",
     "decode_refresh": "mllm_squeeze.reducers.decode_refresh:DecodeRefresh",
 }

@@ -177,6 +177,7 @@ def test_few_rules_wait_for_the_device():
         "BoundedPeaks",
         "DynamicDensity",
         "FrameResolution",
+        "FrameRuns",
         "FrameTrees",
         "LinkComponents",
         "PrincipalGroups",

@@ -204,7 +204,15 @@ def _tokens(
         text_mask=words,
         among=signals.among(session, planned, needs, wanted),
         asked=not planned.decides,
+        history=tuple(_history(session, planned, row) for row in found.rows),
+        depth=len(session.parts.layers),
     )
+
+
+def _history(session: Prefill, planned: PlannedCut, row: int) -> tuple[int, ...]:
+    """Return the tokens of a span before the first cut by this rule, and behind each by now; () before the first."""
+    traces = [trace for trace in session.traces if type(trace.cut.reducer) is type(planned.reducer)]
+    return (traces[0].before[row], *(trace.after[row] for trace in traces)) if traces else ()
 
 
 def _links(spans: Sequence[Span]) -> tuple[tuple[int, ...], ...]:

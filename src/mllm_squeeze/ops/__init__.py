@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .grid_neighbours import *  # noqa: F403
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
+    from .like_before import *  # noqa: F403
     from .linked_pairs import *  # noqa: F403
     from .local_affinity import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
@@ -131,6 +132,7 @@ _MODULES = {
     "neurons": ("shared_with_core", "shared_with_word"),
     "lone_peaks": ("lone_peaks",),
     "normalise": ("fused", "normalised", "steadied"),
+    "like_before": ("joined_to_before", "likeness_before"),
     "linked_pairs": ("linked_first",),
     "local_affinity": ("local_affinity",),
     "through_text": ("entries_through_text",),

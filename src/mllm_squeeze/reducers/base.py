@@ -45,6 +45,9 @@ class VisualTokens:
 
     mask: bool (S, N), False is padding.
     budget: int64 (S,), tokens to keep, on the device; `counts` are the same numbers on the host.
+    history: for each span its tokens before the first cut by the same rule, and behind each such cut by now, on the
+        host; empty in front of the first one.
+    depth: layers of the language model, 0 where that is not known.
     asked: False where the step has no budget, so that a rule that can decides how many stay; `budget` is then all.
     current: tokens of each span that are there now, on the host.
     grid: int64 (S, N, 4), (tile, t, h, w) of each token, -1 for separators, padding and where the grid is unknown.
@@ -77,6 +80,8 @@ class VisualTokens:
     text_mask: Tensor | None = None
     among: Mapping[Need, Among] = field(default_factory=dict)
     asked: bool = True
+    history: tuple[tuple[int, ...], ...] = ()
+    depth: int = 0
 
     def __getitem__(self, need: Need) -> Tensor:
         return self.signals[need]
