@@ -94,5 +94,6 @@ BUILTIN_PARTS: Mapping[str, str] = {
     "merge.recycle": "mllm_squeeze.parts.merge.recycle:Recycle",
     "merge.adjacent": "mllm_squeeze.parts.merge.adjacent:Adjacent",
     "merge.adjacent_pairs": "mllm_squeeze.parts.merge.adjacent:AdjacentPairs",
+    "merge.row_runs": "mllm_squeeze.parts.merge.row_runs:RowRuns",
     "merge.into_best": "mllm_squeeze.parts.merge.into_best:IntoBest",
 }

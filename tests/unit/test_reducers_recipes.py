@@ -23,6 +23,7 @@ TABLE = {
     "deco": (144, ["projector"], "repack", False, True),
     "divprune": (56, ["projector"], "repack", False, True),
     "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
+    "dyntok": (None, ["projector"], "repack", False, False),
     "dytok": (144, ["layer 0.5"], "repack", True, True),
     "evs": (144, ["projector"], "keep", False, True),
     "fastadasp": (288, ["layer 3"], "keep", True, True),

@@ -76,7 +76,7 @@ _MODULES = {
         "stage_counts",
         "stage_fractions",
     ),
-    "adjacent": ("adjacent_sites", "every_other_site", "joined_runs"),
+    "adjacent": ("adjacent_sites", "every_other_site", "joined_runs", "sites_above"),
     "alike_groups": ("group_likeness", "without_the_alike"),
     "attention_share": ("attention_share",),
     "bounded_peaks": ("bounded_peaks",),
