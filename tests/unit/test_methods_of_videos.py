@@ -11,11 +11,13 @@ import torch
 from reference.build import circle, visual_tokens
 
 import mllm_squeeze as squeeze
+from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.parts.base import Groups
+from mllm_squeeze.parts.budget.level import Level
 from mllm_squeeze.parts.merge.row_runs import RowRuns
-from mllm_squeeze.reducers.needs import EncoderStates
+from mllm_squeeze.reducers.needs import Embedding, EncoderStates
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -127,3 +129,147 @@ def unasked(tokens: Any) -> Any:
 def test_rows_want_a_grid():
     with pytest.raises(UnsupportedInputError, match="grid of this picture is not known"):
         dyntok(noise(12, 5), noise(12, 5), None)
+
+
+# EgoPrune
+
+
+def unseen(frames: torch.Tensor, shape: Any, **params: Any) -> list[int]:
+    """Return what stays of frames (T, N, D) behind the first step."""
+    return squeeze.choose(
+        "egoprune", at="projector", features=frames.flatten(0, 1), grid=shape, modality="video", **params
+    ).kept.tolist()
+
+
+def test_a_pan_by_one_cell_by_hand():
+    """The second frame is one cell further: two of its tokens were seen, one changed, one is new."""
+    frames = torch.stack([circle(0, 30, 60, 90), circle(30, 60, 0, 45)])
+    assert unseen(frames, (2, 1, 4)) == [0, 1, 2, 3, 6, 7]
+    # Place by place .866 and .866 are alike too, by chance; .9 tells it from the move.
+    assert unseen(frames, (2, 1, 4), alike=0.9) == [0, 1, 2, 3, 6, 7]
+    assert unseen(frames, (2, 1, 4), alike=0.9, reach=0) == list(range(8))
+
+
+def moves_by_loops(frames: torch.Tensor, shape: tuple[int, int], reach: int, alike: float) -> list[int]:
+    height, width = shape
+    unit = torch.nn.functional.normalize(frames.double(), dim=2).view(len(frames), height, width, -1)
+    kept = list(range(height * width))
+    steps = range(-reach, reach + 1)
+    moves = sorted(itertools.product(steps, steps), key=lambda move: move[0] ** 2 + move[1] ** 2)
+    for t in range(1, len(frames)):
+        best, gone = -1.0, set()
+        for down, across in moves:
+            gain, there = 0.0, set()
+            for h, w in itertools.product(range(height), range(width)):
+                if 0 <= h + down < height and 0 <= w + across < width:
+                    cosine = float(unit[t, h, w] @ unit[t - 1, h + down, w + across])
+                    gain += max(0.0, cosine - alike)
+                    there |= {h * width + w} if cosine > alike else set()
+            if gain > best + 1e-9:
+                best, gone = gain, there
+        kept += [t * height * width + n for n in range(height * width) if n not in gone]
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("reach", [1, 2])
+def test_moved_frames_are_found_by_loops(seed, reach):
+    """A camera over a wide picture, and something that does not fit."""
+    wide, generator = noise(12, 14, 6, seed=seed), torch.Generator().manual_seed(seed)
+    places = torch.randint(0, 2 * reach, (4, 2), generator=generator).cumsum(0).clamp(max=7).tolist()
+    frames = torch.stack([wide[h : h + 4, w : w + 5].flatten(0, 1) for h, w in places]) + 0.3 * noise(4, 20, 6, seed=9)
+    kept = unseen(frames, (4, 4, 5), alike=0.6, reach=reach)
+    assert kept == moves_by_loops(frames, (4, 5), reach, 0.6)
+    assert len(kept) < 80
+
+
+@pytest.mark.parametrize("frames", [torch.ones(3, 6, 2), torch.ones(1, 6, 2)])
+def test_a_still_video_is_moved_by_nothing(frames):
+    assert unseen(frames, (len(frames), 2, 3)) == list(range(6))
+
+
+def test_of_equal_moves_none_counts():
+    frames = circle(*[0] * 6, *[90] * 6)
+    tokens = visual_tokens([frames], [1], tiles=[(Tile(2, 2, 3),)])
+    before = ops.moved_before(frames[None], tokens.grid, tokens.grid[..., 1], (2, 2, 3), 1, 0.5)[1]
+    assert before[0].tolist() == [-1] * 6 + list(range(6))
+
+
+def test_moved_frames_of_a_padded_batch_are_those_of_singles():
+    tiles = [(Tile(3, 2, 4),), (Tile(2, 3, 3, row_separators=1, tail=1),), (Tile(1, 1, 5),)]
+    x = [noise(sum(tile.length for tile in one), 3, seed=n) for n, one in enumerate(tiles)]
+
+    def out(rows: list[int], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = visual_tokens([x[n] for n in rows], [1] * len(rows), tiles=[tiles[n] for n in rows], width=width)
+        frame = tokens.grid[..., 1]
+        return ops.moved_before(tokens.features, tokens.grid, frame, (3, 3, 5), 2, 0.3)
+
+    alike, before = out([0, 1, 2], 30)
+    for n, one in enumerate(x):
+        single = out([n])
+        assert before[n, : len(one)].tolist() == single[1][0].tolist()
+        assert torch.allclose(alike[n, : len(one)], single[0][0], atol=1e-6)
+        assert bool((before[n, len(one) :] == -1).all())
+
+
+def asked(frames: torch.Tensor, text: torch.Tensor, **params: Any) -> list[int]:
+    """Return what stays of frames (T, N, D) behind the second step."""
+    x = frames.flatten(0, 1)
+    signals = {Embedding("visual", "llm"): x, Embedding("text", "llm"): text}
+    grid = (len(frames), 1, frames.shape[1])
+    return squeeze.choose(
+        "egoprune", at="layer 0", features=x, signals=signals, grid=grid, modality="video", **params
+    ).kept.tolist()
+
+
+def test_marginal_relevance_by_hand():
+    """At equal weights what is like the question and what is new tie, and the first one stays."""
+    frame, question = circle(0, 10, 90)[None], circle(0)
+    assert asked(frame, question, keep=2) == [0, 1]
+    assert asked(frame, question, keep=2, weight=0.4) == [0, 2]
+    # The words are one vector: two that cancel but for their sum.
+    assert asked(frame, circle(40, -40), keep=1) == [0]
+
+
+def relevance_by_loops(frames: torch.Tensor, text: torch.Tensor, quota: list[int], weight: float) -> list[int]:
+    kept = []
+    for t, frame in enumerate(frames.double()):
+        unit = torch.nn.functional.normalize(frame, dim=1)
+        mean = text.double().mean(0)
+        relevance = unit @ (mean / mean.norm())
+        picked: list[int] = []
+        for _ in range(quota[t]):
+            worth = {
+                n: weight * float(relevance[n]) - (1 - weight) * max(float(unit[n] @ unit[m]) for m in picked)
+                if picked
+                else float(relevance[n])
+                for n in range(len(frame))
+                if n not in picked
+            }
+            picked.append(max(worth, key=lambda n: (round(worth[n], 6), -n)))
+        kept += [t * len(frame) + n for n in sorted(picked)]
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_marginal_relevance_is_its_loops(seed, weight):
+    frames, text = noise(3, 8, 5, seed=seed), noise(4, 5, seed=seed + 9)
+    assert asked(frames, text, keep=13, weight=weight) == relevance_by_loops(frames, text, [5, 4, 4], weight)
+    assert asked(frames, text, ratio=0) == list(range(24))
+    assert len(asked(frames, text, keep=1)) == 1
+
+
+def test_marginal_relevance_of_ties_and_padding():
+    x, mask = torch.ones(2, 5, 3), torch.tensor([[True] * 3 + [False] * 2, [False, True, True, True, True]])
+    x[~mask] = float("nan")
+    score = torch.zeros(2, 5).masked_fill(~mask, float("nan"))
+    kept = ops.marginal_relevance(x, mask, score, torch.tensor([2, 9]), 5, 0.5)
+    assert kept.tolist() == [[True, True, False, False, False], [False, True, True, True, True]]
+
+
+def test_frames_keep_the_same_number_as_far_as_they_have_it():
+    label = torch.tensor([[0] * 6 + [1] * 2 + [2] * 4, [0] * 3 + [2] * 9])
+    tokens = visual_tokens([noise(12, 2)] * 2, [9, 10])
+    shares = Level().allot(tokens, Groups(label, 3), None)
+    assert shares.tolist() == [[4, 2, 3], [3, 0, 7]]

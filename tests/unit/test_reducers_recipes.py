@@ -25,6 +25,7 @@ TABLE = {
     "dycoke": (274, ["projector", "cache decode"], "repack", True, True),
     "dyntok": (None, ["projector"], "repack", False, False),
     "dytok": (144, ["layer 0.5"], "repack", True, True),
+    "egoprune": (288, ["projector", "layer 0"], "keep", True, False),
     "evs": (144, ["projector"], "keep", False, True),
     "fastadasp": (288, ["layer 3"], "keep", True, True),
     "fastervlm": (58, ["projector"], "repack", False, True),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adjacent import *  # noqa: F403
+    from .aligned import *  # noqa: F403
     from .alike_groups import *  # noqa: F403
     from .attention import *  # noqa: F403
     from .attention_share import *  # noqa: F403
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .information import *  # noqa: F403
     from .label_runs import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
+    from .marginal_relevance import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
     from .neurons import *  # noqa: F403
@@ -81,6 +83,7 @@ _MODULES = {
     "attention_share": ("attention_share",),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
+    "aligned": ("moved_before",),
     "calibrated_spread": ("calibrated_spread",),
     "components": ("components_in_turn", "linked_components", "remerged"),
     "dealt_out": ("dealt_out",),
@@ -114,6 +117,7 @@ _MODULES = {
         "running_mean_weights",
         "strongest_target",
     ),
+    "marginal_relevance": ("marginal_relevance",),
     "neighbours": ("group_sum_entries", "neighbour_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "normalise": ("fused", "normalised"),
