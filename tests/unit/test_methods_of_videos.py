@@ -17,7 +17,10 @@ from mllm_squeeze.layout import Tile
 from mllm_squeeze.parts.base import Groups
 from mllm_squeeze.parts.budget.level import Level
 from mllm_squeeze.parts.merge.row_runs import RowRuns
-from mllm_squeeze.reducers.needs import Embedding, EncoderStates
+from mllm_squeeze.parts.segment.events import Events
+from mllm_squeeze.parts.segment.key_events import KeyEvents
+from mllm_squeeze.recipe.recipe import load_recipe
+from mllm_squeeze.reducers.needs import Attention, Embedding, EncoderStates
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -273,3 +276,203 @@ def test_frames_keep_the_same_number_as_far_as_they_have_it():
     tokens = visual_tokens([noise(12, 2)] * 2, [9, 10])
     shares = Level().allot(tokens, Groups(label, 3), None)
     assert shares.tolist() == [[4, 2, 3], [3, 0, 7]]
+
+
+# METok
+
+
+def shown(*degrees: float, size: int = 1) -> torch.Tensor:
+    """Return frames (T, size, 2) at these angles."""
+    return circle(*degrees)[:, None].expand(-1, size, -1)
+
+
+def event_of(x: torch.Tensor, shape: tuple[int, int, int], **params: Any) -> list[int]:
+    """Return the event of each frame of one video; x: (T, N, d)."""
+    tokens = visual_tokens([x.flatten(0, 1)], [1], tiles=[(Tile(*shape),)])
+    groups = Events(by="features", **params).segment(tokens)
+    return groups.label.view(shape[0], -1)[:, 0].tolist()
+
+
+def test_events_by_hand():
+    """Likeness .9 .3 .95 .4 .9: of three events the cuts are at .3 and .4, and below .92 there are three cuts more."""
+    x = turned_by(0.9, 0.3, 0.95, 0.4, 0.9)[:, None].expand(-1, 2, -1)
+    assert event_of(x, (6, 1, 2), frames=2) == [0, 0, 1, 1, 2, 2]
+    assert event_of(x, (6, 1, 2), frames=2, most=2) == [0, 0, 1, 1, 1, 1]
+    assert event_of(x, (6, 1, 2), below=0.92) == [0, 1, 2, 2, 3, 4]
+    assert event_of(x, (6, 1, 2)) == [0] * 6
+    assert event_of(shown(0, 0, 90), (3, 1, 1), below=1.0) == [0, 0, 1], "strictly below"
+    assert event_of(shown(*[0] * 6), (6, 1, 1), frames=2) == [0, 1, 2, 2, 2, 2], "the first of equal ones"
+
+
+def runs_by_loops(x: torch.Tensor, there: list[bool], cuts: int, below: float | None) -> list[int]:
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    alike: dict[int, float] = {}
+    for t in range(1, len(x)):
+        earlier = [n for n in range(t) if there[n]]
+        if there[t] and earlier:
+            alike[t] = float(unit[t] @ unit[earlier[-1]])
+    at = (
+        {t for t in alike if alike[t] < below}
+        if below is not None
+        else set(sorted(alike, key=alike.__getitem__)[:cuts])
+    )
+    return [sum(t <= n for t in at) for n in range(len(x))]
+
+
+@pytest.mark.parametrize("below", [None, -0.2, 0.3])
+def test_events_are_their_loops(below):
+    x = noise(4, 9, 3)
+    there = noise(4, 9, seed=1) > -0.7
+    x[~there] = float("nan")
+    cuts = torch.tensor([0, 2, 4, 20])
+    runs = ops.event_runs(x, there, cuts, below)
+    for row in range(4):
+        expected = runs_by_loops(x[row].nan_to_num(), there[row].tolist(), int(cuts[row]), below)
+        kept = there[row].tolist()
+        assert [n for n, is_there in zip(runs[row].tolist(), kept, strict=True) if is_there] == [
+            n for n, is_there in zip(expected, kept, strict=True) if is_there
+        ]
+
+
+def metok(x: torch.Tensor, states: torch.Tensor, text: torch.Tensor, shape: Any, **params: Any) -> Any:
+    """Run the first step on tokens x (N, D)."""
+    signals = {
+        EncoderStates(): states,
+        Embedding("visual", "clip", True): x,
+        Embedding("text", "clip", True): text,
+    }
+    return squeeze.choose(
+        "metok", at="projector", features=x, signals=signals, grid=shape, modality="video", frames=2, **params
+    )
+
+
+def test_other_events_are_pooled_by_hand():
+    """Relevance .1 .2 .9 .5 .3 .3: two of three events are key events; the frames of the first have a token each."""
+    states = turned_by(0.9, 0.3, 0.95, 0.4, 0.9).repeat_interleave(4, 0)
+    relevance = torch.tensor([0.1, 0.2, 0.9, 0.5, 0.3, 0.3]).repeat_interleave(4)
+    x = torch.stack([relevance, (1 - relevance**2).sqrt(), torch.zeros(24)], 1)
+    choice = metok(x, states, torch.tensor([[1.0, 0, 0]]), (6, 2, 2))
+    assert choice.kept.tolist() == [0, 4, *range(8, 24)]
+    assert torch.equal(choice.features, torch.cat([x[:4].mean(0)[None], x[4:8].mean(0)[None], x[8:]]))
+    assert metok(x, states, torch.tensor([[1.0, 0, 0]]), (6, 2, 2), share=1.0).kept.tolist() == list(range(24))
+    assert len(metok(x, states, torch.tensor([[1.0, 0, 0]]), (6, 2, 2), share=0.0).kept) == 6
+
+
+def pooled_by_loops(x, states, text, shape, events, share) -> tuple[list[int], list[torch.Tensor]]:
+    frames, height, width = shape
+    cells = height * width
+    label = runs_by_loops(states.view(frames, cells, -1).mean(1), [True] * frames, events - 1, None)
+    cosine = torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
+    rho = cosine.mean(1).view(frames, cells).mean(1).tolist()
+    best = [max(rho[t] for t in range(frames) if label[t] == e) for e in range(max(label) + 1)]
+    number = -int(-len(best) * share // 1)
+    keys = sorted(range(len(best)), key=lambda e: -best[e])[:number]
+    kept, out = [], []
+    for t in range(frames):
+        if label[t] in keys:
+            kept += range(t * cells, (t + 1) * cells)
+            out += x[t * cells : (t + 1) * cells].unbind()
+            continue
+        for h, w in itertools.product(range(0, height, 2), range(0, width, 2)):
+            square = [
+                (t * height + row) * width + column
+                for row in range(h, min(h + 2, height))
+                for column in range(w, min(w + 2, width))
+            ]
+            kept.append(square[0])
+            out.append(x[square].mean(0))
+    order = sorted(range(len(kept)), key=kept.__getitem__)
+    return [kept[n] for n in order], [out[n] for n in order]
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3), (7, 2, 4), (4, 1, 1), (1, 4, 4)])
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_other_events_are_pooled_by_loops(shape, share):
+    number = shape[0] * shape[1] * shape[2]
+    x, states, text = noise(number, 4), noise(number, 3, seed=1), noise(3, 4, seed=2)
+    choice = metok(x, states, text, shape, share=share)
+    kept, means = pooled_by_loops(x, states, text, shape, -(-shape[0] // 2), share)
+    assert choice.kept.tolist() == kept
+    assert torch.allclose(choice.features, torch.stack(means), atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", [1, 9, 30, 45])
+def test_the_first_step_takes_a_number(keep):
+    x, states, text = noise(45, 4), noise(45, 3, seed=1), noise(3, 4, seed=2)
+    assert len(metok(x, states, text, (5, 3, 3), first=1 - keep / 45, ratio=1 - keep / 45).kept) == keep
+
+
+def test_one_for_each_event_by_hand():
+    """Weights .2 .5 .3 of six are 1, 3 and 2; who has none gets one from the largest, the best of them first."""
+    weight, size = torch.tensor([[0.2, 0.5, 0.3]]), torch.full((1, 3), 9)
+    shares = ops.dealt_out(torch.tensor([6]), weight, size)
+    assert ops.one_each(shares, size, weight).tolist() == [[1, 3, 2]]
+    zeros = torch.tensor([[0, 5, 0, 0], [0, 2, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+    weight, size = torch.tensor([[0.1, 0.6, 0.2, 0.1]]).expand(4, -1), torch.tensor([[4, 9, 4, 0]]).expand(4, -1)
+    assert ops.one_each(zeros, size, weight).tolist() == [[1, 3, 1, 0], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def in_layers(method: str, row, states, x, text, shape, **params: Any) -> Any:
+    """Run the first of the cuts in the language model on one video."""
+    step = {step for step in map(str, (s.at for s in load_recipe(method).steps)) if step.startswith("layer")}.pop()
+    signals = {
+        Attention(): row,
+        EncoderStates(): states,
+        Embedding("visual", "clip", True): x,
+        Embedding("text", "clip", True): text,
+    }
+    return squeeze.choose(method, at=step, signals=signals, grid=shape, modality="video", **params)
+
+
+def shares_by_loops(total: int, weight: list[float], size: list[int]) -> list[int]:
+    """Largest remainder, at most the size; what is over goes round, the heaviest first."""
+    exact = [total * w / sum(weight) for w in weight]
+    counts = [int(e + 1e-9) for e in exact]
+    for n in sorted(range(len(weight)), key=lambda n: (-round(exact[n] - counts[n], 6), n))[: total - sum(counts)]:
+        counts[n] += 1
+    counts = [min(c, s) for c, s in zip(counts, size, strict=True)]
+    while sum(counts) < min(total, sum(size)):
+        for n in sorted(range(len(weight)), key=lambda n: (-weight[n], n)):
+            if counts[n] < size[n] and sum(counts) < total:
+                counts[n] += 1
+    return counts
+
+
+@pytest.mark.parametrize("keep", [1, 2, 11, 30, 47, 48])
+@pytest.mark.parametrize("scale", [0.1, 5.0])
+def test_events_share_a_budget_by_loops(keep, scale):
+    """The first of two cuts leaves the root of what is asked for."""
+    shape, x, text = (8, 2, 3), noise(48, 4), noise(3, 4, seed=2)
+    states, row = noise(48, 3, seed=1), scale * torch.rand(48, generator=torch.Generator().manual_seed(3))
+    choice = in_layers("metok", row, states, x, text, shape, frames=2, keep=keep)
+    label = runs_by_loops(states.view(8, 6, 3).mean(1), [True] * 8, 3, None)
+    rho = (torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(text, dim=1).T).mean(1)
+    rho = rho.view(8, 6).mean(1).tolist()
+    members = [[n for n in range(48) if label[n // 6] == e] for e in range(4)]
+    mean = [float(row[m].mean()) + max(rho[n // 6] for n in m) for m in members]
+    weight = torch.tensor(mean).softmax(0).tolist()
+    total = len(choice.kept)
+    counts = shares_by_loops(total, weight, [len(m) for m in members])
+    while 0 in counts and max(counts) > 1:
+        counts[counts.index(max(counts))] -= 1
+        counts[max((n for n in range(4) if not counts[n]), key=lambda n: weight[n])] += 1
+    kept = [n for m, c in zip(members, counts, strict=True) for n in sorted(m, key=lambda n: -float(row[n]))[:c]]
+    assert choice.kept.tolist() == sorted(kept)
+    assert total >= keep
+
+
+def test_key_events_of_a_padded_batch_are_those_of_singles():
+    tiles = [(Tile(6, 2, 2),), (Tile(3, 3, 3, row_separators=1, tail=1),), (Tile(1, 1, 5),)]
+    x = [noise(sum(tile.length for tile in one), 4, seed=n) for n, one in enumerate(tiles)]
+    part = KeyEvents(relevance={"norm": {}}, by="features", frames=2)
+
+    def out(rows: list[int], width: int | None = None) -> Groups:
+        tokens = visual_tokens([x[n] for n in rows], [1] * len(rows), tiles=[tiles[n] for n in rows], width=width)
+        return part.segment(tokens)
+
+    both = out([0, 1, 2], 40)
+    for n, one in enumerate(x):
+        single = out([n])
+        assert both.label[n, : len(one)].tolist() == single.label[0].tolist()
+        assert both.part[n, : len(one)].tolist() == single.part[0].tolist()
+        assert bool((both.part[n, len(one) :] == -1).all())

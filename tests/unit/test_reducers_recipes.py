@@ -40,6 +40,7 @@ TABLE = {
     "ivc_prune": (288, ["layer 0.5"], "keep", True, True),
     "llava_scissor": (None, ["projector"], "repack", False, False),
     "m3": (144, ["projector"], "repack", False, True),
+    "metok": (144, ["projector", "layers 0.25, 0.5"], "keep", True, False),
     "mob": (64, ["layer 2"], "keep", True, True),
     "mustdrop": (None, ["projector", "layers 0.09375, 0.21875, 0.34375, 0.46875"], "repack", True, False),
     "nuwa": (16, ["projector", "layer 0.5"], "keep", True, True),

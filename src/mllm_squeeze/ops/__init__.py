@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .dealt_out import *  # noqa: F403
     from .dynamic_segments import *  # noqa: F403
     from .elbow import *  # noqa: F403
+    from .events import *  # noqa: F403
     from .frame_trees import *  # noqa: F403
     from .global_query import *  # noqa: F403
     from .gravity import *  # noqa: F403
@@ -88,6 +89,7 @@ _MODULES = {
     "components": ("components_in_turn", "linked_components", "remerged"),
     "dealt_out": ("dealt_out",),
     "dynamic_segments": ("alike_runs", "anchors_per_frame"),
+    "events": ("best_groups", "event_runs", "one_each"),
     "elbow": ("above_elbow",),
     "frame_trees": ("hung_on_frame_before", "tree_weights"),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
@@ -152,6 +154,7 @@ _MODULES = {
         "same_place",
         "segment_count",
         "segment_first",
+        "segment_max",
         "segment_mean",
         "segment_sum",
     ),

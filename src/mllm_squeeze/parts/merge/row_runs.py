@@ -22,8 +22,8 @@ class RowRuns(Merge):
     """Merge runs of neighbours in a row of the grid: each token that is like the one on its left joins it.
 
     Only neighbours are compared, so that a slow change may make a long run; a run is the mean of its tokens, at the
-    place of the first. Rows, frames and tiles are never joined, and separators stay. A budget that the step asks for joins as
-    many as leave, the most alike, but each row keeps a token. arXiv 2506.03990.
+    place of the first. Rows, frames and tiles are never joined, and separators stay. A budget that the step asks for
+    joins as many as leave, the most alike, but each row keeps a token. arXiv 2506.03990.
 
     above: the cosine above which a token joins the one on its left.
     by: the vectors that are compared, see `mllm_squeeze.parts.vectors`.
