@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adjacent import *  # noqa: F403
+    from .aligned import *  # noqa: F403
     from .alike_groups import *  # noqa: F403
     from .attention import *  # noqa: F403
     from .attention_share import *  # noqa: F403
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .dealt_out import *  # noqa: F403
     from .dynamic_segments import *  # noqa: F403
     from .elbow import *  # noqa: F403
+    from .events import *  # noqa: F403
     from .frame_trees import *  # noqa: F403
     from .global_query import *  # noqa: F403
     from .gravity import *  # noqa: F403
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .local_affinity import *  # noqa: F403
     from .local_outliers import *  # noqa: F403
     from .lone_peaks import *  # noqa: F403
+    from .marginal_relevance import *  # noqa: F403
     from .merge import *  # noqa: F403
     from .neighbours import *  # noqa: F403
     from .neurons import *  # noqa: F403
@@ -88,17 +91,19 @@ _MODULES = {
         "stage_counts",
         "stage_fractions",
     ),
-    "adjacent": ("adjacent_sites", "every_other_site", "joined_runs"),
+    "adjacent": ("adjacent_sites", "every_other_site", "joined_runs", "sites_above"),
     "alike_groups": ("group_likeness", "without_the_alike"),
     "attention_share": ("attention_share",),
     "block_shares": ("block_shares",),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
+    "aligned": ("moved_before",),
     "calibrated_spread": ("calibrated_spread",),
     "components": ("components_in_turn", "linked_components", "remerged"),
     "correlated": ("correlation", "entries_to_correlated", "head_mean_logits", "open_attention", "redundancy"),
     "dealt_out": ("dealt_out",),
     "dynamic_segments": ("alike_runs", "anchors_per_frame"),
+    "events": ("best_groups", "event_runs", "one_each"),
     "elbow": ("above_elbow",),
     "frame_trees": ("hung_on_frame_before", "tree_weights"),
     "gravity": ("freed_attention", "priority_heads", "rotary_gravity"),
@@ -128,6 +133,7 @@ _MODULES = {
         "running_mean_weights",
         "strongest_target",
     ),
+    "marginal_relevance": ("marginal_relevance",),
     "neighbours": ("group_sum_entries", "neighbour_entries", "unchanged_entries"),
     "neurons": ("shared_with_core", "shared_with_word"),
     "lone_peaks": ("lone_peaks",),
@@ -169,6 +175,7 @@ _MODULES = {
         "same_place",
         "segment_count",
         "segment_first",
+        "segment_max",
         "segment_mean",
         "segment_sum",
     ),

@@ -1,4 +1,4 @@
-"""Neighbours in time that are alike: where they merge, and who goes into whom."""
+"""Neighbours in a row that are alike: where they merge, and who goes into whom."""
 
 from __future__ import annotations
 
@@ -16,10 +16,26 @@ def adjacent_sites(x: Tensor, label: Tensor, number: Tensor) -> Tensor:
 
     x: (S, N, d). label: int64 (S, N), -1 for tokens of no group. number: int64 (S,).
     """
+    alike, same = _with_next(x, label)
+    return top_k_mask(alike, same, number)
+
+
+@selection
+def sites_above(x: Tensor, label: Tensor, above: float) -> Tensor:
+    """Return bool (S, N), the tokens of larger cosine than that to the one behind them, in the same group.
+
+    x: (S, N, d). label: int64 (S, N), -1 for tokens of no group.
+    """
+    alike, same = _with_next(x, label)
+    return same & (alike > above)
+
+
+def _with_next(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 (S, N), the cosine to the token behind, and bool (S, N), whether it is of the same group."""
     x = unit(x)
     alike = torch.nn.functional.pad((x[:, :-1] * x[:, 1:]).sum(-1), (0, 1))
     same = torch.nn.functional.pad((label[:, :-1] == label[:, 1:]) & (label[:, :-1] >= 0), (0, 1))
-    return top_k_mask(alike, same, number)
+    return alike, same
 
 
 @selection

@@ -44,6 +44,13 @@ def segment_first(groups: Tensor, count: int) -> Tensor:
     return torch.where(groups < 0, -1, first.gather(1, safe))
 
 
+def segment_max(x: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Return the largest number of each group, (S, count) in float32 or better, -inf for empty ones, from x (S, N)."""
+    x = at_least_float32(x)
+    out = x.new_full((x.shape[0], count + 1), -torch.inf)
+    return out.scatter_reduce(1, torch.where(groups < 0, count, groups), x, reduce="amax")[:, :count]
+
+
 def frame_ids(grid: Tensor, frames: Sequence[Sequence[int]]) -> Tensor:
     """Return int64 (S, N), the frame of each token counted through all tiles of its span; -1 for separators, padding.
 

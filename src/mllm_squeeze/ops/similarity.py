@@ -15,14 +15,17 @@ from .select import positions, take, top_k_mask
 
 @selection
 def text_similarity(
-    visual: Tensor, text: Tensor, words: Tensor, over: Literal["max", "mean"], scaled: bool = True
+    visual: Tensor, text: Tensor, words: Tensor, over: Literal["max", "mean", "pooled"], scaled: bool = True
 ) -> Tensor:
     """Return float32 (S, N), the cosine of each token to the words, joined over the words.
 
     visual: (S, N, D). text: (S, T, D), with words bool (S, T). A span without words gets zeros. scaled: False takes the
-    dot product instead.
+    dot product instead. "pooled" joins the words first, by their mean vector.
     """
     text = text.masked_fill(~words[..., None], 0)
+    if over == "pooled":
+        text = (at_least_float32(text).sum(1) / words.sum(1).clamp(min=1)[:, None])[:, None]
+        words = words.any(1, keepdim=True)
     alike = cosine(at_least_float32(visual), at_least_float32(text), normed=not scaled)
     if over == "max":
         best = alike.masked_fill(~words[:, None], -torch.inf).amax(2)

@@ -205,12 +205,14 @@ class Merge(Part):
     """What becomes of the tokens that were not picked.
 
     picks: it picks the survivors itself, so that a pipeline has no `select`; it writes `pick_and_merge`.
+    decides: where the step asks for no budget (`tokens.asked`) a merge that picks says itself how many stay.
     grouped: it merges within groups; False works on whole spans only.
     spare: how many tokens it leaves besides those that were picked, which pick so many less than the budget.
     """
 
     kind: ClassVar[Kind] = "merge"
     picks: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
     grouped: ClassVar[bool] = True
     spare: ClassVar[int] = 0
 

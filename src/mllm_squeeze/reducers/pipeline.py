@@ -111,7 +111,7 @@ class Pipeline(Reducer):
 
     def _decides(self) -> bool:
         halves = [(half.budget, half.select) for half in self.parts.values()]
-        deciding = [self.budget.decides, self.select.decides]
+        deciding = [self.budget.decides, self.select.decides, self.merge is not None and self.merge.decides]
         own = [(budget is not None and budget.decides) or select.decides for budget, select in halves]
         return any(deciding) or (bool(own) and all(own))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mllm_squeeze import ops
@@ -12,6 +13,19 @@ from mllm_squeeze.reducers.needs import Need, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def runs_of(label: Tensor, x: Tensor, sites: Callable[[Tensor, Tensor], Tensor], mask: Tensor) -> Tensor:
+    """Return int64 (S, N), the first token of the run that each is joined to, itself where it is alone; -1 at padding.
+
+    label: int64 (S, N), the row of each token. x: (S, N, d). sites: of (label, x) without gaps, bool, which of them are
+    joined with the one behind. mask: bool (S, N).
+    """
+    # Neighbours are so whatever stands between them that is not to be chosen from.
+    index, filled = ops.compact_indices(mask, mask.shape[1])
+    found = sites(ops.take(label, index).masked_fill(~filled, -1), ops.take(x, index))
+    first = ops.take(index, ops.joined_runs(found, filled).clamp(min=0))
+    return ops.put_back(label.new_full(mask.shape, -1), index, filled, first)
 
 
 class Adjacent(Merge):
@@ -41,12 +55,10 @@ class Adjacent(Merge):
         """Return the first of each run, and what goes into it."""
         mask = groups.label >= 0
         number = (mask.sum(1) - limit[:, 0]).clamp(min=0)
-        # Neighbours are so whatever stands between them that is not to be chosen from.
-        index, filled = ops.compact_indices(mask, mask.shape[1])
-        label = ops.take(groups.label, index).masked_fill(~filled, -1)
-        sites = self._sites(ops.adjacent_sites(ops.take(tokens[need_of(self.by)], index), label, number))
-        first = ops.take(index, ops.joined_runs(sites, filled).clamp(min=0))
-        assign = ops.put_back(groups.label.new_full(mask.shape, -1), index, filled, first)
+        x = tokens[need_of(self.by)]
+        assign = runs_of(
+            groups.label, x, lambda label, vectors: self._sites(ops.adjacent_sites(vectors, label, number)), mask
+        )
         keep = assign == ops.positions(assign)
         if self.weights == "mean" or score is None:
             return Reduction(keep, assign)

@@ -20,7 +20,7 @@ class TextSimilarity(Score):
 
     space: "features" compares the states at the place of the cut, "llm" the language model's input space, "clip" the
         space of the text encoder that the user gives (`text_encoder=`), where the words are one vector.
-    over: the words are joined by their largest or their mean cosine.
+    over: the words are joined by their largest or their mean cosine; "pooled" is the cosine to their mean.
     measure: "dot" takes the dot product instead of the cosine.
     sign: -1 keeps what is least alike.
     fallback: whether the language model's own space may stand in where no text encoder is given.
@@ -33,7 +33,7 @@ class TextSimilarity(Score):
     main: ClassVar[str | None] = "space"
 
     space: Literal["features", "llm", "clip"] = "features"
-    over: Literal["max", "mean"] = "max"
+    over: Literal["max", "mean", "pooled"] = "max"
     measure: Literal["cosine", "dot"] = "cosine"
     sign: Literal[1, -1] = 1
     fallback: bool = False
