@@ -15,10 +15,12 @@ from mllm_squeeze import ops
 from mllm_squeeze.errors import UnsupportedInputError
 from mllm_squeeze.layout import Tile
 from mllm_squeeze.parts.base import Groups
+from mllm_squeeze.parts.budget.favoured import Favoured
 from mllm_squeeze.parts.budget.level import Level
 from mllm_squeeze.parts.merge.row_runs import RowRuns
 from mllm_squeeze.parts.segment.events import Events
 from mllm_squeeze.parts.segment.key_events import KeyEvents
+from mllm_squeeze.parts.select.other_places import OtherPlaces
 from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.reducers.needs import Attention, Embedding, EncoderStates
 
@@ -476,3 +478,102 @@ def test_key_events_of_a_padded_batch_are_those_of_singles():
         assert both.label[n, : len(one)].tolist() == single.label[0].tolist()
         assert both.part[n, : len(one)].tolist() == single.part[0].tolist()
         assert bool((both.part[n, len(one) :] == -1).all())
+
+
+# AdaTP
+
+
+def spread(scores: torch.Tensor, shape: tuple[int, int, int], keep: int) -> list[int]:
+    tokens = visual_tokens([scores[:, None]], [keep], tiles=[(Tile(*shape),)])
+    return (
+        OtherPlaces()
+        .select(tokens, whole(tokens), scores[None], tokens.budget[:, None])
+        .keep[0]
+        .nonzero()
+        .T.tolist()[0]
+    )
+
+
+def test_other_places_by_hand():
+    """The best three stand at two places; one of each place are 0, 2 and 4."""
+    scores = torch.tensor([0.9, 0.2, 0.1, 0.8, 0.3, 0.05])
+    assert spread(scores, (2, 1, 3), 3) == [0, 2, 4]
+    assert spread(scores, (2, 1, 3), 2) == [0, 4]
+    assert spread(scores, (2, 1, 3), 4) == [0, 2, 3, 4]
+    assert spread(torch.ones(6), (2, 1, 3), 4) == [0, 1, 2, 3], "the first of equal ones"
+
+
+def test_places_are_taken_group_by_group_and_separators_have_none():
+    tiles = [(Tile(2, 1, 3, row_separators=1),), (Tile(1, 2, 2),)]
+    scores = [torch.tensor([5.0, 4, 3, 9, 5, 4, 3, 8]), torch.tensor([1.0, 4, 3, 2])]
+    tokens = visual_tokens([one[:, None] for one in scores], [4, 3], tiles=tiles, width=9)
+    score = torch.nn.utils.rnn.pad_sequence([*scores, torch.full((9,), torch.nan)], batch_first=True)[:2]
+    label = torch.tensor([[0] * 8 + [-1], [0, 0, 1, 1] + [-1] * 5])
+    limit = torch.tensor([[4, 0], [1, 2]])
+    kept = OtherPlaces().select(tokens, Groups(label, 2), score, limit).keep
+    # Two row ends and one of each place would be five.
+    assert kept[0].nonzero().flatten().tolist() == [0, 1, 3, 7]
+    assert kept[1].nonzero().flatten().tolist() == [1, 2, 3]
+
+
+def favoured(lengths: list[int], rho: list[float], keep: int, **params: Any) -> list[int]:
+    """Return what segments of so many frames of two tokens get; rho: the relevance of each frame."""
+    label = torch.tensor([[n for n, length in enumerate(lengths) for _ in range(2 * length)]])
+    tokens = visual_tokens(
+        [torch.tensor(rho).repeat_interleave(2)[:, None]], [keep], tiles=[(Tile(sum(lengths), 1, 2),)]
+    )
+    part = Favoured(relevance={"norm": {}}, **params)
+    return part.allot(tokens, Groups(label, len(lengths)), None)[0].tolist()
+
+
+def test_favoured_segments_by_hand():
+    """Of 4 and 2 frames the second counts twice: 6 and 6 of 12, but it has four; by length they would be 8 and 4."""
+    assert favoured([4, 2], [1.0, 1, 1, 1, 1, 2], 6) == [3, 3]
+    assert favoured([4, 2], [1.0, 1, 1, 1, 1, 2], 6, times=1.0) == [4, 2]
+    assert favoured([4, 2], [1.0, 1, 1, 1, 1, 2], 10) == [6, 4]
+    assert favoured([4, 2], [1.0, 1, 1, 1, 1, 2], 6, share=1.0) == [4, 2]
+    assert favoured([4, 2], [1.0, 1, 1, 3, 1, 2], 5) == [4, 1]
+    assert favoured([3], [1.0, 1, 1], 6) == [6]
+
+
+def test_a_segment_counts_by_its_frames_whatever_is_left_of_them():
+    """Two frames of four tokens and two of one: five tokens are shared by half, and the second has but two."""
+    label = torch.tensor([[0] * 8 + [1, -1, -1, -1, 1, -1, -1, -1]])
+    tokens = visual_tokens([torch.ones(16, 1)], [5], tiles=[(Tile(4, 1, 4),)])
+    allotted = Favoured(relevance={"norm": {}}, times=1.0).allot(tokens, Groups(label, 2), None)
+    assert allotted.tolist() == [[3, 2]]
+
+
+def adatp_by_loops(row, states, x, text, shape, total, alike, share, times) -> list[int]:
+    frames, cells = shape[0], shape[1] * shape[2]
+    label = runs_by_loops(states.view(frames, cells, -1).mean(1), [True] * frames, 0, alike)
+    number = max(label) + 1
+    rho = (torch.nn.functional.normalize(x, dim=1) @ torch.nn.functional.normalize(text, dim=1).T).mean(1)
+    rho = rho.view(frames, cells).mean(1).tolist()
+    best = [max(rho[t] for t in range(frames) if label[t] == e) for e in range(number)]
+    relevant = sorted(range(number), key=lambda e: -best[e])[: -int(-number * share // 1)]
+    weight = [float(label.count(e)) * (times if e in relevant else 1) for e in range(number)]
+    counts = shares_by_loops(total, weight, [label.count(e) * cells for e in range(number)])
+    kept: list[int] = []
+    for e in range(number):
+        turn: dict[int, int] = {}
+        for n in range(cells):
+            at = sorted((t * cells + n for t in range(frames) if label[t] == e), key=lambda i: -float(row[i]))
+            turn |= {i: place for place, i in enumerate(at)}
+        kept += sorted(turn, key=lambda i: (turn[i], -float(row[i])))[: counts[e]]
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 7, 19, 35, 53, 54])
+@pytest.mark.parametrize("alike", [-1.0, 0.2, 1.0])
+def test_adatp_is_its_loops(keep, alike):
+    shape, x, text = (9, 2, 3), noise(54, 4), noise(3, 4, seed=2)
+    states, row = noise(54, 3, seed=1), torch.rand(54, generator=torch.Generator().manual_seed(3))
+    choice = in_layers("adatp", row, states, x, text, shape, alike=alike, kept=[keep / 54] * 3)
+    assert len(choice.kept) == keep
+    assert choice.kept.tolist() == adatp_by_loops(row, states, x, text, shape, keep, alike, 0.5, 2.0)
+
+
+def test_adatp_asks_for_a_grid():
+    with pytest.raises(UnsupportedInputError, match="grid of this input is not known"):
+        in_layers("adatp", torch.rand(6), noise(6, 3), noise(6, 4), noise(2, 4), None, ratio=0.5)

@@ -14,6 +14,7 @@ from mllm_squeeze.recipe.recipe import describe, load_recipe
 TABLE = {
     "a_tome": (346, ["projector"], "keep", False, False),
     "adaptinfer": (None, ["layers 0.0625, 0.34375, 0.65625"], "repack", True, True),
+    "adatp": (None, ["layers 0.0714, 0.357, 0.643"], "keep", True, True),
     "avgpool": (144, ["projector"], "repack", False, True),
     "bilinear": (144, ["projector"], "repack", False, True),
     "btp": (48, ["layer 0.09375", "layer 0.1875", "layer 0.4375"], "keep", True, True),

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .neighbours import *  # noqa: F403
     from .neurons import *  # noqa: F403
     from .normalise import *  # noqa: F403
+    from .other_places import *  # noqa: F403
     from .outliers import *  # noqa: F403
     from .overview import *  # noqa: F403
     from .pivots import *  # noqa: F403
@@ -144,6 +145,7 @@ _MODULES = {
     "through_text": ("entries_through_text",),
     "local_outliers": ("local_outlier_factors",),
     "outliers": ("group_quantiles", "outlier_counts"),
+    "other_places": ("other_places",),
     "overview": ("crop_shown", "overview_split"),
     "pivots": ("pivots_and_dissimilar",),
     "pool": ("pooled_plan", "pooled_table", "pooled_windows"),
