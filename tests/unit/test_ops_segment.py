@@ -40,3 +40,12 @@ def test_same_place_finds_the_token_or_says_that_there_is_none():
     assert ops.same_place(grid, frame, frame - 1, (2, 2, 3)).tolist() == [[-1] * 6 + [0, 1, 2, 3, 4, 5]]
     frame[0, 4] = -1  # not there
     assert ops.same_place(grid, frame, frame - 1, (2, 2, 3)).tolist() == [[-1] * 6 + [0, 1, 2, 3, -1, 5]]
+
+
+def test_a_separator_stands_at_no_place():
+    """Rules count separators to the first frame; they must not hide what stands there first."""
+    cells = [(0, 0, 0), (0, 0, 1), (-1, -1, -1), (1, 0, 0), (1, 0, 1), (-1, -1, -1)]
+    grid = torch.tensor([[[0 if c[0] >= 0 else -1, *c] for c in cells]])
+    frame = grid[..., 1].clamp(min=0)
+    assert ops.same_place(grid, frame, frame - 1, (2, 1, 2)).tolist() == [[-1, -1, -1, 0, 1, -1]]
+    assert ops.same_place(grid, frame, frame, (2, 1, 2)).tolist() == [[0, 1, -1, 3, 4, -1]]

@@ -66,12 +66,14 @@ def frame_ids(grid: Tensor, frames: Sequence[Sequence[int]]) -> Tensor:
 def same_place(grid: Tensor, frame: Tensor, reference: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Return int64 (S, N), the index of the token at the same (h, w) in the frame `reference`; -1 where there is none.
 
-    grid: int64 (S, N, 4). frame, reference: int64 (S, N), -1 for none. shape: host numbers (frames, height, width) that
-    bound them.
+    grid: int64 (S, N, 4), -1 for separators, which stand at no place. frame, reference: int64 (S, N), -1 for none.
+    shape: host numbers (frames, height, width) that bound them.
     """
     frames, height, width = shape
     cells = frames * height * width
     cell = grid[..., 2].clamp(min=0) * width + grid[..., 3].clamp(min=0)
+    nowhere = grid[..., 2] < 0
+    frame, reference = frame.masked_fill(nowhere, -1), reference.masked_fill(nowhere, -1)
     index = torch.arange(grid.shape[1], device=grid.device)[None].expand_as(frame)
     table = torch.full((grid.shape[0], cells + 1), -1, dtype=torch.int64, device=grid.device)
     table = table.scatter(1, torch.where(frame < 0, cells, frame * height * width + cell), index)
