@@ -238,3 +238,49 @@ def kvtp(case: Case) -> dict[str, Any]:
         # In the order of the code: the best of a frame first.
         "merged": choice.features[row[case["order"].long()]],
     }
+
+
+@reads("aim")
+def aim(case: Case) -> dict[str, Any]:
+    if "logits" in case:
+        return _aim_walk(case)
+    frames = case["features"]
+    return {name: _aim_merged(frames, share) for name, share in (("merged_once", 0.5), ("merged_twice", 0.25))}
+
+
+def _aim_merged(frames: Tensor, left: float) -> Tensor:
+    """Return the frames (F, T * left, D) of the first step; a round leaves tokens in raster order, as the code does."""
+    count, places, width = frames.shape
+    step = {
+        "at": "projector",
+        "ratio": 1 - left,
+        "segment": "frame",
+        "merge": "bipartite_rounds",
+    }
+    choice = squeeze.choose(
+        {"method": "merged", "steps": [step]},
+        features=frames.flatten(0, 1),
+        grid=(count, 1, places),
+        modality="video",
+    )
+    assert isinstance(choice.features, Tensor)
+    return choice.features.view(count, -1, width)
+
+
+def _aim_walk(case: Case) -> dict[str, Any]:
+    """Return the importance after each layer; tokens that left before stay as rows of the walk, and are no keys."""
+    _, heads, size, _ = case["logits"].shape
+    key = torch.eye(size)[None, :, None].expand(-1, -1, heads, -1)
+    visual = torch.zeros(size, dtype=torch.bool)
+    visual[case["visual_start"] : case["visual_stop"]] = True
+    there = torch.ones(1, size, dtype=torch.bool)
+    alive, importance, kept = there, [], []
+    for number, layer in enumerate(case["layers"].tolist()):
+        query = case["logits"][number].float().permute(1, 0, 2)[None] * size**0.5
+        rank = ops.page_rank(query, key, there, alive, 0.1, 5)
+        words = int((~visual).sum())
+        left = int((size - words) * (1 - (layer - 13) / 8) + words) - words
+        alive = ops.top_k_mask(rank, alive & visual, torch.tensor([left])) | ~visual
+        importance.append(rank[0])
+        kept.append(alive[0])
+    return {"importance": torch.stack(importance), "kept_after": torch.stack(kept)}

@@ -15,6 +15,13 @@ TABLE = {
     "a_tome": (346, ["projector"], "keep", False, False),
     "adaptinfer": (None, ["layers 0.0625, 0.34375, 0.65625"], "repack", True, True),
     "adatp": (None, ["layers 0.0714, 0.357, 0.643"], "keep", True, True),
+    "aim": (
+        None,
+        ["projector", "layers 0.5357, 0.5714, 0.6071, 0.6429, 0.6786, 0.7143, 0.75, 0.7857"],
+        "keep",
+        True,
+        False,
+    ),
     "avgpool": (144, ["projector"], "repack", False, True),
     "bilinear": (144, ["projector"], "repack", False, True),
     "btp": (48, ["layer 0.09375", "layer 0.1875", "layer 0.4375"], "keep", True, True),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .alike_groups import *  # noqa: F403
     from .attention import *  # noqa: F403
     from .attention_share import *  # noqa: F403
+    from .bipartite_rounds import *  # noqa: F403
     from .block_shares import *  # noqa: F403
     from .bounded_peaks import *  # noqa: F403
     from .budget import *  # noqa: F403
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .other_places import *  # noqa: F403
     from .outliers import *  # noqa: F403
     from .overview import *  # noqa: F403
+    from .page_rank import *  # noqa: F403
     from .pivots import *  # noqa: F403
     from .pool import *  # noqa: F403
     from .precision import *  # noqa: F403
@@ -80,6 +82,7 @@ _MODULES = {
         "attention_joined",
         "attention_received",
         "attention_to_itself",
+        "blocks_of_attention",
         "rows_that_see",
     ),
     "budget": (
@@ -95,6 +98,7 @@ _MODULES = {
     "adjacent": ("adjacent_sites", "every_other_site", "joined_runs", "sites_above"),
     "alike_groups": ("group_likeness", "without_the_alike"),
     "attention_share": ("attention_share",),
+    "bipartite_rounds": ("bipartite_rounds",),
     "block_shares": ("block_shares",),
     "bounded_peaks": ("bounded_peaks",),
     "global_query": ("global_query_attention",),
@@ -147,6 +151,7 @@ _MODULES = {
     "outliers": ("group_quantiles", "outlier_counts"),
     "other_places": ("other_places",),
     "overview": ("crop_shown", "overview_split"),
+    "page_rank": ("page_rank",),
     "pivots": ("pivots_and_dissimilar",),
     "pool": ("pooled_plan", "pooled_table", "pooled_windows"),
     "precision": (

@@ -86,14 +86,14 @@ def attention_from_rows(
     groups, width = key.shape[1], key.shape[2]
     weights = row_weights.to(at_least_float32(key).dtype)
     total = weights.new_zeros(batch, groups, 1, width)
-    for start, stop, seen in _blocks(query, key, row_weights != 0, allowed, scaling, softcap, block, band):
+    for start, stop, seen in blocks_of_attention(query, key, row_weights != 0, allowed, scaling, softcap, block, band):
         weight = weights[:, start:stop]
         shared = weight[:, None, None].expand(-1, groups, heads // groups, -1).reshape(batch, groups, 1, -1)
         total += shared @ seen.flatten(2, 3)
     return total.sum((1, 2)) / heads
 
 
-def _blocks(
+def blocks_of_attention(
     query: Tensor,
     key: Tensor,
     row_mask: Tensor,
@@ -152,7 +152,7 @@ def attention_joined(
         return found * query.shape[1] if heads == "sum" else found
     parts: list[Tensor] = []
     total: Tensor | None = None
-    for start, stop, seen in _blocks(query, key, row_mask, allowed, scaling, softcap, block, band):
+    for start, stop, seen in blocks_of_attention(query, key, row_mask, allowed, scaling, softcap, block, band):
         seen = _join_heads(seen.flatten(1, 2), heads)
         seen = seen.masked_fill(~row_mask[:, None, start:stop, None], 0)
         if over_rows == "each":
@@ -242,6 +242,6 @@ def attention_to_itself(
     rows = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
     found = [
         seen.flatten(1, 2).sum(1)[:, :, start:stop].diagonal(dim1=1, dim2=2)
-        for start, stop, seen in _blocks(query, key, rows, allowed, scaling, softcap, block, band)
+        for start, stop, seen in blocks_of_attention(query, key, rows, allowed, scaling, softcap, block, band)
     ]
     return torch.cat(found, 1)
