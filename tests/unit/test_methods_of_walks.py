@@ -147,7 +147,7 @@ def test_the_part_takes_the_place_of_each_token_in_the_prompt():
 
 def test_aim_prunes_pictures_alone():
     assert facts(load_recipe("aim"))["modalities"] == ["video"]
-    assert facts(load_recipe("aim", variant="image"))["modalities"] == ["image", "video"]
+    assert facts(load_recipe("aim", variant="image"))["modalities"] == ["image", "video", "audio"]
     x = torch.randn(16, 8)
     assert len(squeeze.choose("aim", features=x, grid=(1, 4, 4), at="projector", variant="image").kept) == 16
     clip = squeeze.choose("aim", features=x, grid=(1, 4, 4), at="projector", modality="video")
