@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mllm_squeeze as squeeze
 import oracle
 from mllm_squeeze import demo
-from mllm_squeeze.demo import compare, contest, stopping
+from mllm_squeeze.demo import compare, contest, kept, stopping
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -256,6 +256,19 @@ def test_drawn_tokens_hold_as_much_background_as_asked(boxed: tuple[Any, Any]) -
             assert len(set(keep.tolist())) == 49 and int(one.background[keep].sum()) == count
 
 
+def test_study_of_what_is_kept_counts_the_background(boxed: tuple[Any, Any]) -> None:
+    model, processor = boxed
+    found = kept.study(model, processor, ("uniform", "fastv", "nuwa"), 4)
+    rows = {row.what: row for row in found.rows}
+    assert [row.what for row in found.rows] == ["uniform", "fastv"] and list(found.refused) == ["nuwa"]
+    assert rows["uniform"].kept == rows["fastv"].kept == 49
+    share = rows["uniform"].background / 49
+    assert abs(share - found.background / 196) < 0.1 and rows["fastv"].background < 0.7 * rows["uniform"].background
+    assert found.to_markdown().count("\n| ") == 3 and "\n- nuwa: method 'nuwa'" in found.to_markdown()
+    every = [stopping.case(processor, item) for item in demo.held_out(4)]
+    assert found.background == sum(int(one.background.sum()) for one in every) / 4
+
+
 def committed(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return data
@@ -272,6 +285,9 @@ def test_committed_pages_are_those_of_the_committed_numbers() -> None:
     data = committed("stopping")
     study = stopping.Study(**{**data, "rows": [stopping.Row(**row) for row in data["rows"]]})
     assert (RESULTS / "stopping.md").read_text(encoding="utf-8") == study.to_markdown()
+    data = committed("kept")
+    found = kept.Kept(**{**data, "rows": [kept.Row(**row) for row in data["rows"]]})
+    assert (RESULTS / "kept.md").read_text(encoding="utf-8") == found.to_markdown()
 
 
 def test_the_table_is_whole_in_80_columns() -> None:

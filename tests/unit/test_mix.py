@@ -82,3 +82,25 @@ def test_sizes_are_neither_lost_nor_made():
     into = torch.tensor([0] * 6 + [3] * 6)
     out = ops.mixed_size(size, torch.zeros(12, dtype=torch.long), into, source, torch.rand(12))
     torch.testing.assert_close(out[0, [0, 3]].sum(), size.sum())
+
+
+@pytest.mark.parametrize("entries", [10, 400])
+def test_many_entries_and_few_give_the_same_sums(entries: int) -> None:
+    """Where there are many, a matrix of all pairs takes the place of the rows of all entries."""
+    draw = torch.Generator().manual_seed(entries)
+    x = torch.randn(2, 12, 5, generator=draw, requires_grad=True)
+    span, into, source = (torch.randint(0, most, (entries,), generator=draw) for most in (2, 11, 11))
+    weight = torch.randn(entries, generator=draw, requires_grad=True)
+    with torch.no_grad():
+        x[:, 11] = float("nan")  # padding, which gives nothing
+    found = ops.mix_tokens(x, span, into, source, weight)
+    wanted = x.detach().clone()
+    for row, to in {(int(s), int(i)) for s, i in zip(span, into, strict=True)}:
+        parts = [e for e in range(entries) if (int(span[e]), int(into[e])) == (row, to)]
+        wanted[row, to] = sum(weight[e].detach() * x[row, source[e]].detach() for e in parts)
+    torch.testing.assert_close(found[:, :11], wanted[:, :11], atol=1e-5, rtol=1e-5)
+    assert found[:, 11].isnan().all()
+    found[:, :11].sum().backward()
+    assert x.grad is not None and weight.grad is not None
+    torch.testing.assert_close(weight.grad, x.detach()[span, source].sum(1), atol=1e-5, rtol=1e-5)
+    assert x.grad[:, :11].isfinite().all()

@@ -14,6 +14,9 @@ from .score import cosine, unit
 from .segment import segment_sum
 from .select import compact_indices, local_index, positions, put_back, rank_within, take, top_k_mask
 
+# From an entry for so many pairs on, a matrix of all pairs is smaller than the rows of all entries, and faster.
+_MANY = 16
+
 
 def merge_tokens(x: Tensor, assign: Tensor, weights: Tensor) -> Tensor:
     """Return (S, N, D) where token t is the sum of weight * x over the tokens assigned to it; others keep x.
@@ -41,11 +44,24 @@ def mix_tokens(
     token that gives, None where it is the same. Gradients flow to x and weight.
     """
     spans, width, channels = x.shape
-    rows = at_least_float32(x)[span if giving is None else giving, source] * at_least_float32(weight)[:, None]
-    total = rows.new_zeros(spans * width, channels).index_add(0, span * width + into, rows).view(x.shape)
+    if giving is None and len(span) * _MANY > spans * width * width:
+        total = _mixed_by_matrix(at_least_float32(x), span, into, source, at_least_float32(weight))
+    else:
+        rows = at_least_float32(x)[span if giving is None else giving, source] * at_least_float32(weight)[:, None]
+        total = rows.new_zeros(spans * width, channels).index_add(0, span * width + into, rows).view(x.shape)
     receives = torch.zeros(spans * width, dtype=torch.bool, device=x.device)
     receives = receives.index_fill(0, span * width + into, True).view(spans, width, 1)
     return torch.where(receives, total.to(x.dtype), x)
+
+
+def _mixed_by_matrix(x: Tensor, span: Tensor, into: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+    """Return (S, N, D), the sums of `mix_tokens`, where rows of all entries would be many times as much as x."""
+    spans, width, _ = x.shape
+    # Padding may hold anything, even NaN, which a weight of 0 would not hide.
+    given = torch.zeros(spans * width, dtype=torch.bool, device=x.device)
+    given = given.index_fill(0, span * width + source, True).view(spans, width, 1)
+    matrix = weight.new_zeros(spans * width * width).index_add(0, (span * width + into) * width + source, weight)
+    return matrix.view(spans, width, width) @ x.masked_fill(~given, 0)
 
 
 def mixed_size(
