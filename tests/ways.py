@@ -169,6 +169,8 @@ def _shallow(recipe: Recipe) -> dict[str, Any]:
         elif isinstance(value, (list, tuple)) and len(value) >= LAYERS:
             out[name] = list(range(1, LAYERS))
     # A row of cuts in front of a last one ends in front of it.
+    if any(isinstance(value, list) for value in out.values()):
+        out |= {k: LAYERS - 1 for k, v in recipe.params.items() if "layer" in k and isinstance(v, float)}
     last = min((value for name, value in out.items() if "layer" in name and isinstance(value, int)), default=LAYERS)
     return {k: [n for n in v if n < last] if isinstance(v, list) else v for k, v in out.items()}
 

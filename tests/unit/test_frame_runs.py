@@ -206,4 +206,4 @@ def test_what_stays_beside_does_not_count():
 def test_it_needs_frames():
     signals: dict[Any, torch.Tensor] = {"attention": torch.ones(20)}
     with pytest.raises(UnsupportedInputError, match="frames of one size"):
-        squeeze.choose("framefusion", at="layer 7", features=noise(20, 4), signals=signals, modality="video")
+        squeeze.choose("framefusion", at="layer 0.25", features=noise(20, 4), signals=signals, modality="video")

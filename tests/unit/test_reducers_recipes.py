@@ -41,7 +41,7 @@ TABLE = {
     "fastv": (288, ["layer 2"], "keep", True, True),
     "ficoco_l": (None, [f"layers {', '.join(f'{n / 32:g}' for n in range(6, 32))}"], "repack", True, True),
     "flashvid": (54, ["projector", "layer 0.714"], "repack", True, False),
-    "framefusion": (None, ["layers 1, 2, 3, 4, 5, 6", "layer 7"], "keep", True, False),
+    "framefusion": (None, ["layers 0.0357, 0.0714, 0.1071, 0.1429, 0.1786, 0.2143", "layer 0.25"], "keep", True, False),
     "fourier_vlm": (144, ["projector"], "repack", False, True),
     "hawk": (115, ["layer 0"], "keep", True, True),
     "hiprune": (64, ["projector"], "repack", False, True),
