@@ -34,6 +34,15 @@ HEADERS = (
     "naive's",
 )
 
+RULES_HEADERS = (
+    "method",
+    "tokens per layer",
+    "speed-up",
+    "efficiency",
+    "rule / dense",
+    *(f"{part} ms" for part in PARTS),
+)
+
 GPU_HEADERS = (
     "method",
     "tokens per layer",
@@ -206,6 +215,20 @@ def gpu_table(found: Results) -> list[str]:
     return lines
 
 
+def rules_table(found: Results) -> list[str]:
+    """Return what each method saves and what its rule costs, the dearest rule last."""
+    ours = sorted(of_method(found, "ours").values(), key=lambda row: row.rule_share or 0)
+    lines = ["| " + " | ".join(RULES_HEADERS) + " |", "| --- |" + " ---: |" * (len(RULES_HEADERS) - 1)]
+    for row in ours:
+        efficiency = "-" if row.efficiency is None else f"{row.efficiency.median:.3f}"
+        parts = [f"{1000 * row.rule[part]:.1f}" for part in PARTS]
+        share = f"{100 * (row.rule_share or 0):.2f} %"
+        lines.append(
+            "| " + " | ".join([row.name, _mean(row), f"{row.speedup.median:.2f}", efficiency, share, *parts]) + " |"
+        )
+    return lines
+
+
 def kernel_table(path: Path) -> list[str]:
     """Return milliseconds of each kernel and of the torch op that it stands for, and how far the two are apart."""
     lines = ["| op | shapes | kernel ms | torch ms | apart |", "| --- | --- |" + " ---: |" * 3]
@@ -259,6 +282,7 @@ def main(names: list[str]) -> None:
         put_table("sweep", sweep_table(sweep), PAGE)
     caches = [Results.load(folder / kind / "cpu-300m.json") for kind in ("dynamic", "static", "compiled")]
     put_table("decode", decode_table(caches), PAGE)
+    put_table("rules", rules_table(Results.load(folder / "rules" / "cpu-300m.json")), PAGE)
     for path in sorted((folder / "gpu").glob("h100-*.json")):
         put_table(path.stem, gpu_table(Results.load(path)), PAGE)
     put_table("kernels", kernel_table(ROOT / "benchmarks" / "results_kernels" / "h100.json"), PAGE)
