@@ -144,11 +144,11 @@ def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     """Return what may be chosen from, None where the budget asks for all that is there, or nothing is."""
     layout = session.layout
     reducer, table = planned.reducer, session.table
-    rows = [n for n, span in enumerate(layout.spans) if span.modality in reducer.facts.modalities]
+    rows = [n for n, span in enumerate(layout.spans) if span.modality in planned.facts.modalities]
     if not rows:
         given = sorted({span.modality for span in layout.spans})
         limits.warn(
-            f"'{planned.name}' reduces {', '.join(sorted(reducer.facts.modalities))} tokens, the prompt holds only "
+            f"'{planned.name}' reduces {', '.join(sorted(planned.facts.modalities))} tokens, the prompt holds only "
             f"{', '.join(given)}; nothing was cut."
         )
         return None
@@ -239,7 +239,7 @@ def _chosen(session: Prefill, planned: PlannedCut, found: _Candidates, keep: Ten
 @marked("select")
 def _counts(session: Prefill, planned: PlannedCut, found: _Candidates, chosen: Tensor) -> tuple[int, ...]:
     """Return the tokens each span keeps; read from the device only where they depend on the content."""
-    if planned.decides or not planned.reducer.facts.known_count:
+    if planned.decides or not planned.facts.known_count:
         return tuple(int(n) for n in (chosen & session.table.mask).sum(1).tolist())
     counts = list(session.table.current)
     for row, current, budget in zip(found.rows, found.current, found.budget, strict=True):

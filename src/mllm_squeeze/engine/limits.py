@@ -80,7 +80,7 @@ def require_reachable(
         if number < min(fewest, there):
             raise ConfigError(
                 f"'{planned.name}' with {planned.amount} may leave {number} of the {there} tokens of a span, less than "
-                f"the {fewest} that stay whatever is asked: {planned.reducer.facts.why_more}. Ask for more, or give "
+                f"the {fewest} that stay whatever is asked: {planned.facts.why_more}. Ask for more, or give "
                 "fewer frames."
             )
 
@@ -105,7 +105,7 @@ def warn_left(
         if left > number + max((pieces + 1) // 2, 1, number // 10):
             warn(
                 f"'{planned.name}' was asked to leave {number} of the {there} tokens of a span, and leaves {left}: "
-                f"{planned.reducer.facts.why_more}. Ask for less, give more frames, or use a method that keeps any "
+                f"{planned.facts.why_more}. Ask for less, give more frames, or use a method that keeps any "
                 "number."
             )
             return

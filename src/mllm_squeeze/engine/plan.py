@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 from mllm_squeeze.amount import RULE_DECIDES, Amount
 from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import UnsupportedModelError
-from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.base import Facts, Reducer
 from mllm_squeeze.reducers.needs import Embedding, Need
 
 
@@ -32,10 +33,15 @@ class PlannedCut:
     stages: int = 1
     text_encoder: PromptEncoder | None = None
 
+    @cached_property
+    def facts(self) -> Facts:
+        """What is known of its rule: gathered from all parts, so once, and not again in each prefill."""
+        return self.reducer.facts
+
     @property
     def decides(self) -> bool:
         """True where nothing says how much is left but the rule itself."""
-        return self.reducer.facts.decides and not self.amount.given
+        return self.facts.decides and not self.amount.given
 
     def carries(self, need: Need) -> bool:
         """True for a signal that is read inside the vision encoder and carried to the tokens that the LLM gets."""

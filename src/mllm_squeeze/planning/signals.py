@@ -41,7 +41,7 @@ def check_inside(method: str, step: PlannedCut) -> None:
     Raises:
         UnsupportedModelError: it reads what is not known there, or its count follows from the picture.
     """
-    facts = step.reducer.facts
+    facts = step.facts
     others = [need for need in step.reducer.needs() if need not in INSIDE]
     if others:
         raise UnsupportedModelError(

@@ -101,7 +101,7 @@ class CrossAttentionHooks(Hooks):
             self._note_text_only(call)
             return None, cross
         text = None
-        if any(cut.reducer.facts.reads_text for cut in self.plan.keys):
+        if any(cut.facts.reads_text for cut in self.plan.keys):
             text = words_behind_pictures(self.parts, call, prompted, self._local.prompt)
         past = kv.tokens_seen(call.cache)
         prefill, states, kept = reduce_keys(
