@@ -277,7 +277,7 @@ def _found(parts: ModelParts) -> dict[str, Any]:
         "layers": len(parts.layers),
         "tower": parts.path(parts.tower),
         "projector": parts.path(parts.projector),
-        "modalities": list(parts.ids),
+        "modalities": list(parts.ids or parts.row.modalities),
         "methods": {name: _verdict(name, parts) for name in method_names()},
     }
 

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-_DECODER_LOOKS = (
-    "it is an encoder-decoder: the pictures stay with the encoder, and the decoder, which writes, attends to what that "
-    "gives by cross-attention, so they are no tokens of its sequence"
-)
-_ENCODER_READS = (
-    "it is an encoder-decoder: pictures and words are read by an encoder in which each token sees all others, so that "
-    "no layer of it can be cut as a causal one can, and its decoder attends to the result by cross-attention"
-)
 _BOTH_AT_ONCE = (
     "each position of its prompt is the sum of a word and a piece of sound, so there is no token that is sound alone"
 )
@@ -18,9 +10,11 @@ _PLACED_BY_MASK = (
 )
 
 REASONS: dict[str, str] = {
-    "blip": "its pictures are no tokens of a prompt: all layers of the text decoder attend to them by cross-attention",
+    "blip": (
+        "all layers of its text decoder attend to the pictures by cross-attention, and drop the mask over them on the "
+        "way, so that rows of a batch which keep different numbers could not be filled up"
+    ),
     "evolla": "it takes proteins, and no pictures, videos or sounds; its text attends to them by cross-attention",
-    "florence2": _ENCODER_READS,
     "git": "its text model itself puts the pictures in front of the words, so the prompt holds no token for them",
     "idefics": (
         "its pictures are no tokens of a prompt: gated layers between those of the text model attend to them, and make "
@@ -36,14 +30,9 @@ REASONS: dict[str, str] = {
         "its prompt is read for its cache alone: a second model, which makes the actions, attends to that by masks "
         "over the whole prompt"
     ),
-    "pix2struct": _DECODER_LOOKS,
-    "pp_formulanet": _DECODER_LOOKS,
-    "t5gemma2": _ENCODER_READS,
-    "udop": _ENCODER_READS,
     "unlimited_ocr": (
         "all layers of its text model keep the whole prompt beside a window over what is generated, in a cache layer "
         "of their own that is told the length of the prompt"
     ),
-    "vision-encoder-decoder": _DECODER_LOOKS,
     "voxtral_realtime": _BOTH_AT_ONCE,
 }

@@ -84,7 +84,7 @@ class ModelParts:
     @cached_property
     def cross_attention(self) -> bool:
         """True where pictures are no part of the text model's sequence, and the text attends to them."""
-        return has_cross_attention(self.decoder)
+        return bool(self.row.encoded) or has_cross_attention(self.decoder)
 
     @property
     def queries(self) -> nn.Module | None:
@@ -217,7 +217,7 @@ def find_parts(model: nn.Module, table: Mapping[str, FamilyRow] | None = None) -
         )
     row = _row_of(inner, model_type, TABLE if table is None else table)
     base = modules.base_of(inner)
-    decoder, layers = modules.decoder_of(inner)
+    decoder, layers = modules.reading_decoder_of(base) if row.encoded else modules.decoder_of(inner)
     tower = modules.tower_of(base)
     parts = ModelParts(
         model=inner,
@@ -239,6 +239,8 @@ def _require_known(parts: ModelParts) -> None:
     """Check what is read off a model when it is used, so that nothing of it is refused only in the middle of a call."""
     parts.window(0)
     row = parts.row
+    if row.encoded:
+        return  # nothing of it is read but what its decoder is called with
     # What a family has that nobody has tried is found out on its first call.
     encoded = () if row.by_runs or not row.verified else tuple(m for m in row.modalities if m != "audio")
     named = row.modalities if row.verified and not row.id_paths and not row.shared_id else ()
@@ -280,7 +282,7 @@ def _placeholder_ids(config: Any, row: FamilyRow) -> dict[str, int]:
         found = configs.placeholder_id(config, modality)
         if found is not None:
             ids[modality] = found
-    if not ids:
+    if not ids and row.encoded not in ("all", "behind"):
         raise UnsupportedModelError(
             f"The config of '{row.model_type}' names no placeholder id ({', '.join(row.modalities)}_token_id)."
         )

@@ -21,6 +21,7 @@ TowerToLlm = Literal[
     "no_encoder",
     "none",
 ]
+Encoded = Literal["", "all", "placeholders", "behind"]
 Grid = Literal["square", "thw", "anyres", "rows", "unknown"]
 
 
@@ -46,6 +47,8 @@ class FamilyRow:
     own_generate: generate() does not pass through the inner model.
     by_runs: the feature method does not tell what is an item; each run of placeholders is one.
     stacked: layers pass several streams of hidden states, so that norms and projections cannot be previewed.
+    encoded: where pictures are among what an encoder gives for a decoder to attend to: "all" of it, at the
+        "placeholders" of the prompt, "behind" the prompt; "" where the text model itself reads the prompt.
     verified: False for a family nobody has tried, which must prove itself on its first call.
     note: what a user should know.
     """
@@ -66,6 +69,7 @@ class FamilyRow:
     own_generate: bool = False
     by_runs: bool = False
     stacked: bool = False
+    encoded: Encoded = ""
     verified: bool = True
     note: str = ""
 
@@ -91,6 +95,12 @@ _KEYS_NOTE = (
     "Pictures are keys of cross-attention layers, one span each. Steps in front of the LLM that read nothing of it "
     "reduce them; the text keeps its length."
 )
+
+_ENCODED_NOTE = (
+    "What the encoder gives for pictures is what the decoder attends to. Steps in front of the LLM that look at "
+    "features alone reduce it, and with it the cache of the cross-attention; words stay."
+)
+_ENCODED = FamilyRow("vision-encoder-decoder", grid="unknown", encoded="all", note=_ENCODED_NOTE)
 
 _PICKED_NOTE = "Served where layers attend to all keys or to those near by; layers that pick their keys are refused."
 # Whatever their config says, some of their layers cannot be cut exactly; `upstream/layer_kinds.py` says why.
@@ -209,6 +219,12 @@ _ROWS = (
     replace(_AUDIO, model_type="qwen3_asr"),
     replace(_POOLED, model_type="shieldgemma2"),
     replace(_AUDIO, model_type="vibevoice_asr"),
+    _ENCODED,
+    replace(_ENCODED, model_type="pix2struct"),
+    replace(_ENCODED, model_type="pp_formulanet"),
+    replace(_ENCODED, model_type="florence2", encoded="placeholders"),
+    replace(_ENCODED, model_type="t5gemma2", encoded="placeholders"),
+    replace(_ENCODED, model_type="udop", encoded="behind"),
 )
 
 TABLE: dict[str, FamilyRow] = {row.model_type: row for row in _ROWS}

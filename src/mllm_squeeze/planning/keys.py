@@ -56,6 +56,8 @@ def _check_crossed(recipe: Recipe, step: Step, layers: Sequence[int], reducer: R
         does = f"cuts at decoder layer {', '.join(map(str, layers))}"
     elif needs:
         does = f"reads {' and '.join(needs)}"
+    elif parts.row.encoded and reducer.facts.reads_text:
+        does = "reads the words of the prompt"
     if does:
         raise UnsupportedModelError(
             f"'{recipe.method}' {does}, which does not fit '{parts.row.model_type}': its pictures are no part of the "

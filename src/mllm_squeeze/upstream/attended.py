@@ -1,4 +1,4 @@
-"""Calls that bring states to attend to from outside: of a text model with cross-attention, and of a Q-Former."""
+"""Calls that bring states to attend to from outside: of a text model, of a Q-Former, of a decoder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mllm_squeeze.upstream.calls import TextCall
 from mllm_squeeze.upstream.injections import CROSS_STATES
+from mllm_squeeze.upstream.names import ENCODED, ENCODED_MASK
 
 _MASK, _ROWS = "cross_attention_mask", "full_text_row_masked_out_mask"
-_QUERY_STATES, _QUERY_MASK = "encoder_hidden_states", "encoder_attention_mask"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CrossCall:
 
 @dataclass(frozen=True)
 class QueryCall:
-    """What the queries of a Q-Former attend to: states (B, K, D), and a mask (B, K), 0 where closed, or None."""
+    """What a Q-Former or a decoder attends to: states (B, K, D), and a mask (B, K), 0 where closed, or None."""
 
     states: Tensor | None
     mask: Tensor | None
@@ -51,8 +51,8 @@ class QueryCall:
     @classmethod
     def read(cls, kwargs: Mapping[str, Any]) -> QueryCall:
         """Read the call that a pre-hook sees."""
-        return cls(kwargs.get(_QUERY_STATES), kwargs.get(_QUERY_MASK))
+        return cls(kwargs.get(ENCODED), kwargs.get(ENCODED_MASK))
 
     def arguments(self) -> dict[str, Any]:
-        """Return them as arguments of the Q-Former."""
-        return {_QUERY_STATES: self.states, _QUERY_MASK: self.mask}
+        """Return them as arguments of the module."""
+        return {ENCODED: self.states, ENCODED_MASK: self.mask}

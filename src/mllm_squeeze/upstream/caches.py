@@ -28,6 +28,7 @@ __all__ = [
     "WITHOUT_ENTRIES",
     "Cache",
     "DynamicLayer",
+    "crossed",
     "ensure_layer",
     "has_entries",
     "held_entries",
@@ -97,6 +98,12 @@ def layers_of(cache: Any) -> list[Any]:
     if cache is None:
         return []
     return layers_of(cache.self_attention_cache) if isinstance(cache, EncoderDecoderCache) else cache.layers
+
+
+def crossed(cache: Any) -> Any | None:
+    """Return the part of a cache that holds what an encoder gave, None where it has none."""
+    require_cache(cache)
+    return cache.cross_attention_cache if isinstance(cache, EncoderDecoderCache) else None
 
 
 def layer_at(cache: Any, number: int) -> Any | None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from mllm_squeeze.errors import UnsupportedModelError
+from mllm_squeeze.upstream.names import ENCODED, ENCODED_MASK
 from mllm_squeeze.upstream.signatures import forward_parameters
 
 _TOWERS = (
@@ -53,6 +54,8 @@ _PRE_NORMS = ("input_layernorm", "self_attn_layer_norm", "ln_1", "norm1", "opera
 # Layers that have these and none of the above normalise what their parts give, not what they get.
 _POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _AS_IT_IS = nn.Identity()
+# Where an encoder-decoder keeps the half that writes.
+_READING_DECODERS = ("decoder", "language_model.decoder")
 _TEXT_MODELS = ("language_model", "text_model", "model", "decoder")
 # What a stack takes that refines a block of the answer, beside a cache which another stack filled.
 _CANVAS = "decoder_input_ids"
@@ -139,6 +142,23 @@ def decoder_of(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     raise UnsupportedModelError(
         f"No decoder layers found in {type(model).__name__}: expected a text model with `layers` and `embed_tokens` "
         "behind get_decoder(). Encoder-decoder models cannot be cut at a layer."
+    )
+
+
+def reading_decoder_of(base: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """Return the decoder that attends to what an encoder gave, and its layers.
+
+    Raises:
+        UnsupportedModelError: none is found.
+    """
+    for path in _READING_DECODERS:
+        found: Any = first_of(base, (path,))
+        layers = None if found is None else next((m for m in found.modules() if isinstance(m, nn.ModuleList)), None)
+        if layers is not None and {ENCODED, ENCODED_MASK} <= set(forward_parameters(found)):
+            return found, layers
+    raise UnsupportedModelError(
+        f"No decoder was found in {type(base).__name__} that takes `{ENCODED}` and `{ENCODED_MASK}`: expected one at "
+        f"{', '.join(_READING_DECODERS)}."
     )
 
 

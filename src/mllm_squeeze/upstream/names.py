@@ -8,3 +8,4 @@ HIDDEN, MASK, POSITIONS, ROPE = "hidden_states", "attention_mask", "position_ids
 # Which experts each token goes to, int (B, T): layers with experts for pictures alone are told so.
 ROUTING = "moe_mm_token_type_ids"
 EMBEDDINGS, IDS, USE_CACHE = "inputs_embeds", "input_ids", "use_cache"
+ENCODED, ENCODED_MASK = "encoder_hidden_states", "encoder_attention_mask"

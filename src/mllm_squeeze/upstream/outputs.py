@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.upstream.names import CACHE_NAMES
@@ -35,6 +36,8 @@ def with_layer_states(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def cache_of_output(output: Any) -> Any:
     """Return the cache that a model handed out, None without one."""
+    if isinstance(output, tuple):
+        return next((item for item in output if isinstance(item, Cache)), None)
     # Other names than those of fields are properties that warn.
     names = {field.name for field in fields(output)}
     return next((getattr(output, name) for name in CACHE_NAMES if name in names), None)

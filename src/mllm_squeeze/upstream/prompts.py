@@ -21,6 +21,8 @@ _PIXELS = {
     "audio": ("input_features", "audio_input_features", "input_values"),
 }
 _ENCODED, _TOKEN_TYPES = "mm_encoder_outputs", "mm_token_type_ids"
+# What encoders get that read no words.
+_ENCODER_INPUTS = ("pixel_values", "flattened_patches")
 # Names under which a forward collects what it has no name for.
 _CATCH_ALL = ("kwargs", "generate_kwargs")
 
@@ -173,8 +175,23 @@ class GenerateCall:
         return None if prompt is None else int(prompt.shape[0])
 
     @property
+    def encoded_rows(self) -> int | None:
+        """Rows of what an encoder gets, before they are repeated for beams; None where it is not given."""
+        prompt = self._first(("inputs", IDS, EMBEDDINGS, *_ENCODER_INPUTS))
+        return None if prompt is None else int(prompt.shape[0])
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Ids (B, T), None where there are none."""
+        found = self._first(("inputs", IDS))
+        return found if found is not None and found.ndim == 2 else None
+
+    @property
     def _prompt(self) -> Tensor | None:
-        candidates = [self.given.get(name) for name in ("inputs", IDS, EMBEDDINGS)]
+        return self._first(("inputs", IDS, EMBEDDINGS))
+
+    def _first(self, names: tuple[str, ...]) -> Tensor | None:
+        candidates = [self.given.get(name) for name in names]
         return next((one for one in candidates if isinstance(one, Tensor) and one.ndim >= 2), None)
 
     def in_chunks(self, model: nn.Module) -> bool:

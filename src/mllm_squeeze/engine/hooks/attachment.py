@@ -11,6 +11,7 @@ from mllm_squeeze.engine.hooks.calls import CallHooks
 from mllm_squeeze.engine.hooks.cross_attention import CrossAttentionHooks
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.decoder import DecoderHooks
+from mllm_squeeze.engine.hooks.encoded import EncodedHooks
 from mllm_squeeze.engine.hooks.encoder import EncoderHooks
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.layers import LayerHooks
@@ -60,6 +61,8 @@ class Attachment(HookOwner):
         if not self.plan.keys:
             return EncoderHooks, SoundHooks, CallHooks, DecoderHooks, LayerHooks
         # What is cut there is attended to from outside: by the text, or by the queries of a Q-Former.
+        if self.parts.row.encoded:
+            return CallHooks, EncodedHooks
         return EncoderHooks, CallHooks, CrossAttentionHooks if self.parts.cross_attention else QueryHooks
 
     def _is_on(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks
-from mllm_squeeze.engine.keys.kept import KeptKeys, reduce_keys
+from mllm_squeeze.engine.keys.kept import reduce_keys, take_row_mask
 from mllm_squeeze.engine.trace import Attended
 from mllm_squeeze.errors import UnsupportedModelError
 from mllm_squeeze.layout import Span, Tile, TokenLayout
@@ -43,7 +43,7 @@ class QueryHooks(Hooks):
         self._publish(prefill)
         if kept is None:
             return None
-        return args, {**kwargs, **QueryCall(short, _mask(call.mask, kept)).arguments()}
+        return args, {**kwargs, **QueryCall(short, take_row_mask(call.mask, kept)).arguments()}
 
 
 def _layout(states: Tensor, mask: Tensor | None) -> TokenLayout:
@@ -59,10 +59,3 @@ def _layout(states: Tensor, mask: Tensor | None) -> TokenLayout:
         elif bool(columns.any()):
             spans.append(Span(row, "image", row, tuple((n, 1) for n in columns.nonzero().flatten().tolist())))
     return TokenLayout(batch, length, tuple(spans), real, keys=True)
-
-
-def _mask(mask: Tensor | None, kept: KeptKeys) -> Tensor | None:
-    if mask is None:
-        return None if kept.valid is None else kept.valid.long()
-    taken = mask.gather(1, kept.index.to(mask.device))
-    return taken if kept.valid is None else taken * kept.valid.to(taken.device).type_as(taken)

@@ -170,10 +170,23 @@ def announce_keys(cache: Any, layer: int, kept: KeptKeys, reader: weakref.ref[Re
     Raises:
         UnsupportedInputError: the layer is a static or quantised one, or the cache has none for it.
     """
-    found = caches.ensure_layer(cache, layer)
+    caches.ensure_layer(cache, layer)
     require_growing(cache, (layer,))
+    found = _cut_layer(cache, layer)
+    found.upcoming, found.reader = kept, reader
+
+
+def note_keys(cache: Any, kept: KeptKeys) -> None:
+    """Say which keys all layers of a cache hold that a pass has just written."""
+    for number, layer in enumerate(caches.layers_of(cache)):
+        if layer.is_initialized:
+            _cut_layer(cache, number).kept = kept
+
+
+def _cut_layer(cache: Any, number: int) -> CutKeysLayer:
+    found = caches.layer_at(cache, number)
     if not isinstance(found, CutKeysLayer):
         cut = CutKeysLayer.__new__(CutKeysLayer)
         cut.__dict__ = found.__dict__
-        found = caches.put_layer(cache, layer, cut)
-    found.upcoming, found.reader = kept, reader
+        found = caches.put_layer(cache, number, cut)
+    return found

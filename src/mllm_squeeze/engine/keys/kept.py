@@ -101,6 +101,14 @@ def take_columns(mask: Tensor, rows: Tensor | None, kept: KeptKeys) -> tuple[Ten
     return (mask if closed is None else masks.close(mask, closed)), rows
 
 
+def take_row_mask(mask: Tensor | None, kept: KeptKeys) -> Tensor | None:
+    """Return a mask (B, K) of the dense keys, 0 where closed, for those that are left; None where all are open."""
+    if mask is None:
+        return None if kept.valid is None else kept.valid.long()
+    taken = mask.gather(1, kept.index.to(mask.device))
+    return taken if kept.valid is None else taken * kept.valid.to(taken.device).type_as(taken)
+
+
 def open_mask(kept: KeptKeys, tokens: int, dtype: torch.dtype) -> Tensor | None:
     """Return the mask (B, 1, T, M) by which every word sees all keys but padded ones, None where no mask does that.
 
