@@ -56,6 +56,15 @@ def test_quickstart_takes_another_picture_and_method(
     assert any("uniform: 196 -> 49 visual tokens" in line for line in lines)
 
 
+def test_requests_have_budgets_and_reports_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = run("per_request", monkeypatch, capsys, "--ratios", "0.25", "0.5")
+    assert "fastv: 196 -> 147 visual tokens" in after(lines, "ratio 0.25:")
+    assert "fastv: 196 -> 98 visual tokens" in after(lines, "ratio 0.5:")
+    assert "divprune: 196 -> 49 visual tokens" in after(lines, "ratio 0.75:")
+
+
 def test_batch_rows_answer_as_they_do_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

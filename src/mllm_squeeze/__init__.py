@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mllm_squeeze.api import Handle, applied, apply, check, families, remove
+    from mllm_squeeze.api import applied, apply, check, families, remove
     from mllm_squeeze.choosing import Choice, choose
     from mllm_squeeze.engine.text_encoder import TextEncoder
     from mllm_squeeze.engine.trace import Cut
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         UnsupportedInputError,
         UnsupportedModelError,
     )
+    from mllm_squeeze.handle import Handle
     from mllm_squeeze.recipe.recipe import describe, register_method
     from mllm_squeeze.registry import method_names as methods
     from mllm_squeeze.registry import (
@@ -44,7 +45,7 @@ _HOMES = {
     "families": "api",
     "choose": "choosing",
     "Choice": "choosing",
-    "Handle": "api",
+    "Handle": "handle",
     "methods": "registry",
     "describe": "recipe.recipe",
     "Cut": "engine.trace",

@@ -12,140 +12,21 @@ from torch import nn
 
 from mllm_squeeze.checking.release import require_release
 from mllm_squeeze.checking.trial import try_cut
-from mllm_squeeze.engine.hooks.attachment import Attachment
 from mllm_squeeze.engine.hooks.compiled import forget_compiled, refuse_wrapped
 from mllm_squeeze.engine.hooks.running import require_idle
-from mllm_squeeze.engine.sequence.prefill import Prefill
-from mllm_squeeze.engine.text_encoder import bind
-from mllm_squeeze.engine.trace import Cut
 from mllm_squeeze.errors import AlreadyAppliedError, NotAppliedError, SqueezeError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_parts
 from mllm_squeeze.family.table import TABLE, UNCUTTABLE
-from mllm_squeeze.layout import TokenLayout
-from mllm_squeeze.planning.closest import naming_others
-from mllm_squeeze.planning.fit import make_plan, why_not
+from mllm_squeeze.handle import Handle
+from mllm_squeeze.planning.fit import why_not
 from mllm_squeeze.planning.shared_space import require_used
-from mllm_squeeze.recipe.recipe import Recipe, load_recipe
+from mllm_squeeze.recipe.recipe import load_recipe
 from mllm_squeeze.registry import family_plugins, method_names
-from mllm_squeeze.reporting.record import FinishedPrefill, finished, record
-from mllm_squeeze.reporting.report import Report
-from mllm_squeeze.upstream.modules import unwrap
+from mllm_squeeze.upstream.modules import of_pipeline, unwrap
 
 # By the inner model, so that a PEFT wrapper and the model inside it share one handle. The hooks on the model keep the
 # handle alive; a strong reference here would keep the model alive as well.
 _handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
-
-
-class Handle:
-    """A method that is applied to a model; holding it does not keep the model alive.
-
-    method: its name. recipe: its steps and parameters. model: the model as it was given to `apply`.
-    """
-
-    def __init__(self, model: nn.Module, recipe: Recipe, parts: ModelParts, text_encoder: Any = None) -> None:
-        self.recipe = recipe
-        self._model = weakref.ref(model)
-        self._inner = weakref.ref(parts.model)
-        self._last: FinishedPrefill | None = None
-        self._saw_text_only = False
-        self._removed = False
-        with naming_others(recipe, parts):
-            compared = None if text_encoder is None else bind(text_encoder, parts)
-            attachment = Attachment(parts, make_plan(recipe, parts, compared), self._publish)
-            self._attachment = weakref.ref(attachment)
-            attachment.attach()
-
-    @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.recipe.method
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model, None once it is gone."""
-        return self._model()
-
-    @property
-    def cuts(self) -> tuple[Cut, ...]:
-        """Cuts of the last prompt, in the order in which they happened; empty where it had no visual tokens.
-
-        Where `layout.keys` is true, they kept columns of the keys that are attended to, not of the prompt.
-        """
-        last = self._last
-        return () if last is None else last.cuts
-
-    @property
-    def layout(self) -> TokenLayout | None:
-        """Where the spans of the last prompt were, None where it had no visual tokens."""
-        last = self._last
-        return None if last is None else last.layout
-
-    def report(self) -> Report:
-        """Return what the prefill of the last prompt did: tokens, lengths, FLOPs and the rule's own time.
-
-        Decode steps and later turns without a picture, on the same cache, belong to that prompt. It works after
-        `remove` as well.
-
-        Raises:
-            NotAppliedError: there was no prompt yet, or the last one had no visual tokens.
-        """
-        last = self._last
-        if last is not None:
-            return Report(record(self.recipe, last))
-        if self._saw_text_only:
-            raise NotAppliedError(
-                "Nothing to report: the last prompt held no visual tokens, so nothing was cut. Run the model on a "
-                "prompt with an image or video."
-            )
-        raise NotAppliedError(
-            "Nothing to report: no prompt with an image or video went through the model since apply. Run the model "
-            "once."
-        )
-
-    def remove(self) -> None:
-        """Take the method off; the model is as it was.
-
-        Raises:
-            NotAppliedError: it was taken off before. InUseError: another thread is inside a call of the model.
-        """
-        self._require_applied()
-        attachment, inner = self._attachment(), self._inner()
-        if attachment is not None:
-            require_idle(_called(attachment.parts))
-            attachment.detach()
-            forget_compiled(attachment.parts)
-        self._removed = True
-        if inner is not None:
-            _handles.pop(inner, None)
-
-    @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Run the dense model inside the block, to compare in one process; blocks nest.
-
-        This holds for the thread, or the task of an event loop, that is inside the block. Other threads stay squeezed,
-        also those that are started in it, unless they run in a copy of its context (`contextvars.copy_context().run`).
-
-        Raises:
-            NotAppliedError: the method was taken off before.
-        """
-        self._require_applied()
-        attachment = self._attachment()
-        with contextlib.nullcontext() if attachment is None else attachment.switch.off():
-            yield
-
-    def _require_applied(self) -> None:
-        if self._removed:
-            raise NotAppliedError(f"'{self.method}' was already removed from this model.")
-
-    def _publish(self, prefill: Prefill | None) -> None:
-        self._last = None if prefill is None else finished(prefill)
-        self._saw_text_only = prefill is None
-        if prefill is not None:
-            prefill.forget()
-
-    def __repr__(self) -> str:
-        state = "removed" if self._removed else "applied"
-        return f"Handle({self.method!r}, {self.recipe.params}, {state})"
 
 
 def apply(
@@ -155,12 +36,13 @@ def apply(
 
     A model that was compiled and has run is compiled anew at its next call, as is other compiled code in the process.
 
-    method: the name of a method, the path of a YAML recipe, or a dict. text_encoder: for methods that compare words and
-    pictures in a space that both share, what was trained together with the model's vision tower: a CLIP or SigLIP
-    model, its folder or hub id, or a `TextEncoder` that says more. params: what the recipe lets one set, such as
-    `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the fraction kept), `total`
-    (tokens kept of all spans of one prompt together) and `layer`. Each of the first three may be a list, one number for
-    each row of the batch.
+    model: the model, in any nesting of PEFT, torch.compile, DataParallel, DistributedDataParallel and FSDP, or a
+    pipeline that holds it. method: the name of a method, the path of a YAML recipe, or a dict. text_encoder: for
+    methods that compare words and pictures in a space that both share, what was trained together with the model's
+    vision tower: a CLIP or SigLIP model, its folder or hub id, or a `TextEncoder` that says more. params: what the
+    recipe lets one set, such as `ratio` (fraction of the visual tokens removed), `keep` (tokens kept per span, or the
+    fraction kept), `total` (tokens kept of all spans of one prompt together) and `layer`. Each of the first three may
+    be a list, one number for each row of the batch.
 
     Raises:
         AlreadyAppliedError: a method is applied to the model.
@@ -170,6 +52,7 @@ def apply(
         InUseError: another thread is inside a call of the model.
     """
     _check_order(model, method)
+    model = of_pipeline(model)
     recipe = load_recipe(method, **params)
     if text_encoder is not None:
         require_used(recipe)
@@ -181,9 +64,10 @@ def apply(
             f"'{present.method}' is applied to this model. Call squeeze.remove(model) first, or write one recipe "
             "with both steps."
         )
-    require_idle(_called(parts))
+    require_idle(parts.called)
     require_release(parts)
-    handle = Handle(model, recipe, parts, text_encoder)
+    inner = weakref.ref(parts.model)
+    handle = Handle(model, recipe, parts, text_encoder, gone=lambda: _forget(inner))
     forget_compiled(parts)
     _handles[parts.model] = weakref.ref(handle)
     return handle
@@ -208,6 +92,7 @@ def remove(model: nn.Module) -> None:
     Raises:
         NotAppliedError: none is applied. InUseError: another thread is inside a call of the model.
     """
+    model = of_pipeline(model)
     # What was applied can be taken off, whatever was done to the model or its config since.
     found = _handle_of(unwrap(model)) or _handle_of(_find(model).model)
     if found is None:
@@ -230,8 +115,10 @@ def _find(model: nn.Module) -> ModelParts:
     return find_parts(model, {**TABLE, **family_plugins()})
 
 
-def _called(parts: ModelParts) -> tuple[nn.Module, ...]:
-    return parts.model, parts.base, parts.decoder
+def _forget(inner: weakref.ref[nn.Module]) -> None:
+    model = inner()
+    if model is not None:
+        _handles.pop(model, None)
 
 
 def _handle_of(inner: nn.Module) -> Handle | None:
@@ -255,7 +142,7 @@ def check(model: nn.Module, *, run: bool = False) -> dict[str, Any]:
         UnsupportedModelError: the model cannot be squeezed at all. AlreadyAppliedError: run, with a method applied.
         InUseError: run, while another thread is inside a call of the model.
     """
-    parts = _find(model)
+    parts = _find(of_pipeline(model))
     found = _found(parts)
     if run:
         present = _handle_of(parts.model)
@@ -263,7 +150,7 @@ def check(model: nn.Module, *, run: bool = False) -> dict[str, Any]:
             raise AlreadyAppliedError(
                 f"'{present.method}' is applied to this model. Call squeeze.remove(model) before a self-check."
             )
-        require_idle(_called(parts))
+        require_idle(parts.called)
         found["self_check"] = try_cut(parts).as_dict()
     return found
 

@@ -235,7 +235,7 @@ def test_the_switch_goes_on_with_a_warning(model: Any, untested: None, monkeypat
 def test_no_stand_in_is_said(model: Any, untested: None, monkeypatch: Patch) -> None:
     monkeypatch.setattr(canary, "decoding_of", lambda parts: canary.Verdict(why_not="no small text model runs"))
     monkeypatch.setattr("mllm_squeeze.checking.release.decoding_of", canary.decoding_of)
-    with pytest.warns(squeeze.SqueezeWarning, match=r"was not tried: no small text model runs.*handle\.disabled"):
+    with pytest.warns(squeeze.SqueezeWarning, match=r"was not tried: no small text model runs.*handle\.using"):
         squeeze.apply(model, "divprune").remove()
 
 

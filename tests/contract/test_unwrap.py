@@ -98,6 +98,22 @@ def test_distributed_data_parallel(group: None) -> None:
     assert unwrap(nested) is t.model
 
 
+def test_a_pipeline_and_what_holds_no_model() -> None:
+    class Pipeline:
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+    t = tiny.fresh("llava")
+    before = snapshot.snapshot(t.model)
+    pipeline: Any = Pipeline(t.model)
+    handle = squeeze.apply(pipeline, "divprune", ratio=0.5)
+    assert handle.model is t.model
+    squeeze.remove(pipeline)
+    snapshot.assert_same(before, snapshot.snapshot(t.model))
+    with pytest.raises(squeeze.SqueezeError, match="Got a Pipeline"):
+        squeeze.apply(Pipeline(None), "divprune")  # type: ignore[arg-type]
+
+
 def test_the_thinker_inside_of_wrappers() -> None:
     class Omni(nn.Module):
         def __init__(self, thinker: nn.Module) -> None:

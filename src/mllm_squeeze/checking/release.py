@@ -51,7 +51,7 @@ def _require_canary(parts: ModelParts) -> None:
 
 def _warn(what: str) -> None:
     warnings.warn(
-        f"{what}. Compare an answer with handle.disabled() once. {versions.how_to_go_on()}",
+        f"{what}. Compare an answer with handle.using(off=True) once. {versions.how_to_go_on()}",
         SqueezeWarning,
         stacklevel=4,
     )

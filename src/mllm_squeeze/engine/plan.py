@@ -61,6 +61,12 @@ class Plan:
     decode: PlannedCut | None = None
     # Reductions of keys that the text, or the queries of a Q-Former, attend to; there is nothing else then.
     keys: tuple[PlannedCut, ...] = ()
+    # The plan whose hooks serve this one, which differs from it in budgets alone.
+    base: Plan | None = None
+
+    def is_of(self, plan: Plan) -> bool:
+        """True where the hooks of a plan serve this one."""
+        return self is plan or self.base is plan
 
     def refuse_copy(self) -> NoReturn:
         """Say why a squeezed model can be neither copied nor pickled.

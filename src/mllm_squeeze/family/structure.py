@@ -164,6 +164,11 @@ class ModelParts:
         layer = layer if isinstance(layer, int) else layer[0]
         return len(self.blocks) + layer if layer < 0 else layer - 1
 
+    @property
+    def called(self) -> tuple[nn.Module, ...]:
+        """The modules whose calls our hooks follow."""
+        return self.model, self.base, self.decoder
+
     @cached_property
     def kv_sources(self) -> dict[int, int]:
         """For each layer that borrows keys and values, the layer it borrows them from: the last own one of its type."""

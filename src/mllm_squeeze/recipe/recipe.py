@@ -83,6 +83,15 @@ def load_recipe(source: str | Path | Mapping[str, Any], /, **params: Any) -> Rec
     Raises ConfigError for anything that is not valid and UnknownNameError for an unknown method or reducer.
     """
     raw, where, origin = _read(source)
+    return _filled_in(raw, params, where, origin)
+
+
+def with_budget(recipe: Recipe, name: str, value: Any) -> Recipe:
+    """Return the recipe that `load_recipe` gives with another budget, `ratio`, `keep` or `total`; raises like it."""
+    return _filled_in(recipe.to_dict(), {name: value}, f"method '{recipe.method}'", recipe.source)
+
+
+def _filled_in(raw: dict[str, Any], params: Mapping[str, Any], where: str, origin: str) -> Recipe:
     raw = template.override(raw, params, where)
     plain = template.resolve(raw, where)
     steps = []

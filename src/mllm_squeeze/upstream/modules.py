@@ -63,8 +63,14 @@ _CLASS_TOKENS = ("class_embedding", "cls_token")
 _POSITION_TABLES = ("position_embedding", "pos_embed", "positional_embedding")
 
 
+def of_pipeline(model: Any) -> Any:
+    """Return the model of a pipeline of transformers, and anything else as it is."""
+    found = None if isinstance(model, nn.Module) else getattr(model, "model", None)
+    return found if isinstance(found, nn.Module) else model
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the HuggingFace model inside PEFT, torch.compile and data-parallel wrappers, in whatever order they nest.
+    """Return the HuggingFace model inside PEFT, torch.compile, data-parallel and FSDP wrappers, in any nesting.
 
     Of an omni model it is the thinker, which all of the prompt goes through.
     """
@@ -92,9 +98,10 @@ def _inside(model: nn.Module) -> nn.Module | None:
     # What torch.compile returns hands every other attribute on to the model inside, so it must be asked for first.
     if not isinstance(model, nn.Module):
         return None
-    compiled = model._modules.get("_orig_mod")
-    if compiled is not None:
-        return compiled
+    for name in ("_orig_mod", "_fsdp_wrapped_module"):
+        wrapped = model._modules.get(name)
+        if wrapped is not None:
+            return wrapped
     get_base: Any = getattr(model, "get_base_model", None)
     if callable(get_base):
         return get_base()

@@ -17,8 +17,8 @@ from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.layers import LayerHooks
 from mllm_squeeze.engine.hooks.owner import HookOwner, Hooks, Publish
 from mllm_squeeze.engine.hooks.qformer import QueryHooks
+from mllm_squeeze.engine.hooks.requests import Requests
 from mllm_squeeze.engine.hooks.sound import SoundHooks
-from mllm_squeeze.engine.hooks.switch import Switch
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.tokens.features import Features
@@ -32,13 +32,14 @@ R = TypeVar("R")
 class Attachment(HookOwner):
     """The hooks of one handle on one model, which keep it alive as long as they are there.
 
-    publish: gets each prefill when it ends, None for a prompt without visual tokens.
+    publish: gets each prefill when it ends, None for a prompt without visual tokens. requests: those of the
+    handle, which outlast a switch of its method.
     """
 
-    def __init__(self, parts: ModelParts, plan: Plan, publish: Publish) -> None:
+    def __init__(self, parts: ModelParts, plan: Plan, publish: Publish, requests: Requests | None = None) -> None:
         super().__init__(plan)
         self.parts = parts
-        self.switch = Switch()
+        self.requests = Requests(plan) if requests is None else requests
         self._publish = publish
         self._local = Local()
         self._installer = Installer()
@@ -47,7 +48,7 @@ class Attachment(HookOwner):
         """Hook the model; on an error everything is taken off again."""
         try:
             for kind in self._kinds():
-                kind(self.parts, self.plan, self._local, self._is_on, self._publish).attach(self._installer)
+                kind(self.parts, self.plan, self._local, self.requests, self._hand_on).attach(self._installer)
         except BaseException:
             self.detach()
             raise
@@ -65,9 +66,9 @@ class Attachment(HookOwner):
             return CallHooks, EncodedHooks
         return EncoderHooks, CallHooks, CrossAttentionHooks if self.parts.cross_attention else QueryHooks
 
-    def _is_on(self) -> bool:
-        """True where the handle acts; the hooks hold this method, and with it the attachment."""
-        return self.switch.is_on()
+    def _hand_on(self, prefill: Prefill | None) -> None:
+        """Hand a prefill on; the hooks hold this method, and with it the attachment."""
+        self._publish(prefill)
 
     def run_with(self, prefill: Prefill | None, function: Callable[[], R]) -> R:
         """Call the text model with a prefill made by hand; with None it runs dense.

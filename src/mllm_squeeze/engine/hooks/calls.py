@@ -55,7 +55,8 @@ class CallHooks(Hooks):
         if is_traced_step(kwargs):
             return
         call = PromptCall.read(module, args, kwargs)
-        encoded = {m: recorded(self.plan, output) for m, output in call.encoded.items()} if self._enabled() else {}
+        given = call.encoded if self._enabled() else {}
+        encoded = {modality: recorded(self._requests.planned(), output) for modality, output in given.items()}
         known = {modality: found for modality, found in encoded.items() if found is not None}
         self._local.wholes.enter(Whole(wanted_tail(module, kwargs), known))
 
@@ -69,7 +70,7 @@ class CallHooks(Hooks):
         run = PromptRun(PromptCall.read(module, args, kwargs))
         self._local.prompt_runs.enter(run)
         for modality, output in run.call.encoded.items() if self._enabled() else ():
-            found = recorded(self.plan, output) or self._brought(modality)
+            found = recorded(self._requests.planned(), output) or self._brought(modality)
             if found is None:
                 raise UnsupportedInputError(
                     f"The {modality} features of this call were encoded without the handle, or the prompt is prefilled "

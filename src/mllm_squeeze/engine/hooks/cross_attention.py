@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from mllm_squeeze.engine.hooks.current import Calls, Local
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
+from mllm_squeeze.engine.hooks.requests import Requests
 from mllm_squeeze.engine.keys import cache_layer as key_cache
 from mllm_squeeze.engine.keys.kept import KeptKeys, all_keys, open_mask, reduce_keys, take_columns
 from mllm_squeeze.engine.kv import ask as kv
@@ -48,10 +48,8 @@ class _Now(threading.local):
 class CrossAttentionHooks(Hooks):
     """Takes rows of the states that the text attends to, and in every later pass columns of the mask over them."""
 
-    def __init__(
-        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
-    ) -> None:
-        super().__init__(parts, plan, local, enabled, publish)
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, requests: Requests, publish: Publish) -> None:
+        super().__init__(parts, plan, local, requests, publish)
         self._layers = cross_layers(parts.layers)
         self._now = _Now()
 
@@ -105,7 +103,7 @@ class CrossAttentionHooks(Hooks):
             text = words_behind_pictures(self.parts, call, prompted, self._local.prompt)
         past = kv.tokens_seen(call.cache)
         prefill, states, kept = reduce_keys(
-            self.parts, self.plan, layout, pictures.states, text, past, self._local.rows
+            self.parts, self._requests.planned(), layout, pictures.states, text, past, self._local.rows
         )
         held = key_cache.held_keys(call.cache, self._layers[0], call.batch, states.device)
         prefill.attended = Attended(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mllm_squeeze.engine.hooks import self_check
 from mllm_squeeze.engine.hooks.current import Local, PromptRun
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
+from mllm_squeeze.engine.hooks.requests import Requests
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan
@@ -36,10 +37,8 @@ from mllm_squeeze.upstream.versions import installed
 class DecoderHooks(Hooks):
     """Starts a pass when the text model is called, and hands a prefill on when its call ends."""
 
-    def __init__(
-        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
-    ) -> None:
-        super().__init__(parts, plan, local, enabled, publish)
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, requests: Requests, publish: Publish) -> None:
+        super().__init__(parts, plan, local, requests, publish)
         self._verified = parts.row.verified
         self._windowed = any(parts.window(number) for number in range(len(parts.layers)))
 
@@ -123,7 +122,7 @@ class DecoderHooks(Hooks):
             return None
         refuse_scaled(self.parts.text_config, past + call.width)
         prefill = Prefill(
-            self.plan,
+            self._requests.planned(),
             self.parts,
             layout,
             features,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from mllm_squeeze.engine.hooks.current import Calls, Local
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
+from mllm_squeeze.engine.hooks.requests import Requests
 from mllm_squeeze.engine.keys import cache_layer as key_cache
 from mllm_squeeze.engine.keys.kept import KeptKeys, reduce_keys, take_row_mask
 from mllm_squeeze.engine.plan import Plan
@@ -48,10 +48,8 @@ class EncodedHooks(Hooks):
     The first pass chooses; its cache then knows what is left, and later passes on it are told the same.
     """
 
-    def __init__(
-        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
-    ) -> None:
-        super().__init__(parts, plan, local, enabled, publish)
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, requests: Requests, publish: Publish) -> None:
+        super().__init__(parts, plan, local, requests, publish)
         self._now = _Now()
 
     def attach(self, installer: Installer) -> None:
@@ -88,7 +86,7 @@ class EncodedHooks(Hooks):
             warn_no_image()
             return states
         rows = None if prompt is None else prompt.encoded_rows
-        prefill, short, kept = reduce_keys(self.parts, self.plan, layout, states, rows=rows)
+        prefill, short, kept = reduce_keys(self.parts, self._requests.planned(), layout, states, rows=rows)
         layers = tuple(range(len(self.parts.layers)))
         prefill.attended = Attended(layers, call.width, layout.length, short.shape[1])
         now.prefill, now.kept = prefill, kept

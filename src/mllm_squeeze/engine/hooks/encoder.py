@@ -18,6 +18,7 @@ from mllm_squeeze.engine.encoder.seen_way import SeenWays
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
+from mllm_squeeze.engine.hooks.requests import Requests
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.signals.rows import Listener
@@ -34,10 +35,8 @@ from mllm_squeeze.upstream.prompts import EmbedderCall, flat, vision_inputs
 class EncoderHooks(Hooks):
     """Records each call of a family's feature methods."""
 
-    def __init__(
-        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
-    ) -> None:
-        super().__init__(parts, plan, local, enabled, publish)
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, requests: Requests, publish: Publish) -> None:
+        super().__init__(parts, plan, local, requests, publish)
         self._signals = plan.encoder_needs
         self._ways = SeenWays(parts)
 
@@ -71,7 +70,8 @@ class EncoderHooks(Hooks):
             if not self._enabled() or self._local.encode is not None:
                 return original(*args, **kwargs)
             inputs = vision_inputs(modality, flat(original, args, kwargs))
-            merge = self._merge_for(modality)
+            plan = self._requests.planned()
+            merge = self._merge_for(modality, plan)
             call = EncodeCall(self.parts, modality, self._signals, merge, self.plan.text_encoder)
             entry = self._local.encodings.enter(call, sys._getframe())
             try:
@@ -81,10 +81,10 @@ class EncoderHooks(Hooks):
             if isinstance(output, tuple):
                 return output
             # Who hands out what was encoded before, as a cache of features does, hands out what was recorded then.
-            found = recorded(self.plan, output)
+            found = recorded(plan, output)
             if found is None:
                 found = call.features(inputs, output, self._seen(modality, lambda: original(*args, **kwargs)))
-                found = replace(found, merged_by=merger(self.plan), compared_by=comparer(self.plan))
+                found = replace(found, merged_by=merger(plan), compared_by=comparer(plan))
                 mark(output, found)
             if self._local.prompt_run is not None and not self.parts.row.by_runs:
                 self._local.prompt_run.features[modality] = found
@@ -105,20 +105,20 @@ class EncoderHooks(Hooks):
 
         return functools.partial(self._ways.carry, again)
 
-    def _merge_for(self, modality: str) -> EncoderMerge | None:
+    def _merge_for(self, modality: str, plan: Plan) -> EncoderMerge | None:
         last = self.parts.feature_block
-        if self.plan.encoder is None or last is None:
+        if plan.encoder is None or last is None:
             return None
         if modality == "video" and self.parts.row.tower_to_llm != "identity":
             warnings.warn(
-                f"'{self.plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
+                f"'{plan.encoder.name}' leaves videos alone in '{self.parts.row.model_type}', which pools their "
                 "tokens behind the encoder; use a method that acts at the projector for them.",
                 SqueezeWarning,
                 stacklevel=2,
             )
             return None
-        blocks = self.plan.encoder_blocks or tuple(range(1, last + 1))
-        return EncoderMerge(self.parts, self.plan.encoder.reducer, self.plan.encoder.amount, blocks)
+        blocks = plan.encoder_blocks or tuple(range(1, last + 1))
+        return EncoderMerge(self.parts, plan.encoder.reducer, plan.encoder.amount, blocks)
 
     def _hook_blocks(self, installer: Installer) -> None:
         last, blocks, projector = self.parts.feature_block, self.parts.blocks, self.parts.projector

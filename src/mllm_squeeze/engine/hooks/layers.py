@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from mllm_squeeze.engine.hooks import listening, preview
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Installer
 from mllm_squeeze.engine.hooks.owner import Hooks, Publish
+from mllm_squeeze.engine.hooks.requests import Requests
 from mllm_squeeze.engine.hooks.untraced import untraced
 from mllm_squeeze.engine.kv import ask as kv
 from mllm_squeeze.engine.plan import Plan, PlannedCut
@@ -34,13 +34,11 @@ from mllm_squeeze.upstream.calls import LayerCall
 class LayerHooks(Hooks):
     """Runs what a pass needs in front of each layer, and behind the last one."""
 
-    def __init__(
-        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
-    ) -> None:
-        super().__init__(parts, plan, local, enabled, publish)
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, requests: Requests, publish: Publish) -> None:
+        super().__init__(parts, plan, local, requests, publish)
         self._decode = None if plan.decode is None else _while_decoding(plan.decode)
         self._sources = Sources(plan, parts)
-        self._chooses_rows = [cut for cut in plan.cuts if chooses_rows(cut)]
+        self._chooses_rows = any(chooses_rows(cut) for cut in plan.cuts)
 
     def attach(self, installer: Installer) -> None:
         """Put the hooks on.
@@ -137,8 +135,7 @@ class LayerHooks(Hooks):
         cuts, stage = prefill.plan.at(number), prefill.stage
         if number == 0:
             self._sources.start(prefill, hidden)
-            for cut in self._chooses_rows if prefill.plan is self.plan else ():
-                cutting.choose_rows(prefill, cut, hidden)
+            self._choose_rows(prefill, hidden)
             if prefill.plan.encoder is not None:
                 hidden = cutting.cut_survivors(prefill, prefill.plan.encoder, hidden)
         for cut in cuts:
@@ -149,6 +146,13 @@ class LayerHooks(Hooks):
             refuse_static(prefill, call.cache)
         self._sources.forget(prefill, number)
         return hidden
+
+    def _choose_rows(self, prefill: Prefill, hidden: Tensor) -> None:
+        # A self-check runs other cuts, which no source was made for.
+        if self._chooses_rows and prefill.plan.is_of(self.plan):
+            for cut in prefill.plan.cuts:
+                if chooses_rows(cut):
+                    cutting.choose_rows(prefill, cut, hidden)
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         prefill = self._local.running

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from mllm_squeeze.engine.hooks.current import Local
 from mllm_squeeze.engine.hooks.installer import Installer
+from mllm_squeeze.engine.hooks.requests import Requests
 from mllm_squeeze.engine.plan import Plan
 from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.family.structure import ModelParts
@@ -27,16 +28,15 @@ class HookOwner:
 class Hooks(HookOwner):
     """The hooks of one plan on one kind of modules.
 
-    local: what runs in this thread now. enabled: says whether the handle is switched on now. publish: gets each
-    prefill when it ends, None for a prompt without visual tokens.
+    local: what runs in this thread now. requests: what it was asked for, whose plan has the budgets that hold now; the
+    hooks are those of `plan`. publish: gets each prefill when it ends, None for a prompt without visual tokens.
     """
 
-    def __init__(
-        self, parts: ModelParts, plan: Plan, local: Local, enabled: Callable[[], bool], publish: Publish
-    ) -> None:
+    def __init__(self, parts: ModelParts, plan: Plan, local: Local, requests: Requests, publish: Publish) -> None:
         super().__init__(plan)
         self.parts = parts
-        self._local, self._enabled, self._publish = local, enabled, publish
+        self._local, self._requests, self._publish = local, requests, publish
+        self._enabled = requests.is_on
 
     def attach(self, installer: Installer) -> None:
         """Put the hooks on.

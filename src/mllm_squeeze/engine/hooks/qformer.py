@@ -38,7 +38,7 @@ class QueryHooks(Hooks):
         if call.states is None or not self._enabled():
             return None
         layout = _layout(call.states, call.mask)
-        prefill, short, kept = reduce_keys(self.parts, self.plan, layout, call.states)
+        prefill, short, kept = reduce_keys(self.parts, self._requests.planned(), layout, call.states)
         prefill.attended = Attended((), 0, call.states.shape[1], short.shape[1])
         self._publish(prefill)
         if kept is None:

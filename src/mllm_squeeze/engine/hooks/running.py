@@ -46,8 +46,10 @@ def _stack(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def require_idle(modules: Iterable[nn.Module]) -> None:
+def require_idle(modules: Iterable[nn.Module], own_too: bool = False) -> None:
     """Check that no other thread is inside a call of these modules: torch goes through their hooks without a lock.
+
+    own_too: nor this thread.
 
     Raises:
         InUseError: one is.
@@ -55,10 +57,12 @@ def require_idle(modules: Iterable[nn.Module]) -> None:
     wanted = {id(module) for module in modules}
     own = threading.get_ident()
     for thread, innermost in sys._current_frames().items():
-        if thread != own and any(id(_caller_self(frame)) in wanted for frame in _stack(innermost)):
+        if (own_too or thread != own) and any(id(_caller_self(frame)) in wanted for frame in _stack(innermost)):
+            who = "Another" if thread != own else "This"
             raise InUseError(
-                "Another thread is inside a call of this model, so hooks can be neither put on nor taken off now. Wait "
-                "until it is done. To run dense in this thread alone, use `with handle.disabled():`."
+                f"{who} thread is inside a call of this model, so hooks can be neither put on nor taken off now. Wait "
+                "until it is done. To run dense in this thread alone, use `with handle.using(off=True):`; to run with "
+                "another budget, `with handle.using(ratio=...):`."
             )
 
 

@@ -108,7 +108,7 @@ class Sources:
     def hear(self, prefill: Prefill, spot: Spot, given: Any) -> None:
         """Keep what is there at a place of the model."""
         # A self-check runs other cuts.
-        for source in self.spots[spot] if prefill.plan is self.plan else ():
+        for source in self.spots[spot] if prefill.plan.is_of(self.plan) else ():
             self._keep(prefill, source, given)
 
     def hear_attention(self, prefill: Prefill, spot: Spot, call: AttentionCall) -> None:
@@ -123,7 +123,7 @@ class Sources:
             del prefill.signals.read[source]
 
     def _read_in(self, prefill: Prefill, number: int) -> list[Source]:
-        if prefill.plan is not self.plan:
+        if not prefill.plan.is_of(self.plan):
             return []
         return [source for source in self.last if source.layer == number]
 

@@ -21,5 +21,5 @@ def refuse_scaled(config: Any, length: int) -> None:
         raise UnsupportedInputError(
             f"This text model scales attention by the place in the cache from token {start} on, and {length} tokens "
             "were seen: after a cut the places are others. Use a shorter prompt, or the dense model "
-            "(handle.disabled())."
+            "(handle.using(off=True))."
         )
