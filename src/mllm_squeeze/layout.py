@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
 
@@ -119,9 +121,13 @@ class TokenLayout:
     @cached_property
     def visual(self) -> torch.Tensor:
         """Bool (batch, length) on the CPU, True where a token is visual."""
+        return self.of({span.modality for span in self.spans})
+
+    def of(self, modalities: Collection[str]) -> torch.Tensor:
+        """Return bool (batch, length) on the CPU, True where a token is of one of some modalities."""
         mask = self.real.new_zeros(self.real.shape)
         for span in self.spans:
-            for start, length in span.runs:
+            for start, length in span.runs if span.modality in modalities else ():
                 mask[span.sample, start : start + length] = True
         return mask
 

@@ -616,7 +616,7 @@ def test_facts_are_those_of_all_steps() -> None:
         "reads_text": True,
         "text_encoder": False,
         "signals": ["Attention"],
-        "modalities": ["video"],
+        "modalities": ["image", "video", "audio"],
     }
 
 

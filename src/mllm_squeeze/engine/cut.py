@@ -146,11 +146,7 @@ def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     reducer, table = planned.reducer, session.table
     rows = [n for n, span in enumerate(layout.spans) if span.modality in planned.facts.modalities]
     if not rows:
-        given = sorted({span.modality for span in layout.spans})
-        limits.warn(
-            f"'{planned.name}' reduces {', '.join(sorted(planned.facts.modalities))} tokens, the prompt holds only "
-            f"{', '.join(given)}; nothing was cut."
-        )
+        _warn_idle(session, planned.name)
         return None
     asked = limits.asked_of(session, planned, rows)
     if asked is None:
@@ -167,6 +163,16 @@ def _candidates(session: Prefill, planned: PlannedCut) -> _Candidates | None:
     budget = tuple(min(asked[n], current[n]) for n in rows)
     limits.require_reachable(session, planned, rows, there, budget)
     return _Candidates(rows, picked, order, may.gather(1, order), there, budget)
+
+
+def _warn_idle(session: Prefill, name: str) -> None:
+    """Warn where no step of the method reduces anything of the prompt; where one does, the report names the others."""
+    given = {span.modality for span in session.layout.spans}
+    if not session.plan.modalities & given:
+        limits.warn(
+            f"'{name}' reduces {', '.join(sorted(session.plan.modalities))} tokens, the prompt holds only "
+            f"{', '.join(sorted(given))}; nothing was cut."
+        )
 
 
 def _is_cell(session: Prefill, table: SpanTable, rows: list[int]) -> Tensor:

@@ -45,7 +45,8 @@ def current_of(session: Prefill, separators: str, row: int) -> int:
     """Return how many tokens of a span a reducer may choose from now."""
     span, current = session.layout.spans[row], session.table.current[row]
     cells = _cells(span.tiles) or span.length
-    if separators != "compete" and session.stage == 0:
+    # Other spans may have been cut before; of this one everything is there, separators too.
+    if separators != "compete" and current == span.length:
         return cells
     return current - (span.length - cells) if separators == "keep" else current
 

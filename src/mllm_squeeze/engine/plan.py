@@ -92,6 +92,12 @@ class Plan:
         return min(layers, default=None)
 
     @property
+    def modalities(self) -> frozenset[str]:
+        """What its steps reduce, taken together."""
+        steps = [*self.cuts, *self.keys, *(step for step in (self.encoder, self.decode) if step is not None)]
+        return frozenset[str]().union(*(step.facts.modalities for step in steps))
+
+    @property
     def needs(self) -> frozenset[Need]:
         """All signals that the cuts ask for."""
         return frozenset(need for cut in self.cuts for need in cut.reducer.needs())

@@ -6,7 +6,8 @@ from mllm_squeeze.engine.plan import Plan, PlannedCut
 from mllm_squeeze.engine.text_encoder import PromptEncoder
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts, find_attention
-from mllm_squeeze.planning.keys import check_modality, key_cuts
+from mllm_squeeze.planning.keys import key_cuts
+from mllm_squeeze.planning.modality import fitting_steps
 from mllm_squeeze.planning.signals import check_inside, check_needs
 from mllm_squeeze.recipe.recipe import Recipe, resolve_steps
 from mllm_squeeze.recipe.steps import At
@@ -23,14 +24,13 @@ def make_plan(recipe: Recipe, parts: ModelParts, text_encoder: PromptEncoder | N
         UnsupportedModelError: the model lacks a part that the recipe needs; the message names it.
     """
     places = resolve_steps(recipe, len(parts.layers))
-    if parts.cross_attention or any(step.at.keys for step in recipe.steps):
+    if parts.cross_attention or any(step.at.keys for _, step in fitting_steps(recipe, parts)):
         return Plan((), recipe.positions == "repack", keys=key_cuts(recipe, parts, places))
     cuts: list[PlannedCut] = []
     encoder = decode = None
     blocks: tuple[int, ...] = ()
-    for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
-        reducer = step.built
-        check_modality(recipe, reducer, parts)
+    for number, step in fitting_steps(recipe, parts):
+        reducer, layers = step.built, places[number]
         if step.at.place == "encoder":
             blocks = _encoder_blocks(recipe, step.at, parts)
             encoder = PlannedCut(number, recipe.method, 0, reducer, step.amount)
@@ -49,6 +49,8 @@ def make_plan(recipe: Recipe, parts: ModelParts, text_encoder: PromptEncoder | N
                 _check_shared(recipe, cut, parts)
                 check_needs(recipe.method, cut, parts)
             cuts += planned
+    # Steps for other modalities stand in any order; a pass meets cuts by their layer.
+    cuts.sort(key=lambda cut: cut.layer)
     plan = Plan(tuple(cuts), recipe.positions == "repack", encoder, blocks, decode)
     _check_whole_tower(recipe, plan)
     return plan

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mllm_squeeze.engine.plan import PlannedCut
 from mllm_squeeze.errors import ConfigError, UnsupportedModelError
 from mllm_squeeze.family.structure import ModelParts
+from mllm_squeeze.planning.modality import fitting_steps
 from mllm_squeeze.recipe.recipe import Recipe
 from mllm_squeeze.recipe.steps import Step
 from mllm_squeeze.reducers.base import Reducer
@@ -24,25 +25,14 @@ def key_cuts(recipe: Recipe, parts: ModelParts, places: Sequence[Sequence[int]])
         UnsupportedModelError: nothing attends to image features from outside, or a step cannot act on them.
     """
     cuts = []
-    for number, (step, layers) in enumerate(zip(recipe.steps, places, strict=True)):
-        reducer = step.built
-        check_modality(recipe, reducer, parts)
+    for number, step in fitting_steps(recipe, parts):
+        reducer, layers = step.built, places[number]
         if parts.cross_attention:
             _check_crossed(recipe, step, layers, reducer, parts)
         else:
             _check_queried(recipe, step, reducer, parts)
         cuts.append(PlannedCut(number, recipe.method, 0, reducer, step.amount))
     return tuple(cuts)
-
-
-def check_modality(recipe: Recipe, reducer: Reducer, parts: ModelParts) -> None:
-    """Check that a reducer takes something that the model takes; raises UnsupportedModelError."""
-    if not reducer.facts.modalities & set(parts.row.modalities):
-        raise UnsupportedModelError(
-            f"'{recipe.method}' reduces {', '.join(sorted(reducer.facts.modalities))} tokens; "
-            f"'{parts.row.model_type}' takes {', '.join(parts.row.modalities)}. Use a method for those.",
-            avoid=[],
-        )
 
 
 def _check_crossed(recipe: Recipe, step: Step, layers: Sequence[int], reducer: Reducer, parts: ModelParts) -> None:

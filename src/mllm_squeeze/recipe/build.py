@@ -36,8 +36,19 @@ def build_reducer(step: Step) -> Reducer:
     except ValidationError as error:
         raise ConfigError(explain(error, where, cls, step.options, also=STEP_KEYS)) from None
     _check_place(step, reducer.facts.places, isinstance(reducer, DecodeReducer), where)
+    _check_modality(step, reducer, where)
     _check_amount(step, reducer, where)
     return reducer
+
+
+def _check_modality(step: Step, reducer: Reducer, where: str) -> None:
+    """Raise ConfigError where a step names a modality that its rule cannot reduce."""
+    if not reducer.facts.modalities:
+        could = type(reducer)(**{**step.options, "modality": None}).facts.modalities
+        raise ConfigError(
+            f"{where}: '{step.rule}' reduces {' and '.join(sorted(could))} tokens, so modality: {reducer.modality} "
+            "leaves it none. Name one of those, or leave modality out."
+        )
 
 
 def _check_amount(step: Step, reducer: Reducer, where: str) -> None:

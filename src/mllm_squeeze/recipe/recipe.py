@@ -15,8 +15,8 @@ from mllm_squeeze.errors import ConfigError, SqueezeError
 from mllm_squeeze.recipe import template, yaml_text
 from mllm_squeeze.recipe.build import PIPELINE, STEP_KEYS
 from mllm_squeeze.recipe.rules import Strict, explain
-from mllm_squeeze.recipe.steps import At, Step, check_order, check_totals, resolve_layers
-from mllm_squeeze.reducers.base import DecodeReducer, Reducer
+from mllm_squeeze.recipe.steps import At, Step, check_order, check_totals, meeting, resolve_layers
+from mllm_squeeze.reducers.base import MODALITIES, DecodeReducer, Reducer
 from mllm_squeeze.reducers.needs import Embedding, Need
 
 Mechanism = Literal["attention", "similarity", "transformation", "query"]
@@ -56,7 +56,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _in_order(self) -> Recipe:
-        check_order([step.at for step in self.steps])
+        check_order(self.steps)
         check_totals(self.steps)
         return self
 
@@ -132,19 +132,22 @@ def register_method(name: str, source: registry.Source) -> None:
 
 
 def resolve_steps(recipe: Recipe, num_layers: int) -> tuple[tuple[int, ...], ...]:
-    """Return `resolve_layers` of each step, () for encoder steps; raises ConfigError where a step starts too early."""
-    out: list[tuple[int, ...]] = []
-    last = 0
-    for step in recipe.steps:
-        layers = () if step.at.place == "encoder" else _layers(step, num_layers)
-        if layers and layers[0] < last:
-            raise ConfigError(
-                f"{step.where}: steps run in ascending order of place, but in this model of {num_layers} layers it "
-                f"starts at layer {layers[0]}, behind the step before, which reaches layer {last}."
-            )
-        last = layers[-1] if layers else last
-        out.append(layers)
-    return tuple(out)
+    """Return `resolve_layers` of each step, () for encoder steps.
+
+    Raises:
+        ConfigError: a step starts in front of the end of an earlier one that reduces the same modality.
+    """
+    out = tuple(() if step.at.place == "encoder" else _layers(step, num_layers) for step in recipe.steps)
+    for found in meeting(recipe.steps):
+        last = 0
+        for step, layers in ((step, out[number - 1]) for number, step in found):
+            if layers and layers[0] < last:
+                raise ConfigError(
+                    f"{step.where}: steps run in ascending order of place, but in this model of {num_layers} layers it "
+                    f"starts at layer {layers[0]}, behind the step before, which reaches layer {last}."
+                )
+            last = layers[-1] if layers else last
+    return out
 
 
 def _layers(step: Step, num_layers: int) -> tuple[int, ...]:
@@ -158,11 +161,12 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     """Return what tools ask of a method.
 
     These are `places`, `acts_in` (the kinds of places, of `PLACES`, in the order of the steps), `known_count`, `exact`,
-    `decides`, `merges`, `reads_text`, `text_encoder` (whether the user has to give one), `signals` and `modalities`.
+    `decides`, `merges`, `reads_text`, `text_encoder` (whether the user has to give one), `signals` and `modalities`,
+    what at least one step reduces.
     """
     reducers = [step.built for step in recipe.steps]
     rules = [reducer.facts for reducer in reducers]
-    modalities = frozenset.intersection(*(rule.modalities for rule in rules))
+    modalities = frozenset[str]().union(*(rule.modalities for rule in rules))
     return {
         "places": [str(step.at) for step in recipe.steps],
         "acts_in": list(dict.fromkeys(_kind(step.at) for step in recipe.steps)),
@@ -174,7 +178,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         "reads_text": any(rule.reads_text for rule in rules),
         "text_encoder": any(_wants_encoder(need) for reducer in reducers for need in reducer.needs()),
         "signals": sorted({name for reducer in reducers for name in _signals(reducer)}),
-        "modalities": [name for name in ("image", "video", "audio") if name in modalities],
+        "modalities": [name for name in MODALITIES if name in modalities],
     }
 
 

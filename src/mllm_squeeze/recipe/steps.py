@@ -14,7 +14,7 @@ from mllm_squeeze.amount import RATIO_RULE, RULE_DECIDES, Amount
 from mllm_squeeze.errors import ConfigError
 from mllm_squeeze.recipe.build import PIPELINE, build_reducer
 from mllm_squeeze.recipe.rules import Strict, check_layers
-from mllm_squeeze.reducers.base import Reducer
+from mllm_squeeze.reducers.base import MODALITIES, Reducer
 from mllm_squeeze.reducers.needs import Place
 
 
@@ -171,33 +171,52 @@ def _out_of_range(at: At, layer: int | float, before: Sequence[int], num_layers:
     )
 
 
-def check_order(places: Sequence[At]) -> None:
-    """Raise ValueError unless places ascend from encoder over projector and layers to cache; equal ones may repeat."""
+def meeting(steps: Sequence[Step]) -> Iterator[list[tuple[int, Step]]]:
+    """Return for each modality the steps that reduce it, each with its number from 1; only those can meet a token."""
+    for modality in MODALITIES:
+        found = [(number, step) for number, step in enumerate(steps, 1) if modality in step.built.facts.modalities]
+        if found:
+            yield found
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Raise ValueError unless the steps that one token meets ascend from encoder over projector and layers to cache.
+
+    Equal places may repeat. Steps for pictures and steps for clips never meet, so they may stand in any order.
+    """
     for place in ("encoder", "cache"):
-        if sum(at.place == place for at in places) > 1:
+        if sum(step.at.place == place for step in steps) > 1:
             raise ValueError(f"at most one step may act in the {place}; merge them into one")
-    for number, (before, after) in enumerate(pairwise(places), 2):
-        stage, _, last = _extent(before)
-        next_stage, first, _ = _extent(after)
+    for (_, before), (number, after) in (pair for found in meeting(steps) for pair in pairwise(found)):
+        stage, _, last = _extent(before.at)
+        next_stage, first, _ = _extent(after.at)
         # An index and a fraction compare only once the depth of the model is known; see resolve_steps.
         known = type(first) is type(last) or first == 0
         if next_stage < stage or (next_stage == stage and known and first < last):
             raise ValueError(
                 f"steps run in ascending order of place (encoder, projector, layers, cache prefill, cache decode), but "
-                f"step {number} acts at {after}, after {before}; swap them"
+                f"step {number} acts at {after.at}, after {before.at}; swap them"
             )
 
 
 def check_totals(steps: Sequence[Step]) -> None:
-    """Raise ValueError where a later step asks for more tokens than an earlier one leaves; budgets are cumulative."""
-    amounts = [(number, step.amount) for number, step in enumerate(steps, 1) if step.at.place != "cache"]
-    for (_, before), (number, after) in combinations(amounts, 2):
-        for (unit, earlier), (other, later) in _row_by_row(before, after):
-            if unit == other and later > earlier + 1e-9:
-                raise ValueError(
-                    f"budgets count from the original tokens, so a later step leaves no more than an earlier one; "
-                    f"step {number} keeps {later:.4g}, after a step that keeps {earlier:.4g}. {RATIO_RULE}"
-                )
+    """Raise ValueError where a later step asks for more of a token's span than an earlier one leaves of it.
+
+    Budgets are cumulative; what a step leaves of pictures says nothing of one for clips.
+    """
+    for found in meeting(steps):
+        cutting = [(number, step.amount) for number, step in found if step.at.place != "cache"]
+        for (_, before), (number, after) in combinations(cutting, 2):
+            _check_pair(before, after, number)
+
+
+def _check_pair(before: Amount, after: Amount, number: int) -> None:
+    for (unit, earlier), (other, later) in _row_by_row(before, after):
+        if unit == other and later > earlier + 1e-9:
+            raise ValueError(
+                f"budgets count from the original tokens, so a later step leaves no more than an earlier one; "
+                f"step {number} keeps {later:.4g}, after a step that keeps {earlier:.4g}. {RATIO_RULE}"
+            )
 
 
 def _row_by_row(before: Amount, after: Amount) -> Iterator[tuple[tuple[str, float], tuple[str, float]]]:

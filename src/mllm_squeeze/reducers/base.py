@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mllm_squeeze.layout import Tile
 
+Modality = Literal["image", "video", "audio"]
 MODALITIES = ("image", "video", "audio")
 
 
@@ -197,7 +198,7 @@ class Reducer(BaseModel):
     why_more: what messages say where the rule leaves clearly more than its budget.
     least: the fraction of the tokens that it leaves at least, whatever the budget.
     separators: tokens that stand for no piece of a picture compete with the others, are all kept, or all dropped.
-    modality: what it reduces of what it could, None for all of it.
+    modality: what it reduces of what it could, a word or several, None for all of it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -211,11 +212,12 @@ class Reducer(BaseModel):
     least: ClassVar[float] = 0.0
 
     separators: Literal["compete", "keep", "drop"] = "compete"
-    modality: Literal["image", "video", "audio"] | None = None
+    modality: Modality | tuple[Modality, ...] | None = None
 
     def of_its_modality(self, modalities: frozenset[str]) -> frozenset[str]:
         """Return what it reduces, of what it could."""
-        return modalities if self.modality is None else modalities & {self.modality}
+        named = (self.modality,) if isinstance(self.modality, str) else self.modality
+        return modalities if named is None else modalities & frozenset(named)
 
     @property
     def facts(self) -> Facts:

@@ -10,6 +10,7 @@ from mllm_squeeze.engine.sequence.prefill import Prefill
 from mllm_squeeze.engine.trace import Attended, Cut, StageTrace
 from mllm_squeeze.layout import TokenLayout
 from mllm_squeeze.recipe.recipe import Recipe
+from mllm_squeeze.reducers.base import MODALITIES
 from mllm_squeeze.reporting.report import KeyRecord, PrefillRecord, SpanRecord, StageRecord
 from mllm_squeeze.upstream.configs import TextSizes, text_sizes
 
@@ -21,6 +22,7 @@ class FinishedPrefill:
     """What is left of a prefill once it ended: no part of the model, no activations.
 
     layers: decoder layers of the model. lengths, held: columns and earlier cache entries of each layer that was hooked.
+    takes: modalities of the model.
     """
 
     layout: TokenLayout
@@ -35,6 +37,7 @@ class FinishedPrefill:
     dims: TextSizes | None
     element_bytes: int
     falls_back: bool = False
+    takes: tuple[str, ...] = ()
 
 
 def finished(prefill: Prefill) -> FinishedPrefill:
@@ -53,6 +56,7 @@ def finished(prefill: Prefill) -> FinishedPrefill:
         dims=text_sizes(parts.text_config, len(parts.layers)),
         element_bytes=next(parts.decoder.parameters()).element_size(),
         falls_back=prefill.plan.falls_back,
+        takes=tuple(parts.row.modalities),
     )
 
 
@@ -74,6 +78,7 @@ def record(recipe: Recipe, prefill: FinishedPrefill) -> PrefillRecord:
         past=prefill.past,
         cache_lengths=tuple(n + prefill.held.get(layer, prefill.past) for layer, n in enumerate(lengths)),
         signals=(FELL_BACK,) if prefill.falls_back else (),
+        idle=_idle(recipe, prefill),
     )
 
 
@@ -92,7 +97,21 @@ def _of_keys(recipe: Recipe, prefill: FinishedPrefill, attended: Attended) -> Pr
         element_bytes=prefill.element_bytes,
         past=prefill.past,
         keys=KeyRecord(attended.layers, attended.before, attended.after, attended.held_before, attended.held_after),
+        idle=_idle(recipe, prefill),
     )
+
+
+def _idle(recipe: Recipe, prefill: FinishedPrefill) -> tuple[str, ...]:
+    """Return a sentence for each step of which the prompt holds nothing, and whether the model could take it at all."""
+    held = {span.modality for span in prefill.layout.spans}
+    out = []
+    for number, step in enumerate(recipe.steps, 1):
+        reduces = step.built.facts.modalities
+        if not reduces & held:
+            why = "the prompt holds none" if reduces & set(prefill.takes) else "this model takes none"
+            named = " or ".join(name for name in MODALITIES if name in reduces)
+            out.append(f"recipe step {number} ({step.rule}) had nothing to do: it reduces {named} tokens, and {why}")
+    return tuple(out)
 
 
 def _spans(layout: TokenLayout) -> tuple[SpanRecord, ...]:

@@ -67,6 +67,7 @@ class PrefillRecord:
     entries that each layer holds after the prefill, the same as layer_lengths if None. element_bytes: bytes of one
     number in the cache. past: tokens of earlier turns that the dense model would hold. decode: remarks about decoding.
     signals: remarks about what a rule read, such as what stood in for something else.
+    idle: remarks about steps that had nothing to do.
     keys: where visual tokens are no part of the prompt, what was attended to instead; spans are then spans of keys.
     """
 
@@ -79,6 +80,7 @@ class PrefillRecord:
     dims: TextSizes | None = None
     decode: tuple[str, ...] = ()
     signals: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     element_bytes: int = 2
     cache_lengths: tuple[int, ...] | None = None
     past: int = 0

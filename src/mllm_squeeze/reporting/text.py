@@ -16,7 +16,7 @@ STEPS_SHOWN = 12
 def text(report: Report) -> str:
     """Return what a report says, without colours."""
     parts = [_headline(report), _spans(report), _steps(report), _costs(report), _layers(report)]
-    parts += [*report.record.signals, *report.record.decode]
+    parts += [*report.record.idle, *report.record.signals, *report.record.decode]
     return "\n".join(part for part in parts if part)
 
 

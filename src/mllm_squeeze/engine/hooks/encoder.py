@@ -107,7 +107,7 @@ class EncoderHooks(Hooks):
 
     def _merge_for(self, modality: str, plan: Plan) -> EncoderMerge | None:
         last = self.parts.feature_block
-        if plan.encoder is None or last is None:
+        if plan.encoder is None or last is None or modality not in plan.encoder.facts.modalities:
             return None
         if modality == "video" and self.parts.row.tower_to_llm != "identity":
             warnings.warn(

@@ -70,9 +70,11 @@ class Prefill(Pass):
         self._padded = not bool(layout.real.all())
         self._tail = _tail(layout)
         self._row_lengths = [int(n) for n in layout.real.sum(1)]
-        visual = ops.on_device(layout.visual, like)
-        # Steps that cut while decoding leave separators alone.
-        self._visual = visual if plan.decode is None else _pieces(layout, self.table, visual)
+        self._visual = ops.on_device(layout.visual, like)
+        if plan.decode is not None:
+            # A step that cuts while decoding leaves separators alone, and what it does not reduce.
+            reduced = ops.on_device(layout.of(plan.decode.facts.modalities), like)
+            self._visual = _pieces(layout, self.table, reduced)
 
     @property
     def stage(self) -> int:
