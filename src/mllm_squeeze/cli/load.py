@@ -70,10 +70,10 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def processor(name: str) -> Any:
+def processor(name: str, **settings: Any) -> Any:
     """Load the processor of a model; raises UnsupportedModelError where it has none."""
     try:
-        return AutoProcessor.from_pretrained(name)
+        return AutoProcessor.from_pretrained(name, **settings)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loaded(name, error) from error
 
@@ -84,6 +84,38 @@ def prompt(reader: Any, text: str, images: list[Path], videos: list[Path], frame
     Raises:
         UnsupportedInputError: a file is missing, or the processor takes no chat or no such files.
     """
+    return prompts(reader, [(text, images, videos)], frames)
+
+
+def prompts(reader: Any, asked: list[tuple[str, list[Path], list[Path]]], frames: int | None) -> Any:
+    """Return the inputs of several questions, (text, images, videos) each, as one batch; raises like `prompt`."""
+    chats = [_content(*one) for one in asked]
+    files = [path for _, images, videos in asked for path in [*images, *videos]]
+    more: dict[str, Any] = {} if frames is None or not any(videos for _, _, videos in asked) else {"num_frames": frames}
+    if len(chats) > 1:
+        more["padding"] = True
+    try:
+        for content in chats:
+            _check_seen(reader, content)
+        return reader.apply_chat_template(
+            [_chat(content) for content in chats] if len(chats) > 1 else _chat(chats[0]),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            **more,
+        )
+    except UnsupportedInputError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError, ImportError, AttributeError, RuntimeError) as error:
+        given = ", ".join(map(str, files))
+        raise UnsupportedInputError(
+            f"The model's processor refuses this prompt with {given}: {_first_line(error)}"
+        ) from error
+
+
+def _content(text: str, images: list[Path], videos: list[Path]) -> list[dict[str, Any]]:
+    """Return the parts of one question in the chat format."""
     for path in [*images, *videos]:
         if not path.is_file():
             raise UnsupportedInputError(f"There is no file {path}.")
@@ -91,20 +123,7 @@ def prompt(reader: Any, text: str, images: list[Path], videos: list[Path], frame
         raise UnsupportedInputError("Give at least one --image or --video: without one there is nothing to squeeze.")
     content: list[dict[str, Any]] = [{"type": "image", "image": _picture(path)} for path in images]
     content += [{"type": "video", "path": str(path)} for path in videos]
-    content.append({"type": "text", "text": text})
-    sampling = {} if frames is None or not videos else {"num_frames": frames}
-    try:
-        _check_seen(reader, content)
-        return reader.apply_chat_template(
-            _chat(content), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **sampling
-        )
-    except UnsupportedInputError:
-        raise
-    except (ValueError, TypeError, KeyError, OSError, ImportError, AttributeError, RuntimeError) as error:
-        given = ", ".join(map(str, [*images, *videos]))
-        raise UnsupportedInputError(
-            f"The model's processor refuses this prompt with {given}: {_first_line(error)}"
-        ) from error
+    return [*content, {"type": "text", "text": text}]
 
 
 def _picture(path: Path) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -51,8 +52,8 @@ def _compare() -> Any:
 
 def run(
     model: Annotated[str, typer.Argument(help="A local folder or a hub id.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
     method: Annotated[str, typer.Option(help="A method's name, or the path of a recipe file.")],
+    prompt: Annotated[str | None, typer.Option(help="The question.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture; give it again for more.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="A video; give it again for more.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames to take of each video.", min=1)] = None,
@@ -68,8 +69,17 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the best by default.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Time the untouched model as well.")] = False,
+    lines: Annotated[
+        Path | None,
+        typer.Option("--in", help='Questions instead of --prompt, one a line: {"prompt": "...", "images": ["a.png"]}.'),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the answers to --in; a run that was stopped goes on with it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Lines of --in at once, those of like length together.")] = 8,
 ) -> None:
-    """Ask a model a question about pictures or videos, with a method applied."""
+    """Ask a model about pictures or videos, with a method applied: one question, or each line of a file."""
+    _check_asked(prompt, lines, out, bool(image or video or compare))
     params = _params(ratio, keep, total, param or [])
     recipe = load_recipe(method, **params)  # a slip shows before the weights load
     from mllm_squeeze import api
@@ -80,9 +90,13 @@ def run(
     if text_encoder is not None:
         require_used(recipe)
 
+    if lines is not None and out is not None:
+        said = dict(model=model, method=method, params=params, text_encoder=text_encoder, frames=frames, dtype=dtype)
+        _run_lines(lines, out, {**said, "max_new_tokens": max_new_tokens}, device, batch_size)
+        return
     with output.waiting(f"loading {model}"):
         reader = load.processor(model)
-        inputs = load.prompt(reader, prompt, image or [], video or [], frames)
+        inputs = load.prompt(reader, prompt or "", image or [], video or [], frames)
         loaded = load.model(model, device, dtype)
         inputs = inputs.to(loaded.device, dtype=loaded.dtype)
     encoder = None if text_encoder is None else TextEncoder(text_encoder, tokenizer=reader)
@@ -94,6 +108,41 @@ def run(
                     dense = _timed(loaded, reader, inputs, max_new_tokens)
             squeezed = _timed(loaded, reader, inputs, max_new_tokens)
         _show(handle, squeezed, dense)
+
+
+def _check_asked(prompt: str | None, lines: Path | None, out: Path | None, of_one: bool) -> None:
+    if (prompt is None) == (lines is None):
+        raise ConfigError("Give either --prompt, one question, or --in, a file with one question a line.")
+    if (lines is None) != (out is None):
+        raise ConfigError("--in, the file of questions, and --out, the file for their answers, go together.")
+    if lines is not None and of_one:
+        raise ConfigError("--image, --video and --compare belong to --prompt: the lines of --in name their own files.")
+
+
+def _run_lines(path: Path, out: Path, said: dict[str, Any], device: str | None, size: int) -> None:
+    """Answer each line of a file; exit code 1 where one of them got an error instead of an answer."""
+    from mllm_squeeze import api
+    from mllm_squeeze.cli import load, offline
+    from mllm_squeeze.engine.text_encoder import TextEncoder
+    from mllm_squeeze.serving import lines
+
+    asked = lines.read(path)
+    with lines.answers(out, asked, json.dumps(said, sort_keys=True)) as answers:
+        with output.waiting(f"loading {said['model']}"):
+            reader = load.processor(said["model"], padding_side="left")
+            loaded = load.model(said["model"], device, said["dtype"])
+        name = said["text_encoder"]
+        encoder = None if name is None else TextEncoder(name, tokenizer=reader)
+        with (
+            api.applied(loaded, said["method"], text_encoder=encoder, **said["params"]) as handle,
+            output.progress() as progress,
+        ):
+            progress(f"{len(answers.done)} of {len(asked)} lines were answered before")
+            asker = offline.Asker(loaded, reader, handle, said["frames"], said["max_new_tokens"])
+            failed = offline.answer(asker, asked, answers, size, progress)
+    output.console().print(f"written: {out}, {failed} lines with an error", highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _params(ratio: float | None, keep: str | None, total: int | None, more: list[str]) -> dict[str, Any]:
