@@ -93,7 +93,7 @@ def prompts(reader: Any, asked: list[tuple[str, list[Path], list[Path]]], frames
     files = [path for _, images, videos in asked for path in [*images, *videos]]
     more: dict[str, Any] = {} if frames is None or not any(videos for _, _, videos in asked) else {"num_frames": frames}
     if len(chats) > 1:
-        more["padding"] = True
+        more["processor_kwargs"] = {"padding": True}
     try:
         for content in chats:
             _check_seen(reader, content)
