@@ -53,15 +53,16 @@ _MODEL = (
 _MODELS = """
     apertus1p5 aria audioflamingo3 aya_vision blip_2 chameleon clip cohere2_vision cohere_compass cosmos3_edge
     cosmos3_omni deepseek_ocr2 deepseek_vl deepseek_vl_hybrid diffusion_gemma dots3_note emu3 ernie4_5_vl_moe
-    exaone4_5 fast_vlm fun_asr_nano fuyu gemma gemma2 gemma3 gemma3n gemma4 gemma4_unified glm46v glm4v glm4v_moe
-    glm5_next glm_ocr glmasr glmga got_ocr2 granite4_vision granite_docling granite_speech granite_speech_plus
-    hunyuan_vl hy_v4_vl hyperclovax_vision_v2 idefics2 idefics3 inkling inkling2 inkling2_loop instructblip
-    instructblipvideo internvl janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama llama4 llava llava_next
-    llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral mistral3
+    exaone4_5 fast_vlm florence2 fun_asr_nano fuyu gemma gemma2 gemma3 gemma3n gemma4 gemma4_unified glm46v glm4v
+    glm4v_moe glm5_next glm_ocr glmasr glmga got_ocr2 granite4_vision granite_docling granite_speech
+    granite_speech_plus hunyuan_vl hy_v4_vl hyperclovax_vision_v2 idefics2 idefics3 inkling inkling2 inkling2_loop
+    instructblip instructblipvideo internvl janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama llama4 llava
+    llava_next llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral mistral3
     mistral_large4 mllama molmo2 moss_transcribe_diarize muse_glimmer muse_spark omniasr opt ovis2 paddleocr_vl
-    paligemma perception_lm phi4_multimodal pixtral pp_chart2table qianfan_ocr qwen2 qwen2_5_omni qwen2_5_vl
-    qwen2_audio qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_asr qwen3_omni_moe qwen3_vl qwen3_vl_moe qwen4_exp
-    shieldgemma2 siglip smolvlm step3p7 vibevoice_asr video_llama_3 video_llava vipllava voxtral
+    paligemma perception_lm phi4_multimodal pix2struct pixtral pp_chart2table pp_formulanet qianfan_ocr qwen2
+    qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_asr qwen3_omni_moe qwen3_vl
+    qwen3_vl_moe qwen4_exp shieldgemma2 siglip smolvlm step3p7 t5gemma2 udop vibevoice_asr video_llama_3
+    video_llava vipllava vision_encoder_decoder voxtral
 """.split()  # noqa: SIM905
 FILES: dict[str, str] = {**_LIBRARY, **{f"models/{name}/modeling_{name}.py": _MODEL for name in _MODELS}}
 
