@@ -16,6 +16,7 @@ import oracle
 import tiny
 from contract.test_equivalence import squeeze_and_prove
 from mllm_squeeze.reducers.decode_refresh import DecodeRefresh
+from mllm_squeeze.reducers.pipeline import Pipeline
 
 STEPS: list[dict[str, Any]] = [
     {"at": {"layer": 1}, "ratio": 0.25, "modality": "image", "select": "stride"},
@@ -153,6 +154,38 @@ def test_separators_of_a_clip_are_dropped_behind_a_cut_of_pictures() -> None:
         squeeze_and_prove(t, t.inputs["image_video"], name)
     length, stays = left(t, "image_video", steps)["video"]
     assert stays == int(length * 0.25 + 0.5)
+
+
+def test_a_rule_is_told_the_cells_of_a_picture_behind_a_cut_of_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Separators that go anyway are nothing to choose from, whatever was cut of other spans before."""
+    t, told = tiny.load("llava_onevision"), []
+    count = Pipeline.count
+
+    def noted(self: Pipeline, current: int, *rest: Any) -> int:
+        told.append(current)
+        return count(self, current, *rest)
+
+    monkeypatch.setattr(Pipeline, "count", noted)
+    clip = {"at": "projector", "ratio": 0.5, "modality": "video", "select": "stride"}
+    picture = STEPS[0] | {"separators": "drop"}
+    length, _ = left(t, "image_video", [picture])["image"]
+    alone = told[-1]
+    left(t, "image_video", [clip, picture])
+    assert told[-1] == alone < length
+
+
+def test_merging_in_the_encoder_leaves_what_its_step_does_not_name() -> None:
+    t = tiny.load("llava_onevision")
+    merge = {"at": {"encoder": "all"}, "ratio": 0.5, "merge": "bipartite"}
+    with squeeze.applied(t.model, {"method": "mixed", "steps": [merge]}) as handle, torch.no_grad():
+        t.model(**t.inputs["image"])
+        assert handle.cuts
+    dense = oracle.run(t.model, t.inputs["image"], oracle.forced_tokens(1, 1)).prefill
+    with squeeze.applied(t.model, {"method": "mixed", "steps": [merge | {"modality": "video"}]}) as handle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", squeeze.SqueezeWarning)
+            assert torch.equal(oracle.run(t.model, t.inputs["image"], oracle.forced_tokens(1, 1)).prefill, dense)
+        assert handle.cuts == ()
 
 
 def test_the_recipe_of_the_page_runs_on_both() -> None:

@@ -6,18 +6,22 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import mllm_squeeze as squeeze
 import oracle
 import snapshot
 import tiny
+from mllm_squeeze import demo
 from mllm_squeeze.upstream.modules import unwrap
 
 pytestmark = pytest.mark.quick
@@ -99,19 +103,31 @@ def test_distributed_data_parallel(group: None) -> None:
 
 
 def test_a_pipeline_and_what_holds_no_model() -> None:
-    class Pipeline:
-        def __init__(self, model: Any) -> None:
-            self.model = model
-
-    t = tiny.fresh("llava")
-    before = snapshot.snapshot(t.model)
-    pipeline: Any = Pipeline(t.model)
+    pipeline = transformers.pipeline("image-text-to-text", model=str(demo.folder()), device="cpu")
+    before = snapshot.snapshot(pipeline.model)
+    item = next(demo.held_out(1))
+    content = [{"type": "image", "image": item.picture}, {"type": "text", "text": item.question}]
     handle = squeeze.apply(pipeline, "divprune", ratio=0.5)
-    assert handle.model is t.model
+    pipeline(text=[{"role": "user", "content": content}], max_new_tokens=2)
+    assert handle.model is pipeline.model
+    assert len(handle.cuts[0].kept[0]) < handle.layout.length
     squeeze.remove(pipeline)
-    snapshot.assert_same(before, snapshot.snapshot(t.model))
-    with pytest.raises(squeeze.SqueezeError, match="Got a Pipeline"):
-        squeeze.apply(Pipeline(None), "divprune")  # type: ignore[arg-type]
+    snapshot.assert_same(before, snapshot.snapshot(pipeline.model))
+    with pytest.raises(squeeze.SqueezeError, match="Got a SimpleNamespace"):
+        squeeze.apply(SimpleNamespace(model=None), "divprune")  # type: ignore[arg-type]
+
+
+def test_fully_sharded_data_parallel(group: None) -> None:
+    t = tiny.fresh("llava")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = FullyShardedDataParallel(t.model, device_id=torch.device("cpu"), use_orig_params=True)
+    assert unwrap(wrapped) is t.model
+    handle = squeeze.apply(wrapped, "divprune", ratio=0.5)
+    with torch.no_grad():
+        wrapped(**t.inputs["image"])
+    assert handle.cuts
+    squeeze.remove(t.model)
 
 
 def test_the_thinker_inside_of_wrappers() -> None:

@@ -102,6 +102,57 @@ def test_a_cut_is_what_masking_is(name: str, method: str, request: pytest.Fixtur
 
 
 @pytest.mark.parametrize("name", ENCODED_LINE)
+def test_rows_that_keep_different_numbers(name: str) -> None:
+    with squeeze.applied(load(name), "divprune", ratio=[0.25, 0.75]) as handle:
+        short, kept, found = forward(name), handle.cuts[-1].kept, generate(name)
+    assert len(kept[0]) > len(kept[1])
+    with masked(name, kept):
+        oracle.assert_close(short, forward(name), "words")
+        expected = generate(name)
+    oracle.assert_close(torch.stack(found.logits, 1), torch.stack(expected.logits, 1), "steps")
+
+
+@pytest.mark.parametrize("name", ENCODED_LINE)
+def test_what_is_merged_is_what_the_decoder_is_given(name: str) -> None:
+    """The dense decoder, handed the merged rows in every pass, says the same."""
+    decoder, given = find_parts(load(name)).decoder, []
+
+    def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        given.append((kwargs["encoder_hidden_states"], kwargs.get("encoder_attention_mask")))
+
+    def hand(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "encoder_hidden_states": given[0][0], "encoder_attention_mask": given[0][1]}
+
+    dense = generate(name)
+    with squeeze.applied(load(name), "avgpool", ratio=0.75) as handle:
+        noting = decoder.register_forward_pre_hook(note, with_kwargs=True)
+        found = generate(name)
+        noting.remove()
+        assert given[0][0].shape[1] == max(len(row) for row in handle.cuts[0].kept) < handle.layout.length
+    handing = decoder.register_forward_pre_hook(hand, with_kwargs=True)
+    try:
+        expected = generate(name)
+    finally:
+        handing.remove()
+    oracle.assert_close(torch.stack(found.logits, 1), torch.stack(expected.logits, 1), "steps")
+    assert oracle.gap(torch.stack(found.logits, 1), torch.stack(dense.logits, 1)) > 1e-4, "the merge does not matter"
+
+
+@pytest.mark.parametrize("name", ENCODED_LINE)
+def test_a_request_has_its_own_budget(name: str) -> None:
+    with squeeze.applied(load(name), "divprune", ratio=0.75):
+        expected = forward(name)
+    with squeeze.applied(load(name), "divprune", ratio=0.25) as handle:
+        outside = forward(name)
+        with handle.using(ratio=0.75) as call:
+            assert torch.equal(forward(name), expected)
+        assert call.cuts and not torch.equal(outside, expected)
+        with handle.using(off=True):
+            dense = forward(name)
+    assert torch.equal(dense, forward(name))
+
+
+@pytest.mark.parametrize("name", ENCODED_LINE)
 def test_the_cache_is_shorter_and_guarded(name: str) -> None:
     with squeeze.applied(load(name), "divprune", ratio=0.5) as handle:
         found = generate(name)
