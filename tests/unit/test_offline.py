@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from mllm_squeeze import demo
-from mllm_squeeze.cli import app
+from mllm_squeeze.cli import app, offline
 from mllm_squeeze.errors import ConfigError, InUseError
 from mllm_squeeze.serving import lines
 
@@ -122,3 +124,30 @@ def test_one_process_writes(tmp_path: Path) -> None:
 def test_what_does_not_go_together(arguments: list[str], words: str) -> None:
     found = CliRunner().invoke(app, ["run", "nowhere", "--method", "fastv", *arguments])
     assert found.exit_code == 2 and words in " ".join(found.output.split())
+
+
+class _Forgetful:
+    """Answers with the question itself, and fails where one of a batch is "bad"."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def ask(self, questions: Sequence[lines.Question]) -> list[dict[str, str]]:
+        self.sizes.append(len(questions))
+        if any(one.prompt == "bad" for one in questions):
+            raise RuntimeError("out of memory")
+        return [{"answer": one.prompt} for one in questions]
+
+
+def test_a_batch_that_fails_is_asked_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("one", "bad", "three")))
+    monkeypatch.setattr(offline, "_measured", lambda asker, line: offline._Pending(line, line.question(), 5))
+    asker: Any = _Forgetful()
+    found = lines.read(asked)
+    with lines.answers(tmp_path / "answers.jsonl", found, "") as out:
+        assert offline.answer(asker, found, out, 4, lambda text: None) == 1
+    assert asker.sizes == [3, 1, 1, 1]
+    rows = [json.loads(row) for row in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row.get("answer") for row in rows] == ["one", None, "three"]
+    assert rows[1]["error"] == "RuntimeError: out of memory"
